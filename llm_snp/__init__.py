@@ -1,0 +1,33 @@
+"""llm_snp: prune a language model in one shot, and get a smaller model back.
+
+    import llm_snp
+    report = llm_snp.prune(model="facebook/opt-1.3b", sparsity=0.3)
+
+Importing llm_snp makes its pruned models known to transformers' Auto classes, so that they load without
+`trust_remote_code`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .version import __version__
+
+__all__ = ["SnpError", "__version__", "prune"]
+
+from .errors import SnpError
+from .registration import register_auto_classes
+
+register_auto_classes()
+
+
+def prune(model: str | None = None, sparsity: float = 0.3, **options: Any) -> dict[str, Any]:
+    """Prune a model and write the smaller one; options as in `llm_snp.config.PruneConfig`.
+
+    model: Hub id or local directory, None for the embedded small OPT. sparsity: share of the decoder blocks' linear
+    parameters to remove. Returns the report, the same as `report.json` in the output directory. Raises `SnpError`.
+    """
+    from .config import PruneConfig
+    from .run import run
+
+    return run(PruneConfig(model=model, sparsity=sparsity, **options))

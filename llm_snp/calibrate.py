@@ -1,0 +1,123 @@
+"""Run calibration windows through a block and collect the moments that a decision needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .core.moments import Moments
+from .errors import NumericalError
+from .families import Attention, Site
+from .prune_site import SiteMoments
+from .skeleton import run_block
+from .stream import Stream, Taps
+
+# --damping auto holds out one window in so many, and at least one.
+HELD_OUT = 8
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The dense block that a repair refits to.
+
+    stream       hidden states of the dense model; None: the dense block reads the pruned stream (target self)
+    residual     whether the difference of the residual streams counts as well (target residual)
+    advance      whether the reference's stream moves on to the next block in the same pass
+    """
+
+    block: nn.Module
+    stream: Stream | None
+    residual: bool = False
+    advance: bool = False
+
+
+@torch.no_grad()
+def site_moments(
+    index: int, block: nn.Module, stream: Stream, site: Site, reference: Reference | None, hold_out: bool
+) -> SiteMoments:
+    """Moments of a consumer's input in block `index`, with the repair's target from `reference` if there is one.
+
+    The residual is r = reference output - present output, plus the difference of the residual streams at the site.
+    Raises `NumericalError` naming the layer if activations overflow.
+    """
+    layer = block.get_submodule(site.consumer)
+    fit: Moments | None = None
+    held: Moments | None = None
+    wanted = [site.consumer, site.stream]
+    for rows, hidden, call in stream.batches(index):
+        with Taps(block, inputs=wanted, outputs=[site.consumer]) as taps:
+            run_block(block, hidden, call)
+        residual = None
+        if reference is not None:
+            other = hidden if reference.stream is None else reference.stream.states[rows].to(hidden.device)
+            with Taps(reference.block, inputs=wanted, outputs=[site.consumer]) as dense:
+                output = run_block(reference.block, other, call)
+            residual = dense.output(site.consumer).float() - taps.output(site.consumer).float()
+            if reference.residual:
+                residual += dense.input(site.stream).float() - taps.input(site.stream).float()
+            if reference.advance and reference.stream is not None:
+                reference.stream.states[rows] = output.cpu()
+        x = taps.input(site.consumer)
+        if fit is None:
+            fit = Moments.like(x, residual, centred=layer.bias is not None)
+            held = fit.empty() if hold_out else None
+        windows = torch.arange(rows.start, rows.stop, device=x.device)
+        out = (windows % HELD_OUT == HELD_OUT - 1) | (windows == stream.tokens.shape[0] - 1)
+        if held is None:
+            fit.add(x, residual)
+            continue
+        token_out = out.repeat_interleave(x.shape[0] // len(windows))
+        for moments, choice in ((fit, ~token_out), (held, token_out)):
+            if choice.any():
+                moments.add(x[choice], None if residual is None else residual[choice])
+    assert fit is not None
+    check_finite(fit, index, site.consumer)
+    return SiteMoments(fit, held)
+
+
+@torch.no_grad()
+def block_moments(
+    index: int,
+    block: nn.Module,
+    stream: Stream,
+    sites: tuple[Site, ...],
+    attention: Attention | None = None,
+    advance: bool = False,
+) -> dict[str, Moments]:
+    """Moments of the inputs of all consumers of `sites`, by site name, in one pass.
+
+    With `attention` also those of the outputs of its query and key projections, grouped by head, by module name.
+    With `advance` the stream moves on to the next block. Raises `NumericalError` if activations overflow.
+    """
+    found: dict[str, Moments] = {}
+    projections = () if attention is None else (attention.query, attention.key)
+    for rows, hidden, call in stream.batches(index):
+        with Taps(block, inputs=[site.consumer for site in sites], outputs=projections) as taps:
+            output = run_block(block, hidden, call)
+        for site in sites:
+            x = taps.input(site.consumer)
+            if site.name not in found:
+                centred = block.get_submodule(site.consumer).bias is not None
+                found[site.name] = Moments.like(x, centred=centred)
+            found[site.name].add(x)
+        for name in projections:
+            assert attention is not None
+            if name not in found:
+                found[name] = Moments.like(taps.output(name), groups=attention.heads)
+            found[name].add(taps.output(name))
+        if advance:
+            stream.states[rows] = output.cpu()
+    for name, moments in found.items():
+        check_finite(moments, index, name)
+    return found
+
+
+def check_finite(moments: Moments, index: int, name: str) -> None:
+    """Raise `NumericalError` naming the layer whose activations are infinite or NaN."""
+    if not moments.finite:
+        raise NumericalError(
+            f"activations at {name} of block {index} overflow the type they are computed in; "
+            "use --dtype float32 or bfloat16"
+        )

@@ -1,0 +1,113 @@
+"""The command line: flags made from `PruneConfig`, one-line errors, exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from . import __version__
+from .config import PruneConfig
+from .errors import SnpError
+
+if TYPE_CHECKING:
+    from .run import Preview
+
+BAD_INPUT = 2
+INTERRUPTED = 130
+TYPES = {"sparsity": float, "samples": int, "sequence_length": int, "seed": int, "round_to": int}
+
+
+def parser() -> argparse.ArgumentParser:
+    """One flag per field of `PruneConfig`."""
+    p = argparse.ArgumentParser(
+        prog="python -m llm_snp",
+        description="Prune a language model in one shot and write the smaller one as a Hugging Face checkpoint.",
+        epilog="example: python -m llm_snp facebook/opt-1.3b --sparsity 0.3",
+    )
+    p.add_argument("--version", action="version", version=f"llm_snp {__version__}")
+    for f in dataclasses.fields(PruneConfig):
+        flag, text = "--" + f.name.replace("_", "-"), f.metadata["help"].replace("%", "%%")
+        if f.name == "model":
+            p.add_argument("model", nargs="?", metavar="MODEL", help=text)
+        elif f.name == "evaluate":
+            p.add_argument(flag, action="append", metavar="TEXT", help=text)
+            p.add_argument("--no-evaluate", action="store_true", help="measure no perplexity")
+        elif isinstance(f.default, bool):
+            p.add_argument(flag, action="store_true", help=text)
+        else:
+            shown = "" if f.default is None else f" (default: {f.default})"
+            names = f": {', '.join(f.metadata['choices'])}" if f.metadata["choices"] else ""
+            kind = _damping if f.name == "damping" else TYPES.get(f.name, str)
+            p.add_argument(flag, type=kind, default=f.default, metavar=_metavar(f.name), help=text + names + shown)
+    p.add_argument("--dry-run", action="store_true", help="print the plan and what the run needs; load no weights")
+    return p
+
+
+def _metavar(name: str) -> str:
+    return {"output": "DIR", "calibration": "TEXT", "round_to": "N", "samples": "N", "sequence_length": "T"}.get(
+        name, name.upper()
+    )
+
+
+def _damping(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    args = parser().parse_args(arguments)
+    values: dict[str, Any] = {f.name: getattr(args, f.name) for f in dataclasses.fields(PruneConfig)}
+    values["evaluate"] = () if args.no_evaluate else args.evaluate and tuple(args.evaluate)
+    options = PruneConfig(**values)
+    try:
+        options.validate()
+        from transformers.utils import logging
+
+        from .report import summary
+        from .run import preview, run
+
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
+        if args.dry_run:
+            print(_preview_text(preview(options)))
+        else:
+            print(summary(run(options)))
+    except SnpError as error:
+        print(f"llm_snp: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print("llm_snp: interrupted; nothing was left behind", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def _preview_text(p: Preview) -> str:
+    """What `--dry-run` prints."""
+    plan, options = p.plan, p.options
+    lines = [
+        f"plan for {options.model or 'the embedded OPT'}: {options.method}, order {options.order}, "
+        f"allocation {options.allocation}, target {options.target}, attention {options.attention}"
+    ]
+    if p.measured:
+        lines.append(f"allocation {options.allocation} is decided by a measuring pass; shown is the uniform plan")
+    units = {(c.block, c.unit): c.units for c in plan.curves}
+    for i, kept in enumerate(plan.kept):
+        lines.append(
+            f"block {i + 1:>3}/{len(plan.kept)}  " + "  ".join(f"{u} {k}/{units[i, u]}" for u, k in kept.items())
+        )
+    lines += [
+        "",
+        f"parameters  {p.parameters:,} -> {p.parameters - plan.removed:,} "
+        f"({plan.achieved:.2%} of the blocks' linear layers, {plan.removed / p.parameters:.2%} of all)",
+        f"windows     {options.samples} of {p.length} tokens, computed in {str(p.dtype).removeprefix('torch.')} on {p.device}",
+        f"peak memory about {p.estimate.device / 1e9:.2f} GB on the device, {p.estimate.host / 1e9:.2f} GB on the host "
+        "beside Python and its libraries",
+        f"disk        about {p.estimate.disk / 1e9:.3f} GB for {p.output}",
+    ]
+    return "\n".join(lines)

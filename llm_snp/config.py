@@ -1,0 +1,121 @@
+"""All options of a pruning run in one object. The command line's flags and their help are made from it."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from .core.allocation import ALLOCATIONS
+from .core.orders import ORDERS
+from .errors import OptionError, choose
+
+# What the repair refits a layer to; `none` leaves the remaining weights as they are.
+TARGETS = ("self", "dense", "residual", "none")
+ATTENTION_MODES = ("heads", "dims", "both")
+SENSITIVITIES = ("relative", "scalar", "fisher")
+DEVICES = ("auto", "cpu", "cuda")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+# A method is a name for a combination of choices, each of which can also be made on its own.
+METHODS: dict[str, dict[str, str]] = {
+    # Subspace Node Pruning as its paper has it (arXiv 2405.17506).
+    "snp": {"order": "zca", "allocation": "variance", "target": "self", "attention": "heads"},
+    # The combination that lost least in the ablation of benchmarks/quality.py.
+    "best": {"order": "greedy", "allocation": "loss", "target": "residual", "attention": "dims"},
+}
+
+
+def option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
+    """A dataclass field whose metadata becomes the flag's help."""
+    return field(default=default, metadata={"help": text, "choices": choices})
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """Options of `llm_snp.prune`. `validate` raises `OptionError` naming the option that cannot be used."""
+
+    model: str | None = option(None, "Hub id or local directory; without it, the small OPT that comes with llm_snp")
+    sparsity: float = option(0.3, "share of the decoder blocks' linear parameters to remove, 0 <= s < 1")
+    output: str | None = option(None, "directory for the pruned model (default: ./<model>-snp-<percent>)")
+    calibration: str | None = option(
+        None,
+        "text to calibrate on: wikitext2, c4, self (text the model writes itself), or a file "
+        "(.txt .raw .jsonl, plain or .gz .xz; .parquet) or a datasets directory (default: wikitext2; self without MODEL)",
+    )
+    samples: int = option(128, "calibration windows")
+    sequence_length: int = option(2048, "tokens per window, capped by the model")
+    seed: int = option(0, "seed of everything random")
+    method: str = option("best", "preset for order, allocation, target and attention", tuple(METHODS))
+    order: str | None = option(None, "which units stay", tuple(ORDERS))
+    allocation: str | None = option(None, "how much each layer gives", tuple(ALLOCATIONS))
+    target: str | None = option(
+        None,
+        "what the repair refits to: the layer's own output on the pruned stream, the dense model's output, the dense "
+        "model's residual stream, or none for no repair",
+        TARGETS,
+    )
+    attention: str | None = option(
+        None, "remove whole heads, directions inside all heads (dims), or either per block (both)", ATTENTION_MODES
+    )
+    sensitivity: str = option(
+        "scalar",
+        "what makes the loss curves of --allocation loss comparable: relative (no gradient), or the loss gradient as "
+        "one number per layer (scalar) or as a matrix (fisher)",
+        SENSITIVITIES,
+    )
+    round_to: int = option(
+        1, "keep neurons in multiples of N, and head dimensions in multiples of N up to 8 (attention kernels need 8)"
+    )
+    damping: float | str = option(
+        1e-3, "ridge of the repair as a share of the mean variance, or auto: chosen on held-out calibration windows"
+    )
+    device: str = option("auto", "auto, cpu, cuda or cuda:i")
+    dtype: str = option("auto", "type to compute in; the result keeps the type of the checkpoint", DTYPES)
+    evaluate: tuple[str, ...] | None = option(
+        None, "text to measure perplexity on, like --calibration; repeatable (default: wikitext2; self without MODEL)"
+    )
+    revision: str | None = option(None, "branch, tag or commit of MODEL on the Hub")
+    overwrite: bool = option(False, "replace an earlier result of llm_snp in the output directory")
+    quiet: bool = option(False, "print the final table only")
+
+    def resolved(self) -> PruneConfig:
+        """With the method's choices filled in where none was made, and the defaults that depend on `model`."""
+        choose(self.method, METHODS, "--method")
+        chosen = {name: getattr(self, name) or value for name, value in METHODS[self.method].items()}
+        text = "self" if self.model is None else "wikitext2"
+        return dataclasses.replace(
+            self,
+            **chosen,
+            calibration=self.calibration or text,
+            evaluate=(text,) if self.evaluate is None else tuple(self.evaluate),
+        )
+
+    def validate(self) -> None:
+        """Raise `OptionError` for a value that cannot be used, before anything is loaded."""
+        if not 0.0 <= self.sparsity < 1.0:
+            raise OptionError(f"--sparsity is {self.sparsity:g}; it is a share and must be at least 0 and below 1")
+        for name, least in (("samples", 1), ("sequence_length", 2), ("round_to", 1)):
+            if getattr(self, name) < least:
+                raise OptionError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least {least}")
+        for f in dataclasses.fields(self):
+            value, choices = getattr(self, f.name), f.metadata["choices"]
+            if choices and value is not None:
+                choose(value, choices, f"--{f.name.replace('_', '-')}")
+        choose(self.device.split(":")[0], DEVICES, "--device")
+        if isinstance(self.damping, str):
+            if self.damping != "auto":
+                raise OptionError(f"--damping is {self.damping!r}; give a number of at least 0, or auto")
+        elif not 0.0 <= self.damping < float("inf"):
+            raise OptionError(f"--damping is {self.damping:g}; give a finite number of at least 0, or auto")
+        if self.damping == "auto" and self.samples < 2:
+            raise OptionError("--damping auto holds out part of the windows; give --samples of at least 2")
+
+    @property
+    def measures(self) -> bool:
+        """Whether the plan needs a measuring pass over the dense model."""
+        return self.sparsity > 0 and (self.allocation in ("variance", "loss") or self.attention == "both")
+
+    @property
+    def needs_gradient(self) -> bool:
+        return self.measures and self.allocation == "loss" and self.sensitivity != "relative"

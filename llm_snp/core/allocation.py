@@ -1,0 +1,145 @@
+"""How much to remove from which site, so that the budget of parameters is met.
+
+Every allocation gives each removal step of each site a priority that does not fall along the site; steps are then
+taken over all sites in order of priority until the budget is spent. For `variance` that is the paper's one global
+cut-off τ, bisected to the budget, without the bisection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..errors import OptionError
+
+
+@dataclass(frozen=True)
+class SiteCurve:
+    """A site as an allocation sees it.
+
+    block, site   where; unit: what is counted there (heads, dims, neurons)
+    units         u, how many units there are; cost: parameters per unit
+    multiple      kept counts are multiples of this, or u itself
+    variance      (u+1,) or None: share of the input variance in the tail after k units (`Subspace.variance_curve`)
+    loss          (u+1,) or None: loss of keeping k units, comparable between sites
+    """
+
+    block: int
+    site: str
+    unit: str
+    units: int
+    cost: int
+    multiple: int = 1
+    variance: Tensor | None = None
+    loss: Tensor | None = None
+
+    @property
+    def kept_counts(self) -> list[int]:
+        """Allowed kept counts, from all units down to the minimum of one multiple."""
+        counts = list(range(self.units // self.multiple * self.multiple, 0, -self.multiple))
+        return counts if counts and counts[0] == self.units else [self.units, *counts]
+
+    @property
+    def removable(self) -> int:
+        """Parameters that can go at most."""
+        return (self.units - self.kept_counts[-1]) * self.cost
+
+
+def _by_step(curve: SiteCurve, values: Tensor) -> list[float]:
+    """values (u+1,) at the kept count that each removal step leaves."""
+    table = values.tolist()
+    return [table[k] for k in curve.kept_counts[1:]]
+
+
+def _van_der_corput(index: int) -> float:
+    """The index-th number of a sequence that fills (0, 1) evenly: 1/2, 1/4, 3/4, 1/8, ..."""
+    value, digit = 0.0, 0.5
+    index += 1
+    while index:
+        value, index, digit = value + digit * (index & 1), index >> 1, digit / 2
+    return value
+
+
+def allocate_uniform(curves: Sequence[SiteCurve]) -> list[list[float]]:
+    """The same share of every site. What does not come out even is spread over the depth, not put at one end."""
+    priorities = []
+    for curve in curves:
+        offset = _van_der_corput(curve.block)
+        counts = curve.kept_counts
+        steps = zip(counts, counts[1:], strict=False)
+        priorities.append([(curve.units - before + offset * (before - after)) / curve.units for before, after in steps])
+    return priorities
+
+
+def allocate_variance(curves: Sequence[SiteCurve]) -> list[list[float]]:
+    """One global cumulative-variance cut-off τ (arXiv 2405.17506): a site drops the longest tail with share ≤ τ."""
+    priorities = []
+    for curve in curves:
+        if curve.variance is None:
+            raise OptionError("--allocation variance needs measured variance curves")
+        priorities.append(_by_step(curve, curve.variance))
+    return priorities
+
+
+def allocate_loss(curves: Sequence[SiteCurve]) -> list[list[float]]:
+    """Marginal loss per parameter on each site's lower convex hull (METHOD, section 5)."""
+    priorities = []
+    for curve in curves:
+        if curve.loss is None:
+            raise OptionError("--allocation loss needs measured loss curves")
+        counts = curve.kept_counts
+        at = [curve.loss[curve.units].item(), *_by_step(curve, curve.loss)]
+        rates: list[tuple[float, int]] = []  # pooled (loss per parameter, steps), rising
+        for j in range(1, len(counts)):
+            rate, steps = (at[j] - at[j - 1]) / ((counts[j - 1] - counts[j]) * curve.cost), 1
+            while rates and rates[-1][0] >= rate:
+                steps += rates.pop()[1]
+                rate = (at[j] - at[j - steps]) / ((counts[j - steps] - counts[j]) * curve.cost)
+            rates.append((rate, steps))
+        priorities.append([rate for rate, steps in rates for _ in range(steps)])
+    return priorities
+
+
+ALLOCATIONS: dict[str, Callable[[Sequence[SiteCurve]], list[list[float]]]] = {
+    "uniform": allocate_uniform,
+    "variance": allocate_variance,
+    "loss": allocate_loss,
+}
+
+
+def allocate(name: str, curves: Sequence[SiteCurve], budget: float) -> list[int]:
+    """Kept counts per site, such that about `budget` parameters go: to half a step of the cheapest site left.
+
+    Steps are taken by priority while they fit. A site whose next step no longer fits is closed, the others go on;
+    the rest of the budget is spent on one more of the cheapest steps if that comes nearer to it. So no more than
+    half a step above the budget is ever removed. Raises `OptionError` if the budget exceeds what can be removed.
+    """
+    most = sum(curve.removable for curve in curves)
+    if budget > most:
+        raise OptionError(f"{budget:.0f} parameters should go, but only {most} can: a block would be empty")
+    priorities = ALLOCATIONS[name](curves)
+    steps = sorted((p, curve.block, i, j) for i, curve in enumerate(curves) for j, p in enumerate(priorities[i]))
+    kept = [curve.units for curve in curves]
+    open_site = [True] * len(curves)
+    left = budget
+    for _, _, i, j in steps:
+        counts = curves[i].kept_counts
+        cost = (counts[j] - counts[j + 1]) * curves[i].cost
+        if not open_site[i]:
+            continue
+        if cost <= left:
+            kept[i], left = counts[j + 1], left - cost
+        else:
+            open_site[i] = False
+    candidates = []
+    for i, curve in enumerate(curves):
+        position = curve.kept_counts.index(kept[i])
+        if position < len(priorities[i]):
+            after = curve.kept_counts[position + 1]
+            candidates.append(((kept[i] - after) * curve.cost - left, priorities[i][position], i, after))
+    over, _, i, after = min(candidates, default=(left, 0.0, 0, 0))
+    if over < left:
+        kept[i] = after
+    return kept

@@ -1,0 +1,114 @@
+"""Least-squares repair of a consumer whose inputs were pruned, and what the repair leaves lost.
+
+With r = target - (W x + b) the target only enters through R = E r (x - Ex)ᵀ: the consumer refitted with all inputs
+present is W* = W + R (C + λI)⁻¹, and pruning from W* by `subspace.truncate` gives exactly the ridge solution for the
+target, with the ridge pulling towards the dense W (not towards zero). The target `self` has r = 0 and W* = W.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .linalg import damped_cholesky
+from .moments import Moments
+from .orders import ORDERS, UnitStatistics
+from .subspace import Subspace, factorise, truncate, unit_columns
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A consumer after pruning.
+
+    columns  (k·g,) long, ascending: the inputs that are left
+    weight   (d, k·g) float64, bias (d,) float64
+    lost     output energy E‖target - output‖², centred, on the calibration tokens
+    total    centred output energy of the unpruned layer on the same tokens
+    damping  λ / mean diagonal that was used
+    """
+
+    columns: Tensor
+    weight: Tensor
+    bias: Tensor
+    lost: float
+    total: float
+    damping: float
+
+
+def refit_all(moments: Moments, weight: Tensor, damping: float) -> Tensor:
+    """W* (d, m): the consumer refitted to its target with all inputs present."""
+    residual = moments.residual_covariance
+    if residual is None:
+        return weight
+    lower, _ = damped_cholesky(moments.covariance, damping)
+    return weight + torch.cholesky_solve(residual.mT, lower).mT
+
+
+def lost_energy(moments: Moments, weight: Tensor, columns: Tensor, refit: Tensor) -> float:
+    """E‖r + W x - W' x_K‖², centred: exact on the tokens of `moments`, whatever W' (d, k) is."""
+    error = weight.clone()
+    error[:, columns] -= refit
+    lost = ((error @ moments.covariance) * error).sum().item() + moments.residual_variance
+    residual = moments.residual_covariance
+    if residual is not None:
+        lost += 2.0 * (error * residual).sum().item()
+    return max(0.0, lost)
+
+
+def refit_bias(moments: Moments, weight: Tensor, bias: Tensor, columns: Tensor, refit: Tensor) -> Tensor:
+    """b' = b + E r + W μ - W' μ_K, (d,): the mean output is that of the target."""
+    mean = moments.mean
+    repaired = bias + weight @ mean - refit @ mean[columns]
+    return repaired if moments.mean_residual is None else repaired + moments.mean_residual
+
+
+def finish(
+    moments: Moments, weight: Tensor, bias: Tensor | None, columns: Tensor, refit: Tensor, damping: float
+) -> Pruned:
+    """Bias and energies for a refitted weight (d, k·g) over `columns`; without a bias to refit it stays zero."""
+    total = ((weight @ moments.covariance) * weight).sum().item()
+    lost = lost_energy(moments, weight, columns, refit)
+    if bias is None:
+        new_bias = weight.new_zeros(weight.shape[0])
+    else:
+        new_bias = refit_bias(moments, weight, bias, columns, refit)
+    return Pruned(columns, refit, new_bias, lost, total, damping)
+
+
+def subspace_of_units(
+    moments: Moments,
+    weight: Tensor,
+    order: str,
+    group: int,
+    damping: float,
+    sensitivity: Tensor | None = None,
+    keep: int | None = None,
+    nonnegative: bool = False,
+    generator: torch.Generator | None = None,
+) -> Subspace:
+    """Order the units of a site by a criterion of `ORDERS` and factorise. weight (d, m): refitted, see `refit_all`."""
+    covariance = moments.covariance
+    statistics = UnitStatistics(
+        covariance, moments.mean, weight, group, damping, sensitivity, keep, nonnegative, generator
+    )
+    columns = unit_columns(ORDERS[order](statistics), group)
+    return factorise(covariance, weight, columns, damping, sensitivity)
+
+
+def repair(
+    moments: Moments, subspace: Subspace, weight: Tensor, bias: Tensor | None, refitted: Tensor, keep: int
+) -> Pruned:
+    """Prune the consumer weight (d, m) to the first `keep` units of the subspace and refit it and its bias (d,)."""
+    columns, refit = truncate(subspace, refitted, keep)
+    return finish(moments, weight, bias, columns, refit, subspace.damping)
+
+
+def without_repair(moments: Moments, subspace: Subspace, weight: Tensor, bias: Tensor | None, keep: int) -> Pruned:
+    """Drop the units and leave everything else as it was: the floor that the repair is measured against."""
+    columns = subspace.columns[:keep].flatten().sort().values
+    refit = weight[:, columns]
+    total = ((weight @ moments.covariance) * weight).sum().item()
+    unchanged = weight.new_zeros(weight.shape[0]) if bias is None else bias
+    return Pruned(columns, refit, unchanged, lost_energy(moments, weight, columns, refit), total, 0.0)

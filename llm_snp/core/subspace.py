@@ -1,0 +1,85 @@
+"""The subspace of Subspace Node Pruning: a block-triangular transform that makes ordered units uncorrelated.
+
+Offergeld, van Gerven, Ahmad, arXiv 2405.17506. With P the order of the units and P (C + λI) Pᵀ = L Lᵀ, the
+coordinates z = L⁻¹ P (x - Ex) are white, coordinates of unit i depend on units 1..i only, and dropping the tail of z
+is dropping the tail of x. One factorisation gives the loss of keeping k units for every k, exactly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .linalg import damped_cholesky
+
+
+@dataclass(frozen=True)
+class Subspace:
+    """Units in an order, with what each adds.
+
+    columns   (u, g) long: the consumer's columns of each unit, most important unit first
+    lower     (m, m) float64: Cholesky factor L of the permuted, damped covariance; its diagonal blocks times their
+              transposes are the paper's D
+    variance  (u,): tr D_i, the input variance of unit i that the units before it do not explain
+    energy    (u,): ε_i = tr(W̃_i G W̃_iᵀ D_i), the output energy lost with unit i
+    damping   λ / mean diagonal that was used
+    """
+
+    columns: Tensor
+    lower: Tensor
+    variance: Tensor
+    energy: Tensor
+    damping: float
+
+    @property
+    def loss_curve(self) -> Tensor:
+        """(u+1,): entry k is the (damped) output energy lost when the first k units are kept and refitted."""
+        tail = torch.cat([self.energy, self.energy.new_zeros(1)])
+        return tail.flip(0).cumsum(0).flip(0)
+
+    @property
+    def variance_curve(self) -> Tensor:
+        """(u+1,): entry k is Σ_{i>k} tr D_i as a share of Σ tr D_i, the quantity that τ cuts."""
+        tail = torch.cat([self.variance, self.variance.new_zeros(1)]).flip(0).cumsum(0).flip(0)
+        return tail / tail[0].clamp_min(torch.finfo(tail.dtype).tiny)
+
+
+def unit_columns(order: Tensor, group: int) -> Tensor:
+    """(u, g) columns of units that lie side by side, in the given order (u,)."""
+    return order.view(-1, 1) * group + torch.arange(group, device=order.device)
+
+
+def factorise(
+    covariance: Tensor, weight: Tensor, columns: Tensor, damping: float, sensitivity: Tensor | None = None
+) -> Subspace:
+    """Factorise covariance (m, m) float64 in the order of columns (u, g), for a consumer weight (d, m).
+
+    Raises `NumericalError` if the covariance cannot be factorised with any damping.
+    """
+    flat = columns.flatten()
+    lower, used = damped_cholesky(covariance[flat][:, flat], damping)
+    u, g = columns.shape
+    z = weight[:, flat] @ lower
+    weighted = z if sensitivity is None else sensitivity @ z
+    energy = (z * weighted).sum(0).view(u, g).sum(1).clamp_min(0.0)
+    blocks = lower.view(u, g, u, g).diagonal(dim1=0, dim2=2)
+    return Subspace(columns, lower, blocks.square().sum((0, 1)), energy, used)
+
+
+def truncate(subspace: Subspace, weight: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+    """Keep the first `keep` units and fold the rest into them by least squares.
+
+    W' = W_K + W_P L_PK L_KK⁻¹ (METHOD, section 2): one triangular solve with d right-hand sides, no inverse.
+    weight (d, m). Returns the kept columns (k·g,) ascending and the refitted weight (d, k·g) in that order.
+    """
+    u, g = subspace.columns.shape
+    flat, k = subspace.columns.flatten(), keep * g
+    kept, pruned = flat[:k], flat[k:]
+    refit = weight[:, kept]
+    if k < flat.numel():
+        folded = weight[:, pruned] @ subspace.lower[k:, :k]
+        refit = refit + torch.linalg.solve_triangular(subspace.lower[:k, :k], folded, upper=False, left=False)
+    ascending = torch.argsort(kept)
+    return kept[ascending], refit[:, ascending]

@@ -1,0 +1,52 @@
+"""The errors a user can meet. Each message says what was found, what was expected and what to do.
+
+The command line prints the message as one line and exits with code 2; Python callers catch `SnpError` or a
+subclass. Anything else that escapes is a bug in llm_snp and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class SnpError(Exception):
+    """Base of every error that has its cause outside llm_snp."""
+
+
+class OptionError(SnpError):
+    """An option has a value that cannot be used."""
+
+
+class CheckpointError(SnpError):
+    """The checkpoint is missing, incomplete, damaged or not what its config says."""
+
+
+class UnsupportedModelError(SnpError):
+    """The checkpoint is sound, but llm_snp cannot prune this kind of model."""
+
+
+class CorpusError(SnpError):
+    """Calibration or evaluation text is missing, unreadable or too short."""
+
+
+class OutputError(SnpError):
+    """The result cannot be written where it was asked for."""
+
+
+class NumericalError(SnpError):
+    """Activations or moments that no damping can rescue (overflow, NaN)."""
+
+
+class HubError(SnpError):
+    """The Hugging Face Hub could not be reached or refused."""
+
+
+def choose(value: str, known: Iterable[str], what: str) -> str:
+    """Return `value` if it is one of `known`; otherwise raise `OptionError` that lists them and guesses."""
+    names = list(known)
+    if value in names:
+        return value
+    close = difflib.get_close_matches(value, names, n=1)
+    guess = f" Did you mean {close[0]!r}?" if close else ""
+    raise OptionError(f"{what} {value!r} is not known; choose one of {', '.join(names)}.{guess}")

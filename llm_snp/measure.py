@@ -1,0 +1,173 @@
+"""The measuring pass: one sweep over the dense model gives every site's exact loss and variance curve."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .calibrate import block_moments
+from .config import PruneConfig
+from .core import heads as head_space
+from .core.allocation import SiteCurve
+from .core.moments import Moments
+from .core.repair import subspace_of_units
+from .core.subspace import Subspace, factorise
+from .families import Attention, Family, Site
+from .plan import dims_curve
+from .prune_site import head_blocks, linear_weights, rotate
+from .sensitivity import Sensitivity
+from .skeleton import Call, Skeleton, run_block
+from .stream import Stream, Taps
+
+# The cost of truncated scores cannot be read off moments (a softmax lies behind them): it is measured on one batch
+# at the ranks that divide the head into so many parts, and between them follows the tail of the singular values.
+SCORE_PARTS = 4
+
+
+def measured_curves(
+    skeleton: Skeleton,
+    family: Family,
+    config: Any,
+    stream: Stream,
+    options: PruneConfig,
+    curves: list[SiteCurve],
+    sensitivity: Sensitivity,
+    progress: Callable[[], None],
+) -> list[SiteCurve]:
+    """`curves` with their variance and loss filled in; `stream` ends behind the last block.
+
+    `both` gets the cheaper of heads and dims for each block, compared at the share of parameters asked for.
+    """
+    sites = family.sites(config)
+    with_dims = options.attention != "heads"
+    attention = family.attention(config) if with_dims else None
+    by_site = {(curve.block, curve.site): curve for curve in curves}
+    measured: list[SiteCurve] = []
+    for i in range(len(skeleton)):
+        block = skeleton.load_block(i, skeleton.block_state(i))
+        sample = next(stream.batches(i)) if with_dims else None
+        moments = block_moments(i, block, stream, sites, attention, advance=True)
+        for site in sites:
+            curve = by_site[i, site.name]
+            g = sensitivity.get((i, site.name))
+            choices = []
+            if curve.unit != "dims":
+                choices.append(_unit_curve(curve, block, site, moments[site.name], options, g))
+            if attention is not None and site.name == attention.site:
+                assert sample is not None
+                dims = curve if curve.unit == "dims" else dims_curve(curve, attention, options)
+                choices.append(_dims_curve(dims, block, site, attention, moments, options, g, *sample[1:]))
+            measured.append(min(choices, key=lambda c: _loss_at_share(c, options.sparsity)))
+        progress()
+    return measured
+
+
+def _loss_at_share(curve: SiteCurve, share: float) -> float:
+    """Loss of removing a share of the site's parameters, between kept counts by linear interpolation."""
+    assert curve.loss is not None
+    kept = (1.0 - share) * curve.units
+    low = int(kept)
+    values = curve.loss.tolist()
+    return values[low] + (kept - low) * (values[min(low + 1, curve.units)] - values[low])
+
+
+def _with_curves(curve: SiteCurve, subspace: Subspace, extra: Tensor | None, options: PruneConfig) -> SiteCurve:
+    """Fill in the curves; a relative loss is a share of the site's output energy."""
+    loss = subspace.loss_curve
+    total = loss[0].clone()
+    if extra is not None:
+        loss = loss + extra
+    if options.sensitivity == "relative" or not options.needs_gradient:
+        loss = loss / total.clamp_min(torch.finfo(loss.dtype).tiny)
+    return replace(curve, variance=subspace.variance_curve.cpu(), loss=loss.cpu())
+
+
+def _damping(options: PruneConfig) -> float:
+    """The damping of curves: the one asked for; `auto` is decided later, site by site."""
+    return 1e-3 if isinstance(options.damping, str) else options.damping
+
+
+def _unit_curve(
+    curve: SiteCurve, block: nn.Module, site: Site, moments: Moments, options: PruneConfig, g: Tensor | None
+) -> SiteCurve:
+    weight, _ = linear_weights(block, site.consumer)
+    assert options.order is not None
+    keep = max(1, round(site.units * (1 - options.sparsity)))
+    seed = torch.Generator().manual_seed(options.seed)
+    subspace = subspace_of_units(
+        moments, weight, options.order, site.group, _damping(options), g, keep, site.nonnegative, seed
+    )
+    return _with_curves(curve, subspace, None, options)
+
+
+def _dims_curve(
+    curve: SiteCurve,
+    block: nn.Module,
+    site: Site,
+    attention: Attention,
+    moments: dict[str, Moments],
+    options: PruneConfig,
+    g: Tensor | None,
+    hidden: Tensor,
+    call: Call,
+) -> SiteCurve:
+    """Value path: exact, from the subspace of directions. Scores: measured at a few ranks."""
+    weight, _ = linear_weights(block, site.consumer)
+    h, w, damping = attention.heads, attention.head_dim, _damping(options)
+    covariance = moments[site.name].covariance
+    basis = head_space.value_basis(head_blocks(covariance, h), weight, damping, g)
+    rotated, in_basis = rotate(covariance, weight, basis)
+    subspace = factorise(rotated, in_basis, head_space.direction_columns(h, w, weight.device), damping, g)
+    query, key, power = head_space.score_basis(
+        moments[attention.query].uncentred, moments[attention.key].covariance, damping
+    )
+    tail = torch.cat([power.sum(0), power.new_zeros(1)]).flip(0).cumsum(0).flip(0)
+    per_power = torch.zeros_like(tail)
+    ranks = sorted({max(1, w * j // SCORE_PARTS) for j in range(1, SCORE_PARTS)})
+    reference = _consumer_input(block, site, hidden, call)
+    projections = [block.get_submodule(name) for name in (attention.query, attention.key)]
+    dense = [(layer.weight, layer.bias) for layer in projections]
+    for rank in ranks:
+        for layer, saved, transform in zip(projections, dense, (query, key), strict=True):
+            _set_rows(layer, saved, transform, rank)
+        error = (_consumer_input(block, site, hidden, call) - reference).double() @ weight.mT
+        error -= error.mean(0)
+        weighted = error if g is None else error @ g
+        per_power[rank] = (error * weighted).sum(1).mean() / tail[rank].clamp_min(torch.finfo(tail.dtype).tiny)
+    for layer, saved in zip(projections, dense, strict=True):
+        layer.weight, layer.bias = saved
+    return _with_curves(curve, subspace, tail * _between(per_power, ranks), options)
+
+
+def _set_rows(layer: Any, saved: tuple[Tensor, Tensor | None], transform: Tensor, rank: int) -> None:
+    """Load the first `rank` transformed rows of every head, zeros below: same shape, truncated scores."""
+    truncated = transform.clone()
+    truncated[:, rank:] = 0.0
+    weight, bias = saved
+    rows, row_bias = head_space.transform_rows(weight.double(), None if bias is None else bias.double(), truncated)
+    layer.weight = nn.Parameter(rows.to(weight.dtype), requires_grad=False)
+    if bias is not None and row_bias is not None:
+        layer.bias = nn.Parameter(row_bias.to(bias.dtype), requires_grad=False)
+
+
+@torch.no_grad()
+def _consumer_input(block: nn.Module, site: Site, hidden: Tensor, call: Call) -> Tensor:
+    """What the consumer reads when the block runs on hidden (B, T, d), (B·T, m) float32."""
+    with Taps(block, inputs=[site.consumer]) as taps:
+        run_block(block, hidden, call)
+    return taps.input(site.consumer).float()
+
+
+def _between(values: Tensor, ranks: list[int]) -> Tensor:
+    """values (w+1,) known at `ranks`: linear between them, constant outside."""
+    filled = values.clone()
+    filled[: ranks[0]] = values[ranks[0]]
+    filled[ranks[-1] :] = values[ranks[-1]]
+    for a, b in zip(ranks, ranks[1:], strict=False):
+        for r in range(a + 1, b):
+            filled[r] = values[a] + (values[b] - values[a]) * (r - a) / (b - a)
+    return filled

@@ -1,0 +1,88 @@
+"""The plan: how many units of which site stay, and who decided it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from .config import PruneConfig
+from .core.allocation import SiteCurve, allocate
+from .errors import OptionError
+from .families import Attention, Family
+
+# Attention kernels want head dimensions that are multiples of 8; more would forbid pruning heads of 64.
+HEAD_DIM_MULTIPLE = 8
+
+
+@dataclass(frozen=True)
+class Plan:
+    """kept[i] maps a unit name (heads or dims, and neurons) to how many are left in block i.
+
+    asked, removed: parameters; base: linear parameters of all blocks, of which `sparsity` is the share.
+    curves: what the allocation saw.
+    """
+
+    kept: tuple[dict[str, int], ...]
+    curves: tuple[SiteCurve, ...]
+    made_by: str
+    asked: float
+    removed: int
+    base: int
+
+    @property
+    def achieved(self) -> float:
+        """Share of the blocks' linear parameters that goes."""
+        return self.removed / self.base
+
+    def untouched(self, block: int) -> bool:
+        """Whether everything in a block stays."""
+        return all(self.kept[c.block][c.unit] == c.units for c in self.curves if c.block == block)
+
+
+def empty_curves(family: Family, config: Any, blocks: Sequence[nn.Module], options: PruneConfig) -> list[SiteCurve]:
+    """Sites with their costs but nothing measured; blocks may be on meta. `both` counts heads here."""
+    attention = family.attention(config)
+    curves = []
+    for i, block in enumerate(blocks):
+        for site in family.sites(config):
+            multiple = min(options.round_to, site.units) if site.unit == "neurons" else 1
+            curve = SiteCurve(i, site.name, site.unit, site.units, family.unit_cost(block, site), multiple)
+            if site.name == attention.site and options.attention == "dims":
+                curve = dims_curve(curve, attention, options)
+            curves.append(curve)
+    return curves
+
+
+def dims_curve(heads: SiteCurve, attention: Attention, options: PruneConfig) -> SiteCurve:
+    """The attention site counted in directions of all its heads, which together cost what the heads cost."""
+    return SiteCurve(
+        heads.block,
+        heads.site,
+        "dims",
+        attention.head_dim,
+        heads.cost * attention.heads // attention.head_dim,
+        min(options.round_to, HEAD_DIM_MULTIPLE, attention.head_dim),
+    )
+
+
+def make_plan(
+    family: Family, config: Any, blocks: Sequence[nn.Module], options: PruneConfig, curves: Sequence[SiteCurve], by: str
+) -> Plan:
+    """Allocate the budget over `curves` with allocation `by`. Raises `OptionError` if the sparsity cannot be reached."""
+    base = sum(family.linear_parameters(block, config) for block in blocks)
+    asked = options.sparsity * base
+    most = sum(curve.removable for curve in curves)
+    if asked > most:
+        raise OptionError(
+            f"--sparsity {options.sparsity:g} would leave a block empty; with one unit left everywhere at most "
+            f"{int(1000 * most / base) / 1000:g} can be removed from this model: lower it"
+        )
+    counts = allocate(by, curves, asked)
+    kept: list[dict[str, int]] = [{} for _ in blocks]
+    for curve, count in zip(curves, counts, strict=True):
+        kept[curve.block][curve.unit] = count
+    removed = sum((curve.units - count) * curve.cost for curve, count in zip(curves, counts, strict=True))
+    return Plan(tuple(kept), tuple(curves), by, asked, removed, base)

@@ -1,0 +1,203 @@
+"""Prune one site of a live block: moments in, smaller weights out.
+
+The weights are cut from the tensors of the checkpoint, in their own dtype; what the repair changed is rounded to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .config import PruneConfig
+from .core import heads as head_space
+from .core.moments import Moments
+from .core.repair import (
+    Pruned,
+    finish,
+    lost_energy,
+    refit_all,
+    refit_bias,
+    repair,
+    subspace_of_units,
+    without_repair,
+)
+from .core.subspace import factorise, truncate
+from .errors import NumericalError
+from .families import Attention, Site
+
+State = dict[str, Tensor]
+# --damping auto tries these, best on the held-out windows wins.
+DAMPING_GRID = (1e-5, 1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+
+
+@dataclass(frozen=True)
+class SiteMoments:
+    """Moments of a consumer's input on the fitting windows, and on those held out for `--damping auto`."""
+
+    fit: Moments
+    held: Moments | None = None
+
+    @property
+    def all(self) -> Moments:
+        return self.fit if self.held is None else self.fit.merge(self.held)
+
+
+@dataclass(frozen=True)
+class SiteResult:
+    """The new tensors of a block (host, dtype of the checkpoint) and what pruning this site lost."""
+
+    state: State
+    kept: int
+    lost: float
+    total: float
+    damping: float
+
+
+def linear_weights(block: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
+    """Weight (d, m) and bias (d,) of a live linear layer, float64, on its device."""
+    layer = block.get_submodule(name)
+    return layer.weight.double(), None if layer.bias is None else layer.bias.double()
+
+
+def prune_units(
+    block: nn.Module,
+    state: State,
+    site: Site,
+    moments: SiteMoments,
+    keep: int,
+    options: PruneConfig,
+    sensitivity: Tensor | None,
+    seed: int,
+) -> SiteResult:
+    """Keep `keep` whole units of a site of a live block and repair its consumer."""
+    weight, bias = linear_weights(block, site.consumer)
+
+    def solve(moments: Moments, damping: float) -> Pruned:
+        refitted = refit_all(moments, weight, damping)
+        assert options.order is not None
+        generator = torch.Generator().manual_seed(seed)
+        subspace = subspace_of_units(
+            moments, refitted, options.order, site.group, damping, sensitivity, keep, site.nonnegative, generator
+        )
+        if options.target == "none":
+            return without_repair(moments, subspace, weight, bias, keep)
+        return repair(moments, subspace, weight, bias, refitted, keep)
+
+    damping = choose_damping(options, moments, weight, bias, solve)
+    pruned = solve(moments.all, damping)
+    new = dict(state)
+    columns = pruned.columns.cpu()
+    for name in site.producers:
+        for suffix in ("weight", "bias"):
+            if f"{name}.{suffix}" in new:
+                new[f"{name}.{suffix}"] = new[f"{name}.{suffix}"][columns].contiguous()
+    store(new, site.consumer, pruned.weight, None if bias is None else pruned.bias)
+    return SiteResult(new, keep, pruned.lost, pruned.total, pruned.damping)
+
+
+def choose_damping(
+    options: PruneConfig,
+    moments: SiteMoments,
+    weight: Tensor,
+    bias: Tensor | None,
+    solve: Callable[[Moments, float], Pruned],
+) -> float:
+    """The damping asked for, or for `auto` the one of a grid whose repair errs least on the held-out windows."""
+    if moments.held is None:
+        assert not isinstance(options.damping, str)
+        return options.damping
+    errors = []
+    for damping in DAMPING_GRID:
+        pruned = solve(moments.fit, damping)
+        held = moments.held
+        error = lost_energy(held, weight, pruned.columns, pruned.weight)
+        if bias is not None:
+            # The bias that would be right for the held-out windows, minus the one that was fitted.
+            offset = refit_bias(held, weight, bias, pruned.columns, pruned.weight) - pruned.bias
+            error += offset.square().sum().item()
+        errors.append(error)
+    return DAMPING_GRID[min(range(len(errors)), key=errors.__getitem__)]
+
+
+def refit_consumer(
+    block: nn.Module, state: State, site: Site, moments: SiteMoments, options: PruneConfig, kept: int
+) -> SiteResult:
+    """Refit a consumer whose inputs are already what they will be; the ridge pulls to its present weights."""
+    weight, bias = linear_weights(block, site.consumer)
+    everything = torch.arange(weight.shape[1], device=weight.device)
+
+    def solve(moments: Moments, damping: float) -> Pruned:
+        return finish(moments, weight, bias, everything, refit_all(moments, weight, damping), damping)
+
+    damping = choose_damping(options, moments, weight, bias, solve)
+    pruned = solve(moments.all, damping)
+    new = dict(state)
+    store(new, site.consumer, pruned.weight, None if bias is None else pruned.bias)
+    return SiteResult(new, kept, pruned.lost, pruned.total, damping)
+
+
+def narrow_heads(
+    block: nn.Module,
+    state: State,
+    site: Site,
+    attention: Attention,
+    values: Moments,
+    queries: Moments,
+    keys: Moments,
+    rank: int,
+    damping: float,
+    sensitivity: Tensor | None,
+) -> State:
+    """Keep `rank` directions of every head between query and key and in the value path; out_proj refitted to itself.
+
+    values: moments of the consumer's input; queries, keys: of the projections' outputs, grouped by head.
+    """
+    weight, bias = linear_weights(block, site.consumer)
+    covariance = values.covariance
+    h, w = attention.heads, attention.head_dim
+    basis = head_space.value_basis(head_blocks(covariance, h), weight, damping, sensitivity)
+    query, key, _ = head_space.score_basis(queries.uncentred, keys.covariance, damping)
+    new = dict(state)
+    for name, transform in ((attention.query, query), (attention.key, key), (attention.value, basis)):
+        rows, row_bias = head_space.transform_rows(*linear_weights(block, name), transform[:, :rank])
+        store(new, name, rows, row_bias)
+    # In the full basis the block is what it was; its directions are then units like any others.
+    rotated, in_basis = rotate(covariance, weight, basis)
+    subspace = factorise(rotated, in_basis, head_space.direction_columns(h, w, weight.device), damping, sensitivity)
+    columns, refit = truncate(subspace, in_basis, rank)
+    new_bias = None
+    if bias is not None:
+        mean = head_space.to_basis(values.mean[None], basis)[0]
+        new_bias = bias + in_basis @ mean - refit @ mean[columns]
+    store(new, site.consumer, refit, new_bias)
+    return new
+
+
+def rotate(covariance: Tensor, weight: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """Covariance (m, m) and consumer weight (d, m) in orthonormal head bases (h, w, w)."""
+    half = head_space.to_basis(covariance, basis)
+    return head_space.to_basis(half.mT, basis), head_space.to_basis(weight, basis)
+
+
+def head_blocks(covariance: Tensor, heads: int) -> Tensor:
+    """The (h, w, w) diagonal blocks of a covariance (h·w, h·w)."""
+    w = covariance.shape[0] // heads
+    return covariance.view(heads, w, heads, w).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+
+
+def store(state: State, name: str, weight: Tensor, bias: Tensor | None) -> None:
+    """Put a layer's new weight and bias into a state, rounded to its dtype. Raises `NumericalError` on overflow."""
+    for suffix, value in (("weight", weight), ("bias", bias)):
+        if value is None:
+            continue
+        key = f"{name}.{suffix}"
+        rounded = value.to(state[key].dtype)
+        if not torch.isfinite(rounded).all():
+            raise NumericalError(
+                f"the repaired {key} exceeds what {state[key].dtype} can hold (largest entry "
+                f"{value.abs().max().item():.3g}); give a larger --damping"
+            )
+        state[key] = rounded.cpu().contiguous()

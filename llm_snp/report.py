@@ -1,0 +1,215 @@
+"""report.json: everything a later reader needs, and the lines and tables a person sees."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import resource
+import shlex
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import __version__
+from .checkpoint import Checkpoint
+from .config import PruneConfig
+from .core.allocation import SiteCurve
+from .data import Windows
+from .evaluation.perplexity import Perplexity
+from .executor import BlockResult
+from .plan import Plan
+
+FORMAT = 1
+CURVE_POINTS = 33
+LIBRARIES = ("torch", "transformers", "accelerate", "safetensors", "huggingface_hub", "datasets", "tokenizers")
+
+
+class Report:
+    """Collects `data`, a JSON-ready dict, while a run goes on."""
+
+    def __init__(
+        self,
+        options: PruneConfig,
+        directory: Path,
+        config: Any,
+        checkpoint: Checkpoint,
+        calibration: Windows,
+        length: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        stored: torch.dtype,
+    ):
+        self.options = options
+        self.data: dict[str, Any] = {
+            "format": FORMAT,
+            "versions": {"llm_snp": __version__, "python": platform.python_version()}
+            | {name: version(name) for name in LIBRARIES},
+            "command": command_line(),
+            "options": dataclasses.asdict(options),
+            "seed": options.seed,
+            "model": {
+                "name": options.model or directory.name,
+                "type": config.model_type,
+                "dtype": _name(stored),
+                "bytes": sum(file.stat().st_size for file in checkpoint.files),
+            },
+            "device": {
+                "name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+                "type": device.type,
+                "dtype": _name(dtype),
+                "threads": torch.get_num_threads(),
+            },
+            "calibration": {
+                "source": calibration.source,
+                "sha256": calibration.sha256,
+                "windows": calibration.tokens.shape[0],
+                "windows_available": calibration.available,
+                "sequence_length": length,
+                "sequence_length_asked": options.sequence_length,
+            },
+            "blocks": [],
+            "evaluation": {},
+            "notes": [],
+        }
+        if length < options.sequence_length:
+            self.note(f"windows have {length} tokens: the model has no more positions")
+
+    def note(self, text: str) -> None:
+        """Something a reader should know: a rescue, a limit, a rounding."""
+        self.data["notes"].append(text)
+
+    def planned(self, plan: Plan, parameters: int) -> None:
+        """The plan; `parameters`: of the whole dense model."""
+        options, model = self.options, self.data["model"]
+        model["parameters"] = parameters
+        model["parameters_pruned"] = parameters - plan.removed
+        self.data["sparsity"] = {
+            "asked": options.sparsity,
+            "achieved": plan.achieved,
+            "of_all_parameters": plan.removed / parameters,
+            "block_parameters": plan.base,
+            "block_parameters_removed": plan.removed,
+        }
+        self.data["plan"] = {
+            "allocation": plan.made_by,
+            "kept": list(plan.kept),
+            "curves": [_curve(curve) for curve in plan.curves],
+        }
+        if options.round_to > 1 and abs(plan.removed - plan.asked) > min(c.cost for c in plan.curves):
+            self.note(
+                f"--round-to {options.round_to} allows {plan.achieved:.2%} of the block parameters to go, "
+                f"{options.sparsity:.2%} was asked"
+            )
+
+    def block(self, index: int, results: BlockResult) -> None:
+        """What pruning block `index` did."""
+        curves = {c["site"]: c for c in self.data["plan"]["curves"] if c["block"] == index}
+        kept = self.data["plan"]["kept"][index]
+        entry: dict[str, Any] = {"block": index}
+        for site, curve in curves.items():
+            result = results.get(site)
+            entry[site] = {
+                "unit": curve["unit"],
+                "units": curve["units"],
+                "kept": kept[curve["unit"]],
+                "lost": result.lost if result else 0.0,
+                "total": result.total if result else None,
+                "damping": result.damping if result else None,
+            }
+            asked = self.options.damping
+            if result and not isinstance(asked, str) and result.damping > asked:
+                self.note(
+                    f"block {index} {site}: damping raised from {asked:g} to {result.damping:g}; the moments were singular"
+                )
+        self.data["blocks"].append(entry)
+
+    def evaluated(self, source: str, which: str, result: Perplexity) -> None:
+        self.data["evaluation"].setdefault(source, {})[which] = dataclasses.asdict(result)
+
+    def finished(self, output: Path, weight_bytes: int, seconds: dict[str, float]) -> None:
+        self.data["model"]["bytes_pruned"] = weight_bytes
+        self.data["output"] = str(output)
+        self.data["seconds"] = {name: round(value, 3) for name, value in seconds.items()}
+        scale = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB elsewhere
+        self.data["peak_memory"] = {
+            "host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale,
+            "device_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
+        }
+
+
+def command_line() -> str:
+    """The command as it can be typed again."""
+    program = Path(sys.argv[0])
+    head = ["python", "-m", "llm_snp"] if program.name == "__main__.py" else [program.name]
+    return shlex.join([*head, *sys.argv[1:]])
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _curve(curve: SiteCurve) -> dict[str, Any]:
+    """A site and its curves at up to `CURVE_POINTS` kept counts."""
+    at = sorted({round(j * curve.units / (CURVE_POINTS - 1)) for j in range(CURVE_POINTS)})
+    entry: dict[str, Any] = {
+        "block": curve.block,
+        "site": curve.site,
+        "unit": curve.unit,
+        "units": curve.units,
+        "parameters_per_unit": curve.cost,
+    }
+    for name, values in (("variance", curve.variance), ("loss", curve.loss)):
+        if values is not None:
+            entry["at_kept"] = at
+            entry[name] = [values[k].item() for k in at]
+    return entry
+
+
+def relative_error(site: dict[str, Any]) -> float:
+    """Lost output energy as a share of the total."""
+    return site["lost"] / site["total"] if site["total"] else 0.0
+
+
+def block_line(report: Report, index: int) -> str:
+    """`block 3/24  heads 9/12  neurons 2100/3072  error: attention 1.2%, mlp 3.4%`"""
+    entry = report.data["blocks"][-1]
+    sites = {name: value for name, value in entry.items() if name != "block"}
+    total = len(report.data["plan"]["kept"])
+    kept = "  ".join(f"{s['unit']} {s['kept']}/{s['units']}" for s in sites.values())
+    errors = ", ".join(f"{name} {relative_error(s):.2%}" for name, s in sites.items())
+    return f"block {index + 1:>{len(str(total))}}/{total}  {kept}  error: {errors}"
+
+
+def summary(data: dict[str, Any]) -> str:
+    """The table at the end of a run."""
+    model, sparsity = data["model"], data["sparsity"]
+    rows = [
+        ("", "dense", "pruned", "change"),
+        _row("parameters", model["parameters"], model["parameters_pruned"], "{:,.0f}"),
+        _row("size on disk, MB", model["bytes"] / 1e6, model["bytes_pruned"] / 1e6, "{:,.1f}"),
+    ]
+    for source, result in data["evaluation"].items():
+        dense, pruned = result["dense"]["perplexity"], result["pruned"]["perplexity"]
+        rows.append(_row(f"perplexity, {Path(source).name}", dense, pruned, "{:,.2f}"))
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]).rstrip()
+        for row in rows
+    ]
+    lines += [
+        "",
+        f"removed  {sparsity['achieved']:.2%} of the blocks' linear parameters ({sparsity['asked']:.2%} asked), "
+        f"{sparsity['of_all_parameters']:.2%} of all",
+        "seconds  " + ", ".join(f"{name} {value:.1f}" for name, value in data["seconds"].items()),
+        *(f"note     {note}" for note in data["notes"]),
+        f"result   {data['output']}",
+        f"load it  AutoModelForCausalLM.from_pretrained({data['output']!r}, trust_remote_code=True)",
+    ]
+    return "\n".join(lines)
+
+
+def _row(name: str, dense: float, pruned: float, style: str) -> tuple[str, str, str, str]:
+    return name, style.format(dense), style.format(pruned), f"{pruned / dense - 1:+.1%}" if dense else ""

@@ -1,0 +1,166 @@
+"""The model without its blocks: embeddings in front, final norm and head behind, everything between on `meta`.
+
+The skeleton knows no family. It replaces each block by a recorder and runs the model's own forward once, which tells
+what every block is called with (masks, positions); blocks are then loaded and run one at a time.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from accelerate.utils import set_module_tensor_to_device
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from .checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a block is called with besides the hidden states."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def same_as(self, other: Call) -> bool:
+        """Whether all tensors and values are equal."""
+        return _equal(self.args, other.args) and _equal(self.kwargs, other.kwargs)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and a.shape == b.shape and torch.equal(a, b)
+    if isinstance(a, Mapping):
+        return isinstance(b, Mapping) and a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
+    if isinstance(a, (tuple, list)):
+        return isinstance(b, (tuple, list)) and len(a) == len(b) and all(map(_equal, a, b))
+    return a is b or bool(a == b)
+
+
+def _on_meta(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.to("meta")
+    if isinstance(value, Mapping):
+        return {key: _on_meta(item) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(_on_meta(item) for item in value)
+    return value
+
+
+class _Recorder(nn.Module):
+    """Stands in for a block: notes its call and hands on the hidden states, or `output` where that is set."""
+
+    def __init__(self, block: nn.Module):
+        super().__init__()
+        self.block = block
+        self.input: Tensor | None = None
+        self.call = Call()
+        self.output: Tensor | None = None
+        self.returns_tuple: bool | None = None
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.input, self.call = hidden, Call(args, kwargs)
+        if self.returns_tuple is None:
+            # Whether a block returns a tensor or a tuple differs between families and versions: ask it, on meta.
+            returned = self.block(hidden.to("meta"), *_on_meta(args), **_on_meta(kwargs))
+            self.returns_tuple = isinstance(returned, tuple)
+        result = hidden if self.output is None else self.output
+        return (result,) if self.returns_tuple else result
+
+
+def run_block(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
+    """hidden (B, T, d) through one block, (B, T, d)."""
+    output = block(hidden, *call.args, **call.kwargs)
+    return output[0] if isinstance(output, tuple) else output
+
+
+class Skeleton:
+    """The outer weights of a checkpoint on `device` in `dtype`, and its blocks on meta, loadable one at a time.
+
+    config: a transformers config; blocks_path: path of the decoder blocks in the causal-LM model.
+    """
+
+    def __init__(self, config: Any, blocks_path: str, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype):
+        self.config, self.device, self.dtype, self.checkpoint = config, device, dtype, checkpoint
+        self.blocks_path = blocks_path
+        self.model = empty_model(config)
+        shapes, self.tied, harmless = expected_tensors(self.model)
+        checkpoint.audit(shapes, self.tied, harmless)
+        self.blocks = list(self.model.get_submodule(blocks_path))
+        inner = blocks_path + "."
+        self.outer = [n for n in checkpoint.keys() if n in shapes and n not in self.tied and not n.startswith(inner)]
+        for name in self.outer:
+            set_module_tensor_to_device(self.model, name, device, value=checkpoint.tensor(name), dtype=dtype)
+        self.model.tie_weights()
+        self.recorders = [_Recorder(block) for block in self.blocks]
+        _set_submodule(self.model, blocks_path, nn.ModuleList(self.recorders))
+        for name, buffer in self.model.named_buffers():
+            if not buffer.is_meta:
+                set_module_tensor_to_device(self.model, name, device, value=buffer)
+        self.model.eval().requires_grad_(False)
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def enter(self, ids: Tensor) -> tuple[Tensor, list[Call]]:
+        """Token ids (B, T) to the hidden states before the first block (B, T, d) and the call of every block."""
+        with torch.no_grad():
+            self.model.base_model(input_ids=ids.to(self.device), use_cache=False)
+        first = self.recorders[0].input
+        assert first is not None
+        return first, [recorder.call for recorder in self.recorders]
+
+    def leave(self, ids: Tensor, hidden: Tensor) -> Tensor:
+        """Hidden states after the last block (B, T, d) to logits (B, T, vocabulary); differentiable in `hidden`."""
+        self.recorders[-1].output = hidden
+        logits: Tensor = self.model(input_ids=ids.to(self.device), use_cache=False).logits
+        self.recorders[-1].output = None
+        return logits
+
+    def block_state(self, index: int) -> dict[str, Tensor]:
+        """The tensors of a block, on the host in the dtype of the checkpoint."""
+        return self.checkpoint.block(f"{self.blocks_path}.{index}")
+
+    def load_block(
+        self, index: int, state: Mapping[str, Tensor], narrow: Callable[[nn.Module], None] | None = None
+    ) -> nn.Module:
+        """A live block on the device with the given weights; `narrow` changes the shapes of the meta block first."""
+        block = copy.deepcopy(self.blocks[index])
+        if narrow is not None:
+            narrow(block)
+        on_device = {name: tensor.to(self.device, self.dtype) for name, tensor in state.items()}
+        block.load_state_dict(on_device, assign=True, strict=True)
+        return block.to(self.device).eval().requires_grad_(False)
+
+
+def empty_model(config: Any) -> nn.Module:
+    """The causal-LM model of a config with all parameters on meta and its weights tied."""
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config)
+    model.tie_weights()
+    return model
+
+
+def expected_tensors(model: nn.Module) -> tuple[dict[str, tuple[int, ...]], dict[str, str], list[str]]:
+    """Of a model: its tensors' shapes, the tied names with the name each shares, and keys it declares harmless."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    tied: dict[str, str] = {}
+    first: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        shapes[name] = tuple(parameter.shape)
+        if id(parameter) in first:
+            tied[name] = first[id(parameter)]
+        first.setdefault(id(parameter), name)
+    persistent = model.state_dict(keep_vars=True).keys()
+    shapes |= {name: tuple(buffer.shape) for name, buffer in model.named_buffers() if name in persistent}
+    return shapes, tied, list(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or [])
+
+
+def _set_submodule(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)
