@@ -9,7 +9,7 @@ from torch import nn
 
 from .core.moments import Moments
 from .errors import NumericalError
-from .families import Attention, Site
+from .families import Attention, Site, linear
 from .prune_site import SiteMoments
 from .skeleton import run_block
 from .stream import Stream, Taps
@@ -42,7 +42,7 @@ def site_moments(
     The residual is r = reference output - present output, plus the difference of the residual streams at the site.
     Raises `NumericalError` naming the layer if activations overflow.
     """
-    layer = block.get_submodule(site.consumer)
+    layer = linear(block, site.consumer)
     fit: Moments | None = None
     held: Moments | None = None
     wanted = [site.consumer, site.stream]
@@ -99,7 +99,7 @@ def block_moments(
         for site in sites:
             x = taps.input(site.consumer)
             if site.name not in found:
-                centred = block.get_submodule(site.consumer).bias is not None
+                centred = linear(block, site.consumer).bias is not None
                 found[site.name] = Moments.like(x, centred=centred)
             found[site.name].add(x)
         for name in projections:

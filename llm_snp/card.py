@@ -11,7 +11,7 @@ import yaml
 def model_card(report: dict[str, Any]) -> str:
     """Markdown with the Hub's metadata in front."""
     model, sparsity, options = report["model"], report["sparsity"], report["options"]
-    name = Path(report["output"]).name
+    name, calibration = Path(report["output"]).name, report["calibration"]
     metadata: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     if not Path(model["name"]).exists() and "/" in model["name"]:
         metadata["base_model"] = model["name"]
@@ -70,9 +70,9 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")
 {blocks}
 
 Order `{options["order"]}`, allocation `{report["plan"]["allocation"]}`, repair target `{options["target"]}`,
-attention `{options["attention"]}`; calibrated on {report["calibration"]["windows"]} windows of
-{report["calibration"]["sequence_length"]} tokens of {Path(report["calibration"]["source"]).name}, seed {report["seed"]}.
-Per block and layer errors, versions and times are in `report.json`.{notes}
+attention `{options["attention"]}`; calibrated on {calibration["windows"]} windows of
+{calibration["sequence_length"]} tokens of {Path(calibration["source"]).name}, seed {report["seed"]}.
+The plan: {report["plan"]["why"]}. Per block and layer errors, versions and times are in `report.json`.{notes}
 
 ```
 {report["command"]}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -22,6 +23,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 from .errors import CheckpointError
 
 LISTED = 5  # at most so many keys are named in an error
+WEIGHT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+ZIP_START = b"PK\x03\x04"
 
 
 class Checkpoint:
@@ -37,35 +40,36 @@ class Checkpoint:
         self._where: dict[str, tuple[str, str]] = {}  # name in the model -> (file, key in the file)
         listed = self._files()
         self.files = [self.directory / file for file in listed]
+        renames = list(renames)
         for file, keys in listed.items():
             for key in self._open(file).keys() if keys is None else keys:
                 name = key
                 for pattern, replacement in renames:
                     name = re.sub(pattern, replacement, name)
+                if name in self._where:
+                    raise CheckpointError(f"{self.directory} has {name} twice, as {self._where[name][1]} and as {key}")
                 self._where[name] = (file, key)
+        if not self._where:
+            raise CheckpointError(f"{self.directory} has weight files ({_some(list(listed))}), but no tensor in them")
 
     def _files(self) -> dict[str, list[str] | None]:
-        """Weight files and the keys the index expects in each (None: no index, whatever the file holds)."""
+        """Weight files and the keys the index expects in each (None: no index, whatever the file holds).
+
+        Of several the same one is taken that transformers would load.
+        """
         for index_name, single in ((SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME), (WEIGHTS_INDEX_NAME, WEIGHTS_NAME)):
-            index = self.directory / index_name
-            if index.is_file():
-                try:
-                    weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
-                except (json.JSONDecodeError, KeyError, TypeError) as error:
-                    raise CheckpointError(f"{index} is not a checkpoint index: {error}") from error
-                files: dict[str, list[str] | None] = {}
-                for key, file in weight_map.items():
-                    keys = files.setdefault(file, [])
-                    assert keys is not None
-                    keys.append(key)
-                absent = [file for file in files if not (self.directory / file).is_file()]
-                if absent:
-                    raise CheckpointError(
-                        f"{index} lists {len(files)} weight files, but {_some(absent)} is missing; download it again"
-                    )
-                return files
             if (self.directory / single).is_file():
                 return {single: None}
+            index = self.directory / index_name
+            if index.is_file():
+                files: dict[str, list[str] | None] = {**_read_index(index)}
+                absent = [file for file in files if not (self.directory / file).is_file()]
+                if absent:
+                    are = "is" if len(absent) == 1 else "are"
+                    raise CheckpointError(
+                        f"{index} lists {len(files)} weight files, but {_some(absent)} {are} missing; download again"
+                    )
+                return files
         raise CheckpointError(
             f"{self.directory} has no weights: expected {SAFE_WEIGHTS_NAME} or {WEIGHTS_NAME}, or the index of one"
         )
@@ -76,17 +80,17 @@ class Checkpoint:
             try:
                 if path.suffix == ".safetensors":
                     self._handles[file] = safe_open(path, framework="pt")
-                else:  # mmap needs the zip format of torch >= 1.6; older files are read whole
-                    mmap = zipfile.is_zipfile(path)
-                    self._handles[file] = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-            except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, ValueError, OSError) as error:
-                reason = str(error).strip().splitlines() or [type(error).__name__]
+                else:
+                    self._handles[file] = _read_pickled(path)
+            except (SafetensorError, EOFError, RuntimeError, ValueError, OSError) as error:
+                reason = next(iter(str(error).strip().splitlines()), "the file ends too early")
                 raise CheckpointError(
-                    f"{path} cannot be read, it may be truncated: {reason[0]}; download it again"
+                    f"{path} cannot be read, it may be truncated: {reason}; download it again"
                 ) from error
         return self._handles[file]
 
-    def keys(self) -> list[str]:
+    def names(self) -> list[str]:
+        """The tensors there are, by their name in the model."""
         return list(self._where)
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -103,9 +107,11 @@ class Checkpoint:
         file, key = self._where[name]
         handle = self._open(file)
         tensor = handle[key] if isinstance(handle, dict) else handle.get_tensor(key)
-        if not tensor.is_floating_point():
+        if tensor.dtype not in WEIGHT_TYPES:
+            found, *allowed = (str(dtype).removeprefix("torch.") for dtype in (tensor.dtype, *WEIGHT_TYPES))
             raise CheckpointError(
-                f"{name} in {file} has type {tensor.dtype}; only floating-point weights can be pruned"
+                f"{name} in {file} has type {found}, expected one of {', '.join(allowed)}; "
+                "a quantised model cannot be pruned: prune first, quantise afterwards"
             )
         bad = tensor.numel() - int(torch.isfinite(tensor).sum())
         if bad:
@@ -132,6 +138,11 @@ class Checkpoint:
             if source not in present and name in present:
                 self._where[source] = self._where.pop(name)
                 present = set(self._where)
+            elif source in present and name in present and not torch.equal(self.tensor(name), self.tensor(source)):
+                raise CheckpointError(
+                    f"{name} and {source} in {self.directory} differ, but config.json says that they are one; "
+                    'set "tie_word_embeddings": false in it if they should differ'
+                )
         missing = [name for name in expected if name not in present and name not in tied]
         patterns = [re.compile(pattern) for pattern in ignored]
         extra = [n for n in present - set(expected) if not any(pattern.search(n) for pattern in patterns)]
@@ -147,6 +158,39 @@ class Checkpoint:
                 raise CheckpointError(
                     f"{name} in {self.directory} has shape {self.shape(name)}, but config.json implies {tuple(shape)}"
                 )
+
+
+def _read_index(index: Path) -> dict[str, list[str]]:
+    """The keys in each file that an index lists."""
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files: dict[str, list[str]] = {}
+        for key, file in weight_map.items():
+            files.setdefault(str(file), []).append(key)
+        return files
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise CheckpointError(f'{index} is not a checkpoint index, a JSON object with a "weight_map"') from error
+
+
+def _read_pickled(path: Path) -> dict[str, Tensor]:
+    """The tensors of a pytorch_model.bin; mapped, not read, if it has the zip format of torch >= 1.6."""
+    zipped = zipfile.is_zipfile(path)
+    with open(path, "rb") as file:
+        if not zipped and file.read(len(ZIP_START)) == ZIP_START:
+            raise CheckpointError(f"{path} is truncated: its table of contents is missing; download it again")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except pickle.UnpicklingError as error:  # torch's own text advises to load it unsafely
+        raise CheckpointError(
+            f"{path} is damaged, or holds more than tensors and was not loaded for safety; download it again"
+        ) from error
+    if not isinstance(loaded, dict) or not all(isinstance(tensor, Tensor) for tensor in loaded.values()):
+        raise CheckpointError(
+            f"{path} is not the state dict of a model: expected tensors by name; save model.state_dict()"
+        )
+    return loaded
 
 
 def _some(names: list[str]) -> str:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
+import os
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import __version__
 from .config import PruneConfig
-from .errors import SnpError
+from .errors import OptionError, SnpError
 
 if TYPE_CHECKING:
     from .run import Preview
@@ -20,12 +22,19 @@ INTERRUPTED = 130
 TYPES = {"sparsity": float, "samples": int, "sequence_length": int, "seed": int, "round_to": int}
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One sentence like all other errors, instead of the usage and an exit."""
+        raise OptionError(f"{message}; see --help")
+
+
 def parser() -> argparse.ArgumentParser:
     """One flag per field of `PruneConfig`."""
-    p = argparse.ArgumentParser(
+    p = _Parser(
         prog="python -m llm_snp",
         description="Prune a language model in one shot and write the smaller one as a Hugging Face checkpoint.",
         epilog="example: python -m llm_snp facebook/opt-1.3b --sparsity 0.3",
+        allow_abbrev=False,
     )
     p.add_argument("--version", action="version", version=f"llm_snp {__version__}")
     for f in dataclasses.fields(PruneConfig):
@@ -59,32 +68,54 @@ def _damping(text: str) -> float | str:
         return text
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
-    args = parser().parse_args(arguments)
+def parse(arguments: Sequence[str] | None = None) -> tuple[PruneConfig, bool]:
+    """Options, and whether it is a dry run. Raises `OptionError` for what cannot be parsed."""
+    p = parser()
+    args, unknown = p.parse_known_args(arguments)
+    if unknown and unknown[0].startswith("-"):
+        flags = [flag for action in p._actions for flag in action.option_strings]
+        close = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1)
+        raise OptionError(
+            f"there is no option {unknown[0]}; " + (f"did you mean {close[0]}?" if close else "see --help")
+        )
+    if unknown:
+        raise OptionError(f"{unknown[0]!r} is one argument too many, the model is {args.model!r}; see --help")
     values: dict[str, Any] = {f.name: getattr(args, f.name) for f in dataclasses.fields(PruneConfig)}
     values["evaluate"] = () if args.no_evaluate else args.evaluate and tuple(args.evaluate)
-    options = PruneConfig(**values)
-    try:
-        options.validate()
-        from transformers.utils import logging
+    return PruneConfig(**values), args.dry_run
 
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    try:
+        options, dry_run = parse(arguments)
+        options.validate()
+        _calm_libraries(options.quiet)
         from .report import summary
         from .run import preview, run
 
-        logging.disable_progress_bar()
-        logging.set_verbosity_error()
-        if args.dry_run:
-            print(_preview_text(preview(options)))
-        else:
-            print(summary(run(options)))
+        print(_preview_text(preview(options)) if dry_run else summary(run(options)))
     except SnpError as error:
-        print(f"llm_snp: {error}", file=sys.stderr)
+        print(f"llm_snp: {' '.join(str(error).split())}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
         print("llm_snp: interrupted; nothing was left behind", file=sys.stderr)
         return INTERRUPTED
     return 0
+
+
+def _calm_libraries(quiet: bool) -> None:
+    """No log lines of the libraries between ours; their bars only for downloads."""
+    os.environ.setdefault("DATASETS_VERBOSITY", "error")
+    from huggingface_hub import utils as hub
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    hub.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    if quiet:
+        os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+        hub.disable_progress_bars()  # type: ignore[attr-defined]
 
 
 def _preview_text(p: Preview) -> str:
@@ -105,7 +136,8 @@ def _preview_text(p: Preview) -> str:
         "",
         f"parameters  {p.parameters:,} -> {p.parameters - plan.removed:,} "
         f"({plan.achieved:.2%} of the blocks' linear layers, {plan.removed / p.parameters:.2%} of all)",
-        f"windows     {options.samples} of {p.length} tokens, computed in {str(p.dtype).removeprefix('torch.')} on {p.device}",
+        f"windows     {options.samples} of {p.length} tokens, computed in {str(p.dtype).removeprefix('torch.')} "
+        f"on {p.device}",
         f"peak memory about {p.estimate.device / 1e9:.2f} GB on the device, {p.estimate.host / 1e9:.2f} GB on the host "
         "beside Python and its libraries",
         f"disk        about {p.estimate.disk / 1e9:.3f} GB for {p.output}",

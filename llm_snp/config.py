@@ -40,8 +40,8 @@ class PruneConfig:
     output: str | None = option(None, "directory for the pruned model (default: ./<model>-snp-<percent>)")
     calibration: str | None = option(
         None,
-        "text to calibrate on: wikitext2, c4, self (text the model writes itself), or a file "
-        "(.txt .raw .jsonl, plain or .gz .xz; .parquet) or a datasets directory (default: wikitext2; self without MODEL)",
+        "text to calibrate on: wikitext2, c4, self (text the model writes itself), a file (.txt .raw .jsonl, plain "
+        "or .gz .xz; .parquet) or a datasets directory (default: wikitext2; self without MODEL)",
     )
     samples: int = option(128, "calibration windows")
     sequence_length: int = option(2048, "tokens per window, capped by the model")
@@ -82,7 +82,7 @@ class PruneConfig:
     def resolved(self) -> PruneConfig:
         """With the method's choices filled in where none was made, and the defaults that depend on `model`."""
         choose(self.method, METHODS, "--method")
-        chosen = {name: getattr(self, name) or value for name, value in METHODS[self.method].items()}
+        chosen: dict[str, Any] = {name: getattr(self, name) or value for name, value in METHODS[self.method].items()}
         text = "self" if self.model is None else "wikitext2"
         return dataclasses.replace(
             self,

@@ -10,6 +10,8 @@ import gzip
 import hashlib
 import json
 import lzma
+import os
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -24,7 +26,7 @@ from .errors import CorpusError, HubError
 # Tokenising hundreds of megabytes to draw a few windows helps nobody: calibration reads this much of a file.
 CALIBRATION_CHARACTERS = 32_000_000
 HUB_C4_DOCUMENTS = {"calibration": 4000, "evaluation": 1100}
-SUFFIXES = (".txt", ".raw", ".jsonl", ".parquet")
+COMPRESSED: dict[str, Callable[..., IO[str]]] = {".gz": gzip.open, ".xz": lzma.open}  # type: ignore[dict-item]
 
 
 @dataclass(frozen=True)
@@ -123,41 +125,39 @@ def documents(source: str, purpose: str) -> Iterator[str]:
     """The texts of a corpus, to be joined by blank lines. `purpose` (calibration, evaluation) selects the split."""
     if source in HUB_CORPORA:
         return HUB_CORPORA[source](purpose)
-    path = Path(source)
-    if path.is_dir():
+    path = Path(os.path.expanduser(source))
+    if os.path.isdir(path):
         return _dataset_directory(path)
-    if not path.exists():
+    if not os.path.exists(path):
         raise CorpusError(
             f"{source} is neither a file nor a known corpus ({', '.join(HUB_CORPORA)}, self); check the path"
         )
-    suffixes = [suffix for suffix in path.suffixes if suffix in SUFFIXES]
-    if not suffixes:
-        raise CorpusError(f"{source} has an unknown ending; expected one of {', '.join(SUFFIXES)}, or with .gz or .xz")
+    compressed = path.suffix in COMPRESSED
+    ending = Path(path.stem if compressed else path.name).suffix
+    if ending not in READERS or (compressed and ending == ".parquet"):
+        raise CorpusError(
+            f"{source} has an unknown ending; expected one of {', '.join(READERS)}, all but .parquet also with "
+            f"{' or '.join(COMPRESSED)}"
+        )
     if path.stat().st_size == 0:
         raise CorpusError(f"{source} is empty")
-    if suffixes[-1] == ".parquet":
-        return _parquet(path)
-    if suffixes[-1] == ".jsonl":
-        return _jsonl(path)
-    if suffixes[-1] == ".raw":
-        return _wikitext_rows(path)
-    return _plain(path)
-
-
-def _open(path: Path) -> IO[str]:
-    opener: Callable[..., IO[str]] = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)  # type: ignore[assignment]
-    return opener(path, "rt", encoding="utf-8")
+    return READERS[ending](path)
 
 
 def _lines(path: Path) -> Iterator[str]:
     """Lines of a text file that may be compressed; raises `CorpusError` if it is not text."""
+    number = 0
     try:
-        with _open(path) as file:
-            yield from file
+        with COMPRESSED.get(path.suffix, open)(path, "rt", encoding="utf-8-sig") as file:
+            for number, line in enumerate(file, 1):
+                if "\0" in line:
+                    raise CorpusError(f"{path} is not text: line {number} has a zero byte")
+                yield line
     except UnicodeDecodeError as error:
-        raise CorpusError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
-    except (OSError, EOFError, lzma.LZMAError) as error:
-        raise CorpusError(f"{path} cannot be read: {error}") from error
+        raise CorpusError(f"{path} is not UTF-8 text: {error.reason} after line {number}") from error
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+        reason = str(error) or "it ends too early"
+        raise CorpusError(f"{path} cannot be read, it may be damaged or truncated: {reason}") from error
 
 
 def _plain(path: Path) -> Iterator[str]:
@@ -187,9 +187,7 @@ def _jsonl(path: Path) -> Iterator[str]:
             text = json.loads(line)["text"]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise CorpusError(f'{path}, line {number}: expected a JSON object with a key "text"') from error
-        if not isinstance(text, str):
-            raise CorpusError(f'{path}, line {number}: "text" is a {type(text).__name__}, expected a string')
-        yield text
+        yield _string(text, f"{path}, line {number}")
 
 
 def _parquet(path: Path) -> Iterator[str]:
@@ -200,10 +198,19 @@ def _parquet(path: Path) -> Iterator[str]:
         file = parquet.ParquetFile(path)
         if "text" not in file.schema_arrow.names:
             raise CorpusError(f'{path} has columns {file.schema_arrow.names}, expected one named "text"')
+        row = 0
         for batch in file.iter_batches(columns=["text"]):
-            yield from batch.column(0).to_pylist()
-    except (pyarrow.ArrowInvalid, OSError) as error:
+            for text in batch.column(0).to_pylist():
+                row += 1
+                yield _string(text, f"{path}, row {row}")
+    except (pyarrow.ArrowException, OSError) as error:
         raise CorpusError(f"{path} is not a parquet file: {error}") from error
+
+
+def _string(text: Any, where: str) -> str:
+    if not isinstance(text, str):
+        raise CorpusError(f'{where}: "text" is {"null" if text is None else type(text).__name__}, expected a string')
+    return text
 
 
 def _dataset_directory(path: Path) -> Iterator[str]:
@@ -211,24 +218,26 @@ def _dataset_directory(path: Path) -> Iterator[str]:
 
     try:
         loaded = datasets.load_from_disk(str(path))
-    except (FileNotFoundError, ValueError) as error:
-        raise CorpusError(f"{path} is a directory, but not one saved by datasets' save_to_disk") from error
+    except Exception as error:  # arrow's, datasets' and the system's own errors
+        raise CorpusError(
+            f"{path} is a directory, but not one saved by datasets' save_to_disk ({_first_line(error)})"
+        ) from error
     if isinstance(loaded, datasets.DatasetDict):
         raise CorpusError(f"{path} has the splits {', '.join(loaded)}; name the directory of one of them")
     if "text" not in loaded.column_names:
         raise CorpusError(f'{path} has columns {loaded.column_names}, expected one named "text"')
-    return iter(loaded["text"])
+    return (_string(text, f"{path}, row {row}") for row, text in enumerate(loaded["text"], 1))
 
 
 def _hub_rows(repository: str, **options: Any) -> Iterator[str]:
     """Column `text` of a Hub dataset; `HubError` if it cannot be had."""
     import datasets
-    from huggingface_hub.errors import HfHubHTTPError
 
     try:
         for row in datasets.load_dataset(repository, **options):
             yield row["text"]
-    except (OSError, HfHubHTTPError, datasets.exceptions.DatasetsError) as error:
+    except Exception as error:
+        # Which library's errors datasets lets through (requests, httpx, aiohttp, ...) changes with its version.
         raise HubError(
             f"dataset {repository} could not be had from the Hugging Face Hub ({_first_line(error)}); "
             "check the network, or give a local file instead"
@@ -249,6 +258,12 @@ def _c4(purpose: str) -> Iterator[str]:
     return islice(rows, HUB_C4_DOCUMENTS[purpose])
 
 
+READERS: dict[str, Callable[[Path], Iterator[str]]] = {
+    ".txt": _plain,
+    ".raw": _wikitext_rows,
+    ".jsonl": _jsonl,
+    ".parquet": _parquet,
+}
 HUB_CORPORA: dict[str, Callable[[str], Iterator[str]]] = {"wikitext2": _wikitext2, "c4": _c4}
 
 

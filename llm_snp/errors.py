@@ -34,6 +34,10 @@ class OutputError(SnpError):
     """The result cannot be written where it was asked for."""
 
 
+class DeviceMemoryError(SnpError):
+    """The device has less memory than the run needs."""
+
+
 class NumericalError(SnpError):
     """Activations or moments that no damping can rescue (overflow, NaN)."""
 

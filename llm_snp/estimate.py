@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .config import PruneConfig
-from .families import Family
+from .families import Family, linear
 from .sensitivity import gradient_windows
 from .stream import BATCH_TOKENS
 
@@ -29,7 +29,7 @@ class Estimate:
 
 
 def estimate(
-    model: torch.nn.Module,
+    model: Any,
     family: Family,
     config: Any,
     options: PruneConfig,
@@ -45,7 +45,7 @@ def estimate(
     per_block = sum(p.numel() for p in blocks[0].parameters())
     outer = sum(p.numel() for p in model.parameters()) - per_block * len(blocks)
     widest = max(site.units * site.group for site in sites)
-    d = blocks[0].get_submodule(sites[-1].consumer).weight.shape[0]
+    d = linear(blocks[0], sites[-1].consumer).out_features
     matrices = SQUARE_MATRICES.get(options.order or "", SQUARE_MATRICES_OTHER)
     solve = FLOAT64 * (matrices * widest**2 + 4 * d * widest)
     batch = max(BATCH_TOKENS.get(device.type, 4096), length)
@@ -54,7 +54,7 @@ def estimate(
     logits = 4 * length * model.get_input_embeddings().weight.shape[0] * 2
     on_device = size * (outer + live_blocks * per_block) + max(solve + activations, logits)
     hidden = size * options.samples * length * d
-    streams = 2 if options.target in ("dense", "residual") else 1
+    streams = 2.0 if options.target in ("dense", "residual") else 1.0
     if options.needs_gradient:
         share = gradient_windows(options.samples, len(blocks)) / options.samples
         streams = max(streams, share * (len(blocks) + 2))

@@ -36,6 +36,7 @@ def decide(
         windows = tokens[: gradient_windows(tokens.shape[0], len(skeleton))]
         with progress.phase("sensitivity", 2 * len(skeleton)) as step:
             matrix = options.sensitivity == "fisher"
+            progress.say(f"gradient of the loss on {windows.shape[0]} windows, labels from the calibration text")
             sensitivity = measure_sensitivity(skeleton, windows, family.sites(config), matrix, step)
     if options.measures:
         with progress.phase("measure", len(skeleton)) as step:
@@ -129,7 +130,7 @@ class _BlockPruner:
         reference = None
         if self.dense_stream is not None:
             reference = Reference(self.dense, self.dense_stream, self.options.target == "residual", advance=last)
-        elif by_direction and self.options.target == "self":
+        elif by_direction:  # what the whole heads give on the pruned stream
             reference = Reference(self.dense, None)
         moments = site_moments(
             self.index, self.block, self.stream, site, reference, hold_out=self.options.damping == "auto"

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from .errors import CheckpointError, HubError
 
 # What travels besides the weights.
 SIDE_FILES = ("*.json", "*.txt", "*.model", "tokenizer*")
+REASON = 200  # characters at most that an error quotes
 EMBEDDED = Path(__file__).parent / "demo" / "opt-wiki-1m"
 
 
@@ -22,9 +26,10 @@ def locate(model: str | None, revision: str | None = None, weights: bool = True)
     """
     if model is None:
         return EMBEDDED
-    path = Path(model)
-    if path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
-        return _local(path.expanduser())
+    path = Path(os.path.expanduser(model))
+    # os.path.exists is also False for what cannot be a path, such as a name that is too long.
+    if os.path.exists(path) or model.startswith((".", "/", "~")) or model.count("/") > 1:
+        return _local(path)
     return _download(model, revision, weights)
 
 
@@ -42,9 +47,7 @@ def _download(model: str, revision: str | None, weights: bool) -> Path:
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
-        HfHubHTTPError,
         HFValidationError,
-        LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
@@ -56,11 +59,13 @@ def _download(model: str, revision: str | None, weights: bool) -> Path:
                 files = HfApi().list_repo_files(model, revision=revision)
                 has_safetensors = any(file.endswith(".safetensors") for file in files)
                 patterns.append("*.safetensors" if has_safetensors else "pytorch_model*.bin")
-            except (OSError, HfHubHTTPError) as error:
-                if isinstance(error, (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError)):
-                    raise
+            except (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError, HFValidationError):
+                raise
+            except Exception:
                 patterns += ["*.safetensors", "pytorch_model*.bin"]  # offline: take what an earlier run fetched
-        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+        return _local(Path(snapshot_download(model, revision=revision, allow_patterns=patterns)))
+    except CheckpointError as error:
+        raise CheckpointError(f"{model} on the Hub is no transformers model: it has no config.json") from error
     except GatedRepoError as error:
         raise HubError(f"{model} is gated: accept its licence on the Hub, then run `hf auth login`") from error
     except RevisionNotFoundError as error:
@@ -72,10 +77,11 @@ def _download(model: str, revision: str | None, weights: bool) -> Path:
         ) from error
     except HFValidationError as error:
         raise CheckpointError(f"{model} is neither a local directory nor a valid Hub id") from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except Exception as error:
+        # Which library's errors the Hub's client lets through (requests, httpx, ...) changes with its version.
         raise HubError(
-            f"{model} is no local directory, and the Hugging Face Hub could not be reached; check the network, "
-            "or give a directory with the model's files"
+            f"{model} is no local directory, and could not be had from the Hugging Face Hub ({_reason(error)}); check "
+            "the network, or give a directory with the model's files"
         ) from error
 
 
@@ -83,25 +89,46 @@ def load_config(directory: Path) -> Any:
     """The transformers config of a model directory. Raises `CheckpointError` if it cannot be read."""
     from transformers import AutoConfig
 
+    path = directory / "config.json"
     try:
-        json.loads((directory / "config.json").read_text())
-        return AutoConfig.from_pretrained(directory)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{directory / 'config.json'} is not JSON: {error}") from error
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path} is not JSON: {_reason(error)}") from error
+    if not isinstance(content, dict) or "model_type" not in content:
+        raise CheckpointError(f'{path} is no config of transformers: it names no "model_type"')
+    try:
+        return AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    except Exception as error:  # the config classes check their fields, each with errors of its own
         raise CheckpointError(
-            f"{directory / 'config.json'} is no config this transformers knows: {str(error).splitlines()[0]}"
+            f"{path} is no config of model type {content['model_type']!r} that this transformers can read "
+            f"({_reason(error)})"
         ) from error
+
+
+def config_dtype(config: Any) -> torch.dtype:
+    """The type of a checkpoint's weights as its config has it (`dtype` in transformers 5, `torch_dtype` before)."""
+    found = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None) or torch.float32
+    return found if isinstance(found, torch.dtype) else getattr(torch, found)
 
 
 def load_tokenizer(directory: Path) -> Any:
     """The tokenizer of a model directory. Raises `CheckpointError` if it has none that loads."""
     from transformers import AutoTokenizer
 
+    advice = "copy the tokenizer files of the original model beside the weights"
     try:
-        return AutoTokenizer.from_pretrained(directory)
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{directory} has no tokenizer that loads ({(str(error).splitlines() or [''])[0]}); copy the tokenizer "
-            "files of the original model beside the weights"
-        ) from error
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        ids = tokenizer("the", add_special_tokens=False)["input_ids"]
+    except Exception as error:  # files that are not what the tokenizer class expects fail in many ways
+        raise CheckpointError(f"{directory} has no tokenizer that loads ({_reason(error)}); {advice}") from error
+    # Without files transformers 5 gives a tokenizer with an empty vocabulary and no error.
+    if not ids:
+        raise CheckpointError(f"{directory} has no tokenizer: it has no vocabulary file; {advice}")
+    return tokenizer
+
+
+def _reason(error: BaseException) -> str:
+    """What a library says, on one line and not at length."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return text if len(text) <= REASON else text[: REASON - 4] + " ..."

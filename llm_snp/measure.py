@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from .core.allocation import SiteCurve
 from .core.moments import Moments
 from .core.repair import subspace_of_units
 from .core.subspace import Subspace, factorise
-from .families import Attention, Family, Site
+from .families import Attention, Family, Site, linear
 from .plan import dims_curve
 from .prune_site import head_blocks, linear_weights, rotate
 from .sensitivity import Sensitivity
@@ -129,7 +130,7 @@ def _dims_curve(
     per_power = torch.zeros_like(tail)
     ranks = sorted({max(1, w * j // SCORE_PARTS) for j in range(1, SCORE_PARTS)})
     reference = _consumer_input(block, site, hidden, call)
-    projections = [block.get_submodule(name) for name in (attention.query, attention.key)]
+    projections = [linear(block, name) for name in (attention.query, attention.key)]
     dense = [(layer.weight, layer.bias) for layer in projections]
     for rank in ranks:
         for layer, saved, transform in zip(projections, dense, (query, key), strict=True):
@@ -167,7 +168,7 @@ def _between(values: Tensor, ranks: list[int]) -> Tensor:
     filled = values.clone()
     filled[: ranks[0]] = values[ranks[0]]
     filled[ranks[-1] :] = values[ranks[-1]]
-    for a, b in zip(ranks, ranks[1:], strict=False):
+    for a, b in pairwise(ranks):
         for r in range(a + 1, b):
             filled[r] = values[a] + (values[b] - values[a]) * (r - a) / (b - a)
     return filled

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 from torch import nn
 from transformers import OPTConfig, OPTForCausalLM
+from transformers.models.opt.modeling_opt import OPTDecoderLayer
 
 
-class SnpOPTConfig(OPTConfig):
+class SnpOPTConfig(OPTConfig):  # type: ignore[misc]
     """OPT with `block_widths`: for each block a dict of `heads`, `head_dim` and `neurons` that are left.
 
     All other fields describe the dense model; in particular the softmax scale is that of the dense head_dim.
@@ -24,7 +25,7 @@ class SnpOPTConfig(OPTConfig):
     block_widths = None
 
 
-class SnpOPTForCausalLM(OPTForCausalLM):
+class SnpOPTForCausalLM(OPTForCausalLM):  # type: ignore[misc]
     """`OPTForCausalLM` whose blocks have the widths of `config.block_widths`."""
 
     config_class = SnpOPTConfig
@@ -40,7 +41,7 @@ class SnpOPTForCausalLM(OPTForCausalLM):
             narrow_opt_block(block, **width)
 
 
-def narrow_opt_block(block: nn.Module, heads: int, head_dim: int, neurons: int) -> None:
+def narrow_opt_block(block: OPTDecoderLayer, heads: int, head_dim: int, neurons: int) -> None:
     """Narrow an `OPTDecoderLayer` in place: q, k, v to `heads * head_dim` rows, the MLP to `neurons`.
 
     Leading rows and columns stay: the caller loads the weights afterwards, and a freshly built model keeps its

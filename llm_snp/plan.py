@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from .config import PruneConfig
-from .core.allocation import SiteCurve, allocate
+from .core.allocation import ALLOCATIONS, SiteCurve, allocate
 from .errors import OptionError
 from .families import Attention, Family
 
@@ -31,6 +31,21 @@ class Plan:
     asked: float
     removed: int
     base: int
+
+    @property
+    def why(self) -> str:
+        """The allocation's reason in one sentence, with the number at which the budget was met."""
+        taken = [
+            priorities[curve.kept_counts.index(self.kept[curve.block][curve.unit]) - 1]
+            for curve, priorities in zip(self.curves, ALLOCATIONS[self.made_by](self.curves), strict=True)
+            if self.kept[curve.block][curve.unit] < curve.units
+        ]
+        cut = max(taken, default=0.0)
+        return {
+            "uniform": "every site gives the same share",
+            "variance": f"every site drops the longest tail with at most {cut:.3g} of its variance (τ)",
+            "loss": f"units go in order of loss per parameter, over all sites, up to {cut:.3g}",
+        }[self.made_by]
 
     @property
     def achieved(self) -> float:
@@ -71,7 +86,7 @@ def dims_curve(heads: SiteCurve, attention: Attention, options: PruneConfig) -> 
 def make_plan(
     family: Family, config: Any, blocks: Sequence[nn.Module], options: PruneConfig, curves: Sequence[SiteCurve], by: str
 ) -> Plan:
-    """Allocate the budget over `curves` with allocation `by`. Raises `OptionError` if the sparsity cannot be reached."""
+    """Allocate the budget over `curves` with allocation `by`. Raises `OptionError` if that cannot be met."""
     base = sum(family.linear_parameters(block, config) for block in blocks)
     asked = options.sparsity * base
     most = sum(curve.removable for curve in curves)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from tqdm import tqdm
 
@@ -17,16 +19,18 @@ class Progress:
         self.seconds: dict[str, float] = {}
 
     @contextmanager
-    def phase(self, name: str, steps: int | None = None, unit: str = "block") -> Iterator[Callable[[], None]]:
-        """Time a phase; gives a function to call after each of its steps."""
+    def phase(self, name: str, steps: int | None = None, title: str = "") -> Iterator[Callable[[], None]]:
+        """Time a phase of `steps` blocks (None: not counted); gives a function to call after each block.
+
+        Phases of one name add up; `title` is what the person sees instead.
+        """
         start = time.perf_counter()
-        bar = tqdm(
-            total=steps, desc=name, unit=unit, disable=self.quiet or steps is None, leave=False, dynamic_ncols=True
-        )
+        hidden = self.quiet or steps is None
+        bar = tqdm(total=steps, desc=title or name, unit="block", disable=hidden, leave=False, dynamic_ncols=True)
         if steps is None:
-            self.say(f"{name} ...")
+            self.say(f"{title or name} ...")
         try:
-            yield lambda: bar.update() and None
+            yield partial(_advance, bar)
         finally:
             bar.close()
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
@@ -34,10 +38,8 @@ class Progress:
     def say(self, line: str) -> None:
         """A line that does not tear the bar."""
         if not self.quiet:
-            tqdm.write(line, file=_stderr())
+            tqdm.write(line, file=sys.stderr)
 
 
-def _stderr() -> object:
-    import sys
-
-    return sys.stderr
+def _advance(bar: tqdm) -> None:
+    bar.update()

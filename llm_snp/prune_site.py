@@ -26,7 +26,7 @@ from .core.repair import (
 )
 from .core.subspace import factorise, truncate
 from .errors import NumericalError
-from .families import Attention, Site
+from .families import Attention, Site, linear
 
 State = dict[str, Tensor]
 # --damping auto tries these, best on the held-out windows wins.
@@ -58,7 +58,7 @@ class SiteResult:
 
 def linear_weights(block: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
     """Weight (d, m) and bias (d,) of a live linear layer, float64, on its device."""
-    layer = block.get_submodule(name)
+    layer = linear(block, name)
     return layer.weight.double(), None if layer.bias is None else layer.bias.double()
 
 
@@ -125,12 +125,16 @@ def choose_damping(
 def refit_consumer(
     block: nn.Module, state: State, site: Site, moments: SiteMoments, options: PruneConfig, kept: int
 ) -> SiteResult:
-    """Refit a consumer whose inputs are already what they will be; the ridge pulls to its present weights."""
+    """Refit a consumer whose inputs are already what they will be; the ridge pulls to its present weights.
+
+    With target `none` only the bias follows the mean.
+    """
     weight, bias = linear_weights(block, site.consumer)
     everything = torch.arange(weight.shape[1], device=weight.device)
 
     def solve(moments: Moments, damping: float) -> Pruned:
-        return finish(moments, weight, bias, everything, refit_all(moments, weight, damping), damping)
+        refit = weight if options.target == "none" else refit_all(moments, weight, damping)
+        return finish(moments, weight, bias, everything, refit, damping)
 
     damping = choose_damping(options, moments, weight, bias, solve)
     pruned = solve(moments.all, damping)

@@ -7,6 +7,7 @@ import platform
 import resource
 import shlex
 import sys
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from .core.allocation import SiteCurve
 from .data import Windows
 from .evaluation.perplexity import Perplexity
 from .executor import BlockResult
+from .families import Site
 from .plan import Plan
 
 FORMAT = 1
@@ -34,7 +36,8 @@ class Report:
         self,
         options: PruneConfig,
         directory: Path,
-        config: Any,
+        model_type: str,
+        sites: Sequence[Site],
         checkpoint: Checkpoint,
         calibration: Windows,
         length: int,
@@ -45,23 +48,17 @@ class Report:
         self.options = options
         self.data: dict[str, Any] = {
             "format": FORMAT,
-            "versions": {"llm_snp": __version__, "python": platform.python_version()}
-            | {name: version(name) for name in LIBRARIES},
+            "versions": versions(),
             "command": command_line(),
             "options": dataclasses.asdict(options),
             "seed": options.seed,
             "model": {
                 "name": options.model or directory.name,
-                "type": config.model_type,
+                "type": model_type,
                 "dtype": _name(stored),
                 "bytes": sum(file.stat().st_size for file in checkpoint.files),
             },
-            "device": {
-                "name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
-                "type": device.type,
-                "dtype": _name(dtype),
-                "threads": torch.get_num_threads(),
-            },
+            "device": device_facts(device, dtype),
             "calibration": {
                 "source": calibration.source,
                 "sha256": calibration.sha256,
@@ -74,6 +71,12 @@ class Report:
             "evaluation": {},
             "notes": [],
         }
+        widest = max(site.units * site.group for site in sites)
+        if calibration.tokens.numel() < widest:
+            self.note(
+                f"{calibration.tokens.numel()} calibration tokens for layers of up to {widest} inputs: the repair "
+                "rests on the damping; give more --samples"
+            )
         if length < options.sequence_length:
             self.note(f"windows have {length} tokens: the model has no more positions")
 
@@ -95,6 +98,7 @@ class Report:
         }
         self.data["plan"] = {
             "allocation": plan.made_by,
+            "why": plan.why,
             "kept": list(plan.kept),
             "curves": [_curve(curve) for curve in plan.curves],
         }
@@ -122,7 +126,7 @@ class Report:
             asked = self.options.damping
             if result and not isinstance(asked, str) and result.damping > asked:
                 self.note(
-                    f"block {index} {site}: damping raised from {asked:g} to {result.damping:g}; the moments were singular"
+                    f"block {index} {site}: moments were singular, damping raised from {asked:g} to {result.damping:g}"
                 )
         self.data["blocks"].append(entry)
 
@@ -138,6 +142,17 @@ class Report:
             "host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale,
             "device_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
         }
+
+
+def versions() -> dict[str, str]:
+    """Of llm_snp, Python and the libraries that matter."""
+    return {"llm_snp": __version__, "python": platform.python_version()} | {name: version(name) for name in LIBRARIES}
+
+
+def device_facts(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """What was computed on, and in which type."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu"
+    return {"name": name, "type": device.type, "dtype": _name(dtype), "threads": torch.get_num_threads()}
 
 
 def command_line() -> str:

@@ -17,12 +17,12 @@ from .card import model_card
 from .checkpoint import Checkpoint
 from .config import PruneConfig
 from .data import Windows, calibration_windows, evaluation_windows, self_written
-from .errors import OptionError
+from .errors import DeviceMemoryError, OptionError
 from .estimate import Estimate, estimate
 from .evaluation.perplexity import Perplexity, perplexity_streamed
 from .executor import BlockResult, decide, prune_blocks
 from .families import Family, family_of
-from .hub import EMBEDDED, load_config, load_tokenizer, locate
+from .hub import EMBEDDED, config_dtype, load_config, load_tokenizer, locate
 from .plan import Plan, empty_curves, make_plan
 from .progress import Progress
 from .prune_site import State
@@ -35,11 +35,10 @@ EVALUATION_SEED = 1
 SELF_EVALUATION_WINDOWS = 64
 
 
-def default_output(options: PruneConfig, directory: Path) -> Path:
+def default_output(options: PruneConfig) -> Path:
     """./<model name>-snp-<percent>"""
-    name = EMBEDDED.name if options.model is None else Path(options.model).expanduser().resolve().name
-    if not Path(options.model or "").exists() and options.model:
-        name = options.model.rstrip("/").split("/")[-1]
+    path = EMBEDDED if options.model is None else Path(options.model).expanduser()
+    name = path.resolve().name if path.exists() else path.name  # a Hub id ends in the model's name, too
     return Path(f"{name}-snp-{100 * options.sparsity:g}")
 
 
@@ -92,11 +91,10 @@ def preview(options: PruneConfig) -> Preview:
     directory = locate(options.model, options.revision, weights=False)
     config = load_config(directory)
     family = family_of(config)
-    output = Path(options.output) if options.output else default_output(options, directory)
+    output = Path(options.output) if options.output else default_output(options)
     check_output(output, options.overwrite)
     device = resolve_device(options.device)
-    stored = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None) or torch.float32
-    dtype = resolve_dtype(options.dtype, device, stored)
+    dtype = resolve_dtype(options.dtype, device, config_dtype(config))
     model = empty_model(config)
     blocks = list(model.get_submodule(family.blocks))
     plan = make_plan(family, config, blocks, options, empty_curves(family, config, blocks, options), "uniform")
@@ -107,7 +105,20 @@ def preview(options: PruneConfig) -> Preview:
 
 
 def run(options: PruneConfig) -> dict[str, Any]:
-    """Prune as `options` say and write the result. Returns the report. Raises `SnpError`; then nothing is left behind."""
+    """Prune as `options` say and write the result. Returns the report.
+
+    Raises `SnpError` for everything that has its cause outside llm_snp; then nothing is left behind.
+    """
+    try:
+        return _run(options)
+    except torch.OutOfMemoryError as error:
+        raise DeviceMemoryError(
+            f"the device ran out of memory ({str(error).splitlines()[0]}); use --device cpu or a shorter "
+            "--sequence-length; --dry-run tells what a run needs"
+        ) from error
+
+
+def _run(options: PruneConfig) -> dict[str, Any]:
     options.validate()
     options = options.resolved()
     progress = Progress(options.quiet)
@@ -115,11 +126,11 @@ def run(options: PruneConfig) -> dict[str, Any]:
         directory = locate(options.model, options.revision)
         config = load_config(directory)
         family = family_of(config)
-        output = Path(options.output) if options.output else default_output(options, directory)
+        output = Path(options.output) if options.output else default_output(options)
         check_output(output, options.overwrite)
         device = resolve_device(options.device)
         checkpoint = Checkpoint(directory, family.renames)
-        stored = _stored_dtype(checkpoint)
+        stored = stored_dtype(checkpoint)
         dtype = resolve_dtype(options.dtype, device, stored)
         tokenizer = load_tokenizer(directory)
         check_space(output, sum(f.stat().st_size for f in checkpoint.files))
@@ -127,16 +138,28 @@ def run(options: PruneConfig) -> dict[str, Any]:
     length = window_length(options, config)
     with progress.phase("text"):
         text = _Text(directory, tokenizer, config, length, dtype, device)
-        assert options.calibration is not None and options.evaluate is not None
+        assert options.evaluate is not None
         calibration = text.calibration(options)
         evaluation = {source: text.evaluation(source, options.seed) for source in options.evaluate}
         text.close()
-    report = Report(options, directory, config, checkpoint, calibration, length, device, dtype, stored)
+    report = Report(
+        options,
+        directory,
+        config.model_type,
+        family.sites(config),
+        checkpoint,
+        calibration,
+        length,
+        device,
+        dtype,
+        stored,
+    )
     for source, windows in evaluation.items():
         report.evaluated(
             source, "dense", _evaluate(skeleton, windows, f"perplexity of the dense model, {source}", progress)
         )
     plan, sensitivity = decide(skeleton, family, config, calibration.tokens, options, progress)
+    progress.say(f"plan: {plan.why}")
     report.planned(plan, sum(p.numel() for p in empty_model(config).parameters()))
 
     writer = Writer(output, len(skeleton) + 1, options.overwrite)
@@ -151,11 +174,10 @@ def run(options: PruneConfig) -> dict[str, Any]:
         prune_blocks(skeleton, family, config, calibration.tokens, options, plan, sensitivity, progress, save)
         with progress.phase("save"):
             _write_rest(writer, directory, skeleton, family, config, plan, tokenizer)
-        for source, windows in evaluation.items():
+        if evaluation:
             pruned = _open_result(writer.partial, family, device, dtype)
-            report.evaluated(
-                source, "pruned", _evaluate(pruned, windows, f"perplexity of the pruned model, {source}", progress)
-            )
+        for source, windows in evaluation.items():
+            report.evaluated(source, "pruned", _evaluate(pruned, windows, "pruned", progress))
         report.finished(output, writer.weight_bytes, progress.seconds)
         writer.json(REPORT, report.data)
         writer.text("README.md", model_card(report.data))
@@ -163,14 +185,15 @@ def run(options: PruneConfig) -> dict[str, Any]:
     return report.data
 
 
-def _evaluate(skeleton: Skeleton, windows: Windows, name: str, progress: Progress) -> Perplexity:
-    with progress.phase(name, len(skeleton)) as step:
+def _evaluate(skeleton: Skeleton, windows: Windows, which: str, progress: Progress) -> Perplexity:
+    title = f"perplexity, {which}, {Path(windows.source).name}"
+    with progress.phase("evaluate", len(skeleton), title) as step:
         return perplexity_streamed(skeleton, windows, step)
 
 
-def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     """The type of the checkpoint's largest tensor."""
-    largest = max(checkpoint.keys(), key=lambda name: torch.Size(checkpoint.shape(name)).numel())
+    largest = max(checkpoint.names(), key=lambda name: torch.Size(checkpoint.shape(name)).numel())
     return checkpoint.tensor(largest).dtype
 
 
@@ -217,7 +240,8 @@ def _write_rest(
     stock = family.stock_fields(config, widths)
     fields = {key: value for key, value in config.to_dict().items() if key not in ("model_type", "architectures")}
     # Without it AutoTokenizer would look for the tokenizer of a model type that stock transformers does not know.
-    fields["tokenizer_class"] = type(tokenizer).__name__
+    # (TokenizersBackend is what transformers 5 calls PreTrainedTokenizerFast, which both major versions know.)
+    fields["tokenizer_class"] = type(tokenizer).__name__.replace("TokenizersBackend", "PreTrainedTokenizerFast")
     if stock is not None:
         result = type(config)(**(fields | stock))
         result.architectures = config.architectures

@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .families import Site
+from .families import Site, linear
 from .skeleton import Skeleton, run_block
 from .stream import Stream, Taps
 
 # Of the matrix, this share of its mean diagonal is added: a few thousand tokens do not fill a d x d matrix, and a
 # direction that was not seen is not free.
-FISHER_RIDGE = 0.05
+FISHER_RIDGE = 0.3
 Sensitivity = dict[tuple[int, str], Tensor]
 
 
@@ -84,7 +84,7 @@ def _loss_gradient(skeleton: Skeleton, ids: Tensor, hidden: Tensor) -> Tensor:
 
 
 def _normalised(summed: Tensor, block: torch.nn.Module, site: Site) -> Tensor:
-    d = block.get_submodule(site.consumer).weight.shape[0]
+    d = linear(block, site.consumer).out_features
     if summed.dim() == 0:
         return torch.eye(d, dtype=torch.float64, device=summed.device) * (summed / d)
     summed.diagonal().add_(FISHER_RIDGE * summed.diagonal().mean())

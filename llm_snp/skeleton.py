@@ -88,12 +88,12 @@ class Skeleton:
     def __init__(self, config: Any, blocks_path: str, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype):
         self.config, self.device, self.dtype, self.checkpoint = config, device, dtype, checkpoint
         self.blocks_path = blocks_path
-        self.model = empty_model(config)
+        self.model: Any = empty_model(config)
         shapes, self.tied, harmless = expected_tensors(self.model)
         checkpoint.audit(shapes, self.tied, harmless)
         self.blocks = list(self.model.get_submodule(blocks_path))
         inner = blocks_path + "."
-        self.outer = [n for n in checkpoint.keys() if n in shapes and n not in self.tied and not n.startswith(inner)]
+        self.outer = [n for n in checkpoint.names() if n in shapes and n not in self.tied and not n.startswith(inner)]
         for name in self.outer:
             set_module_tensor_to_device(self.model, name, device, value=checkpoint.tensor(name), dtype=dtype)
         self.model.tie_weights()
@@ -138,7 +138,7 @@ class Skeleton:
         return block.to(self.device).eval().requires_grad_(False)
 
 
-def empty_model(config: Any) -> nn.Module:
+def empty_model(config: Any) -> Any:
     """The causal-LM model of a config with all parameters on meta and its weights tied."""
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config)

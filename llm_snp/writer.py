@@ -9,9 +9,10 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from .errors import OutputError
 
 REPORT = "report.json"
+PARTIAL = ".partial"
+MARK = ".llm_snp"  # marks a partial directory as one that may be removed
 # Of the dense model these go along unchanged; weights, config and card are written anew.
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -45,24 +48,29 @@ class Writer:
     """
 
     def __init__(self, output: Path, shards: int, overwrite: bool):
-        self.output = output
-        self.partial = output.with_name(output.name + ".partial")
+        # A symbolic link stays one: what it points to is replaced.
+        self.output = output.resolve()
+        self.partial = self.output.with_name(self.output.name + PARTIAL)
         self._shards = shards
         self._map: dict[str, str] = {}
         self._bytes = 0
         self._parameters = 0
         check_output(output, overwrite)
         with _disk(self.partial):
-            if self.partial.exists():
+            if self.partial.exists():  # an earlier run was killed
                 shutil.rmtree(self.partial)
+            self._made = [parent for parent in (self.partial, *self.partial.parents) if not parent.exists()]
             self.partial.mkdir(parents=True)
+            (self.partial / MARK).touch()
 
     def shard(self, number: int, tensors: Mapping[str, Tensor]) -> None:
         """Write shard `number` (from 0) with tensors named as in the model."""
         name = f"model-{number + 1:05d}-of-{self._shards:05d}.safetensors"
         with _disk(self.partial):
             temporary = self.partial / f".{name}"
-            save_file(dict(sorted(tensors.items())), temporary, metadata={"format": "pt"})
+            save_file(_unshared(tensors), temporary, metadata={"format": "pt"})
+            # safetensors makes files that only their owner can read; this is what the umask asks for.
+            temporary.chmod(self.partial.stat().st_mode & 0o666)
             _settle(temporary, self.partial / name)
         self._map |= dict.fromkeys(tensors, name)
         self._bytes += sum(t.numel() * t.element_size() for t in tensors.values())
@@ -95,28 +103,58 @@ class Writer:
 
     def finish(self) -> None:
         """Give the directory its name, in place of an earlier result."""
+        old = self.output.with_name(self.output.name + ".replaced")
         with _disk(self.output):
-            if self.output.exists():
-                shutil.rmtree(self.output)
-            os.replace(self.partial, self.output)
+            (self.partial / MARK).unlink()
+            replaces = self.output.exists()
+            if replaces:
+                os.rename(self.output, old)
+            try:
+                os.rename(self.partial, self.output)
+            except BaseException:
+                if replaces:
+                    os.rename(old, self.output)
+                raise
+        shutil.rmtree(old, ignore_errors=True)
 
     def discard(self) -> None:
-        """Remove everything that was written."""
+        """Remove everything that was written, and the directories made for it."""
         shutil.rmtree(self.partial, ignore_errors=True)
+        for directory in self._made[1:]:
+            with suppress(OSError):
+                directory.rmdir()
 
 
 def check_output(output: Path, overwrite: bool) -> None:
     """Raise `OutputError` unless `output` can become a result: absent, empty, or an earlier one with `overwrite`."""
-    if not output.exists():
-        return
-    if not output.is_dir():
-        raise OutputError(f"--output {output} is a file; give a directory")
-    if not any(output.iterdir()):
-        return
-    if not (output / REPORT).is_file():
-        raise OutputError(f"--output {output} is not empty and no result of llm_snp; give another directory")
-    if not overwrite:
-        raise OutputError(f"--output {output} holds an earlier result; give another directory, or --overwrite")
+    with _disk(output):
+        resolved = output.resolve()
+        partial = resolved.with_name(resolved.name + PARTIAL)
+        if partial.exists() and not (partial / MARK).is_file():
+            raise OutputError(f"{partial} is in the way and not from llm_snp; remove it, or give another --output")
+        parent = next(path for path in resolved.parents if path.exists())
+        if not parent.is_dir():
+            raise OutputError(f"--output {output} cannot be made: {parent} is a file; give another directory")
+        if not os.access(parent, os.W_OK):
+            raise OutputError(f"--output {output} cannot be made: {parent} is not writable; give another directory")
+        if not resolved.exists():
+            return
+        if not resolved.is_dir():
+            raise OutputError(f"--output {output} is a file; give a directory")
+        if not any(resolved.iterdir()):
+            return
+        if not _is_result(resolved):
+            raise OutputError(f"--output {output} is not empty and no result of llm_snp; give another directory")
+        if not overwrite:
+            raise OutputError(f"--output {output} holds an earlier result; give another directory, or --overwrite")
+
+
+def _is_result(directory: Path) -> bool:
+    """Whether a directory has the report of an earlier run."""
+    try:
+        return "llm_snp" in json.loads((directory / REPORT).read_text(encoding="utf-8"))["versions"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def check_space(directory: Path, needed: int) -> None:
@@ -132,6 +170,19 @@ def check_space(directory: Path, needed: int) -> None:
         )
 
 
+def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by name, each contiguous and with memory of its own, as safetensors wants them."""
+    own: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in sorted(tensors.items()):
+        tensor = tensor.contiguous()
+        if tensor.untyped_storage().data_ptr() in seen:
+            tensor = tensor.clone()
+        seen.add(tensor.untyped_storage().data_ptr())
+        own[name] = tensor
+    return own
+
+
 def _settle(temporary: Path, final: Path) -> None:
     """Make a written file durable, then visible under its name."""
     with open(temporary, "rb") as file:
@@ -144,9 +195,15 @@ def _disk(path: Path) -> Iterator[None]:
     """Turn what a disk can do wrong into `OutputError`."""
     try:
         yield
-    except SafetensorError as error:  # safetensors writes by itself and reports the system's error as text
-        raise OutputError(f"{path} cannot be written: {error}; free some space or give another --output") from error
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        reason = "the disk is full" if full else (error.strerror or str(error))
-        raise OutputError(f"{path} cannot be written: {reason}; free some space or give another --output") from error
+    except (SafetensorError, OSError) as error:
+        number = getattr(error, "errno", None)
+        # safetensors writes by itself and reports the system's error as text
+        found = re.search(r"os error (\d+)", str(error)) if isinstance(error, SafetensorError) else None
+        if found:
+            number = int(found[1])
+        if number in (errno.ENOSPC, errno.EDQUOT):
+            raise OutputError(
+                f"{path} cannot be written: the disk is full; free some space or give another --output"
+            ) from error
+        reason = os.strerror(number) if number else str(error)
+        raise OutputError(f"{path} cannot be written: {reason}; give another --output") from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch import Tensor
 
@@ -68,7 +69,7 @@ def allocate_uniform(curves: Sequence[SiteCurve]) -> list[list[float]]:
     for curve in curves:
         offset = _van_der_corput(curve.block)
         counts = curve.kept_counts
-        steps = zip(counts, counts[1:], strict=False)
+        steps = pairwise(counts)
         priorities.append([(curve.units - before + offset * (before - after)) / curve.units for before, after in steps])
     return priorities
 
@@ -121,24 +122,24 @@ def allocate(name: str, curves: Sequence[SiteCurve], budget: float) -> list[int]
         raise OptionError(f"{budget:.0f} parameters should go, but only {most} can: a block would be empty")
     priorities = ALLOCATIONS[name](curves)
     steps = sorted((p, curve.block, i, j) for i, curve in enumerate(curves) for j, p in enumerate(priorities[i]))
-    kept = [curve.units for curve in curves]
+    counts = [curve.kept_counts for curve in curves]
+    taken = [0] * len(curves)
     open_site = [True] * len(curves)
     left = budget
     for _, _, i, j in steps:
-        counts = curves[i].kept_counts
-        cost = (counts[j] - counts[j + 1]) * curves[i].cost
         if not open_site[i]:
             continue
+        cost = (counts[i][j] - counts[i][j + 1]) * curves[i].cost
         if cost <= left:
-            kept[i], left = counts[j + 1], left - cost
+            taken[i], left = j + 1, left - cost
         else:
             open_site[i] = False
+    kept = [counts[i][j] for i, j in enumerate(taken)]
     candidates = []
-    for i, curve in enumerate(curves):
-        position = curve.kept_counts.index(kept[i])
-        if position < len(priorities[i]):
-            after = curve.kept_counts[position + 1]
-            candidates.append(((kept[i] - after) * curve.cost - left, priorities[i][position], i, after))
+    for i, j in enumerate(taken):
+        if j < len(priorities[i]):
+            after = counts[i][j + 1]
+            candidates.append(((kept[i] - after) * curves[i].cost - left, priorities[i][j], i, after))
     over, _, i, after = min(candidates, default=(left, 0.0, 0, 0))
     if over < left:
         kept[i] = after

@@ -11,6 +11,11 @@ import torch
 from torch import Tensor
 
 PANEL_COLUMNS = 128
+# Removed columns stay in the matrices, masked, until at most this share of the columns is left: copying the rest
+# together costs about as much as flushing a panel.
+COMPACT_AT = 0.8
+# Of a symmetric product only row strips of this height up to their diagonal block are multiplied.
+STRIP_ROWS = 512
 
 
 def eliminate(inverse: Tensor, energy: Tensor, group: int = 1, panel: int = PANEL_COLUMNS) -> tuple[Tensor, Tensor]:
@@ -25,32 +30,37 @@ def eliminate(inverse: Tensor, energy: Tensor, group: int = 1, panel: int = PANE
     removing removed[j] adds after the least-squares refit of the units still there. They sum to tr(M (C + λI)).
     Neither input is modified.
     """
-    m = inverse.shape[0]
-    units = m // group
+    units = inverse.shape[0] // group
     per_panel = max(1, panel // group)
-    alive = torch.arange(units, device=inverse.device)
+    present = torch.arange(units, device=inverse.device)
+    gone = torch.zeros(units, dtype=torch.bool, device=inverse.device)
     removed, increments = [], []
-    h, e = inverse, energy
-    while alive.numel():
-        steps = min(per_panel, alive.numel())
-        picked, cost, k, hk, q = _panel(h, e, group, steps)
-        removed.append(alive[picked])
+    h, e, left = inverse, energy, units
+    while left:
+        steps = min(per_panel, left)
+        picked, cost, k, hk, q = _panel(h, e, gone, group, steps)
+        removed.append(present[picked])
         increments.append(cost)
-        if steps == alive.numel():
+        left -= steps
+        if not left:
             break
-        keep = torch.ones(alive.numel(), dtype=torch.bool, device=alive.device)
-        keep[picked] = False
-        alive = alive[keep]
-        columns = _columns(keep.nonzero().squeeze(1), group)
-        k, hk, q = k[:, columns], hk[:, columns], q[:, columns]
-        qk = q.mT @ k
-        h = h[columns][:, columns].addmm_(hk.mT, k, alpha=-1)
-        e = e[columns][:, columns].sub_(qk).sub_(qk.mT)
+        if left <= COMPACT_AT * present.numel():
+            keep = (~gone).nonzero().squeeze(1)
+            present, gone = present[keep], gone[keep]
+            columns = _columns(keep, group)
+            k, hk, q = (rows.index_select(1, columns) for rows in (k, hk, q))
+            h = h[columns.view(-1, 1), columns]
+            e = e[columns.view(-1, 1), columns]
+        elif h is inverse:
+            # Rows are read one by one, and `torch.cholesky_inverse` gives columns.
+            h, e = (matrix.clone(memory_format=torch.contiguous_format) for matrix in (h, e))
+        _subtract_symmetric(h, hk, k)
+        _subtract_symmetric(e, torch.cat([q, k]), torch.cat([k, q]))
     return torch.cat(removed), torch.cat(increments).clamp_min(0.0)
 
 
-def _panel(h: Tensor, e: Tensor, g: int, steps: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Remove `steps` units, keeping the updates of h and e as factors.
+def _panel(h: Tensor, e: Tensor, gone: Tensor, g: int, steps: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Remove `steps` units that are not `gone` (u,) and mark them so, keeping the updates of h and e as factors.
 
     With p the removed columns, K = (h_pp)⁻¹ h_p: and Q = e_p: - ½ e_pp K, removal updates
     h ← h - h_p:ᵀ K and e ← e - Qᵀ K - Kᵀ Q. Rows and the diagonal blocks needed for the scores are brought up to
@@ -60,10 +70,9 @@ def _panel(h: Tensor, e: Tensor, g: int, steps: int) -> tuple[Tensor, Tensor, Te
     m = h.shape[0]
     units = m // g
     diagonal_h, diagonal_e = _diagonal_blocks(h, g), _diagonal_blocks(e, g)
-    k, hk, q = (h.new_zeros(steps * g, m) for _ in range(3))
+    k, hk, q = (h.new_empty(steps * g, m) for _ in range(3))
     picked = torch.empty(steps, dtype=torch.long, device=h.device)
     cost = h.new_empty(steps)
-    gone = torch.zeros(units, dtype=torch.bool, device=h.device)
     eye = torch.eye(g, dtype=h.dtype, device=h.device)
     for j in range(steps):
         if g == 1:
@@ -71,7 +80,7 @@ def _panel(h: Tensor, e: Tensor, g: int, steps: int) -> tuple[Tensor, Tensor, Te
         else:
             # A removed unit's block of h is zero: replace it, its score is masked anyway.
             safe = torch.where(gone.view(-1, 1, 1), eye, diagonal_h)
-            score = torch.linalg.solve(safe, diagonal_e).diagonal(dim1=-2, dim2=-1).sum(-1)
+            score = _solve(safe, diagonal_e).diagonal(dim1=-2, dim2=-1).sum(-1)
         score = score.masked_fill(gone, torch.inf)
         unit = score.argmin().view(1)
         columns = _columns(unit, g)
@@ -80,7 +89,7 @@ def _panel(h: Tensor, e: Tensor, g: int, steps: int) -> tuple[Tensor, Tensor, Te
         h_row = h.index_select(0, columns).addmm_(hk[done].index_select(1, columns).mT, k[done], alpha=-1)
         e_row = e.index_select(0, columns).addmm_(q_p.mT, k[done], alpha=-1).addmm_(k_p.mT, q[done], alpha=-1)
         h_pp, e_pp = h_row.index_select(1, columns), e_row.index_select(1, columns)
-        new_k = h_row / h_pp if g == 1 else torch.linalg.solve(h_pp, h_row)
+        new_k = h_row / h_pp if g == 1 else _solve(h_pp, h_row)
         new_q = e_row.addmm_(e_pp, new_k, alpha=-0.5)
         now = slice(j * g, (j + 1) * g)
         k[now], hk[now], q[now] = new_k, h_row, new_q
@@ -98,6 +107,20 @@ def _panel(h: Tensor, e: Tensor, g: int, steps: int) -> tuple[Tensor, Tensor, Te
     return picked, cost, k, hk, q
 
 
+def _subtract_symmetric(matrix: Tensor, left: Tensor, right: Tensor) -> None:
+    """matrix (m, m) -= leftᵀ right in place, for factors (p, m) whose product is symmetric: half is multiplied."""
+    for start in range(0, matrix.shape[0], STRIP_ROWS):
+        strip = slice(start, start + STRIP_ROWS)
+        up_to = slice(0, start + STRIP_ROWS)
+        matrix[strip, up_to].addmm_(left[:, strip].mT, right[:, up_to], alpha=-1)
+        matrix[:start, strip] = matrix[strip, :start].mT
+
+
+def _solve(a: Tensor, b: Tensor) -> Tensor:
+    """a⁻¹ b without the check for singularity, which would read back from the device."""
+    return torch.linalg.solve_ex(a, b)[0]
+
+
 def _columns(units: Tensor, g: int) -> Tensor:
     """Columns of the given units, (len·g,)."""
     if g == 1:
@@ -108,4 +131,5 @@ def _columns(units: Tensor, g: int) -> Tensor:
 def _diagonal_blocks(matrix: Tensor, g: int) -> Tensor:
     """A copy of the (u, g, g) diagonal blocks of matrix (u·g, u·g)."""
     u = matrix.shape[0] // g
-    return matrix.view(u, g, u, g).diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
+    blocks = matrix.view(u, g, u, g).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    return blocks.clone(memory_format=torch.contiguous_format)

@@ -20,18 +20,20 @@ def damped_cholesky(covariance: Tensor, damping: float) -> tuple[Tensor, float]:
     """Lower Cholesky factor of covariance + λ I with λ = damping · mean diagonal.
 
     covariance (m, m) float64, symmetric. Returns the factor (m, m) and the damping that was needed: the asked one,
-    or the first of a ladder of tenfold increases for which the factorisation succeeds.
+    or the first of a ladder of tenfold increases for which the factorisation succeeds. A pivot that is rounding
+    counts as a failure: a singular matrix can pass by luck, and its inverse would then be noise.
     Raises `NumericalError` if the matrix is not finite or no damping up to 1 helps.
     """
     if not torch.isfinite(covariance).all():
         raise NumericalError("the moments of the activations are not finite; use --dtype float32 or bfloat16")
     scale = mean_diagonal(covariance)
+    rounding = covariance.shape[0] * torch.finfo(covariance.dtype).eps
     rung = damping
     while True:
         damped = covariance.clone()
         damped.diagonal().add_(rung * scale)
         factor, info = torch.linalg.cholesky_ex(damped)
-        if info.item() == 0:
+        if info.item() == 0 and (factor.diagonal().square() > rounding * damped.diagonal()).all():
             return factor, rung
         if rung >= 1.0:
             raise NumericalError(

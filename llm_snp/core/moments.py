@@ -6,6 +6,7 @@ covariance is not the small difference of two large numbers when a channel sits 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -72,7 +73,8 @@ class Moments:
         self.first += x.sum(0, dtype=torch.float64)
         self.tokens += x.shape[0]
         if residual is not None:
-            assert self.cross is not None and self.residual is not None
+            assert self.cross is not None
+            assert self.residual is not None
             residual = residual.float()
             self.cross += residual.mT @ x
             self.residual += residual.sum(0, dtype=torch.float64)
@@ -96,8 +98,9 @@ class Moments:
 
     @property
     def finite(self) -> bool:
-        """False as soon as one activation, or one product of two, was infinite or NaN."""
-        return bool(torch.isfinite(self.second).all() and torch.isfinite(self.first).all())
+        """False as soon as one activation or residual, or one product of two, was infinite or NaN."""
+        sums = [self.first, self.second, *(s for s in (self.residual, self.cross) if s is not None)]
+        return math.isfinite(self.power) and all(bool(torch.isfinite(s).all()) for s in sums)
 
     @property
     def mean(self) -> Tensor:

@@ -70,10 +70,8 @@ def finish(
     """Bias and energies for a refitted weight (d, k·g) over `columns`; without a bias to refit it stays zero."""
     total = ((weight @ moments.covariance) * weight).sum().item()
     lost = lost_energy(moments, weight, columns, refit)
-    if bias is None:
-        new_bias = weight.new_zeros(weight.shape[0])
-    else:
-        new_bias = refit_bias(moments, weight, bias, columns, refit)
+    unrepaired = weight.new_zeros(weight.shape[0])
+    new_bias = unrepaired if bias is None else refit_bias(moments, weight, bias, columns, refit)
     return Pruned(columns, refit, new_bias, lost, total, damping)
 
 

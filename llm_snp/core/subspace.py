@@ -74,8 +74,7 @@ def truncate(subspace: Subspace, weight: Tensor, keep: int) -> tuple[Tensor, Ten
     W' = W_K + W_P L_PK L_KK⁻¹ (METHOD, section 2): one triangular solve with d right-hand sides, no inverse.
     weight (d, m). Returns the kept columns (k·g,) ascending and the refitted weight (d, k·g) in that order.
     """
-    u, g = subspace.columns.shape
-    flat, k = subspace.columns.flatten(), keep * g
+    flat, k = subspace.columns.flatten(), keep * subspace.columns.shape[1]
     kept, pruned = flat[:k], flat[k:]
     refit = weight[:, kept]
     if k < flat.numel():

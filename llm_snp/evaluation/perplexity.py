@@ -43,7 +43,8 @@ def _summed(nll: float, windows: Windows) -> Perplexity:
     count, length = windows.tokens.shape
     tokens = count * (length - 1)
     mean = nll / tokens
-    return Perplexity(math.exp(mean) if mean < 700 else math.inf, nll, tokens, count, length, windows.source)
+    # exp(700) is about as far as a float, and JSON, goes: a model that bad has no perplexity worth telling apart.
+    return Perplexity(math.exp(min(mean, 700.0)), nll, tokens, count, length, windows.source)
 
 
 @torch.no_grad()

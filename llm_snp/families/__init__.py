@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 from ..errors import UnsupportedModelError
-from .base import Attention, Family, Site
+from .base import Attention, Family, Site, linear
 from .opt import OPT
 
 FAMILIES: dict[str, Family] = {family.model_type: family for family in (OPT,)}
 
-__all__ = ["FAMILIES", "Attention", "Family", "Site", "family_of"]
+__all__ = ["FAMILIES", "Attention", "Family", "Site", "family_of", "linear"]
 
 
 def family_of(config: object) -> Family:

@@ -10,7 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
+from torch import nn
+
+from ..errors import UnsupportedModelError
 
 
 @dataclass(frozen=True)
@@ -80,15 +82,22 @@ class Family:
     renames: tuple[tuple[str, str], ...]
     check: Callable[[Any], None]
 
-    def linear_parameters(self, block: torch.nn.Module, config: Any) -> int:
+    def linear_parameters(self, block: nn.Module, config: Any) -> int:
         """Parameters of the linear layers of one block, the base of `--sparsity` (METHOD, section 6)."""
         names = {name for site in self.sites(config) for name in (*site.producers, site.consumer)}
-        return sum(p.numel() for name in names for p in block.get_submodule(name).parameters())
+        return sum(p.numel() for name in names for p in linear(block, name).parameters())
 
-    def unit_cost(self, block: torch.nn.Module, site: Site) -> int:
+    def unit_cost(self, block: nn.Module, site: Site) -> int:
         """Parameters that go with one unit: g rows (and biases) of each producer, g columns of the consumer."""
-        cost = block.get_submodule(site.consumer).weight.shape[0] * site.group
+        cost = linear(block, site.consumer).out_features * site.group
         for name in site.producers:
-            producer = block.get_submodule(name)
-            cost += sum(p.numel() // p.shape[0] * site.group for p in producer.parameters())
+            cost += sum(p.numel() // p.shape[0] * site.group for p in linear(block, name).parameters())
         return cost
+
+
+def linear(block: nn.Module, name: str) -> nn.Linear:
+    """The linear layer of that name in a block. Raises `UnsupportedModelError` if it is something else."""
+    layer = block.get_submodule(name)
+    if not isinstance(layer, nn.Linear):
+        raise UnsupportedModelError(f"{name} is a {type(layer).__name__}, expected a linear layer")
+    return layer

@@ -1,0 +1,534 @@
+#!/usr/bin/env python3
+"""What each choice is worth: orders, allocations, targets, attention modes, sensitivities and presets side by side.
+
+    python benchmarks/quality.py facebook/opt-125m --calibration train.txt --evaluate wikitext2 --evaluate c4 \\
+        --sparsity 0.2 0.3 0.4 0.5 --json quality.json --plot quality.png --markdown quality.md
+
+One checkpoint, one set of calibration windows, one list of budgets; per row the perplexity of the pruned model on
+every corpus and the seconds of pruning (sensitivity, measure and prune phases; no loading, no evaluation). Text is
+tokenised and the dense model evaluated once. The JSON file is written after each result, and what it already has for
+the same model, text, seed and device is not measured again, so an interrupted run can simply be repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import hashlib
+import json
+import math
+import re
+import statistics
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from perplexity import aligned, check_files, labels, provenance, write_json
+from transformers.utils import logging
+
+import llm_snp
+from llm_snp import SnpError
+from llm_snp.checkpoint import Checkpoint
+from llm_snp.cli import BAD_INPUT, INTERRUPTED
+from llm_snp.config import DTYPES, METHODS, PruneConfig
+from llm_snp.core.orders import ORDERS
+from llm_snp.data import Windows, calibration_windows, evaluation_windows
+from llm_snp.errors import NumericalError, OptionError
+from llm_snp.evaluation.perplexity import perplexity_streamed
+from llm_snp.executor import decide, prune_blocks
+from llm_snp.families import family_of
+from llm_snp.hub import config_dtype, load_config, load_tokenizer, locate
+from llm_snp.progress import Progress
+from llm_snp.report import device_facts
+from llm_snp.run import resolve_device, resolve_dtype, window_length
+from llm_snp.skeleton import Skeleton
+from llm_snp.writer import Writer
+
+Options = dict[str, Any]
+
+UNIFORM: Options = {"allocation": "uniform", "target": "self", "attention": "heads"}
+GREEDY: Options = {"order": "greedy", **UNIFORM}
+RESIDUAL: Options = {**GREEDY, "target": "residual"}
+DIMS: Options = {**RESIDUAL, "attention": "dims"}
+
+# group -> (name, options) of each row. Rows with equal choices are measured once.
+ROWS: dict[str, list[tuple[str, Options]]] = {
+    "no repair (uniform, heads)": [
+        ("random, no repair", {**UNIFORM, "order": "random", "target": "none"}),
+        ("magnitude, no repair", {**UNIFORM, "order": "saw", "target": "none"}),
+        ("greedy, no repair", {**GREEDY, "target": "none"}),
+    ],
+    "order (uniform, target self, heads)": [
+        # i-spasp scores activations that cannot be negative, which heads do not have: it ranks the neurons only.
+        *((order, {**UNIFORM, "order": order}) for order in ORDERS if order != "i-spasp"),
+        ("i-spasp, dims", {**UNIFORM, "order": "i-spasp", "attention": "dims"}),
+        ("greedy, dims", {**GREEDY, "attention": "dims"}),
+    ],
+    "from greedy towards best": [
+        ("greedy, uniform, self, heads", GREEDY),
+        ("+ target dense", {**GREEDY, "target": "dense"}),
+        ("+ target residual", RESIDUAL),
+        ("+ dims", DIMS),
+        ("+ loss, relative", {**DIMS, "allocation": "loss", "sensitivity": "relative"}),
+        ("+ loss, scalar", {**DIMS, "allocation": "loss", "sensitivity": "scalar"}),
+        ("+ loss, fisher", {**DIMS, "allocation": "loss", "sensitivity": "fisher"}),
+    ],
+    "one step aside (greedy, target residual)": [
+        ("loss, fisher, heads", {**RESIDUAL, "allocation": "loss", "sensitivity": "fisher"}),
+        ("loss, fisher, both", {**RESIDUAL, "attention": "both", "allocation": "loss", "sensitivity": "fisher"}),
+        ("variance, dims", {**DIMS, "allocation": "variance"}),
+    ],
+    "presets": [
+        *((method, {"method": method}) for method in METHODS),
+        ("best, damping auto", {"method": "best", "damping": "auto"}),
+    ],
+}
+# What a row is, once its preset is filled in.
+CHOICES = ("order", "allocation", "target", "attention", "sensitivity", "damping")
+# Rows of the plot, from worst to best: label, marker, line style, grey.
+PLOTTED: dict[str, tuple[str, str, str, str]] = {
+    "magnitude, no repair": ("magnitude, no repair", "x", ":", "0.4"),
+    "greedy, no repair": ("greedy, no repair", "+", "--", "0.4"),
+    "snp": ("snp", "s", "-.", "0.0"),
+    "random": ("random, repaired", "v", ":", "0.0"),
+    "greedy": ("greedy, repaired", "^", "--", "0.0"),
+    "+ target residual": ("+ target residual", "D", "-.", "0.4"),
+    "+ dims": ("+ dims", "P", "-", "0.5"),
+    "best": ("best", "o", "-", "0.0"),
+}
+# Where a logarithmic axis has ticks, in each decade.
+NARROW_TICKS = (1.0, 1.1, 1.2, 1.3, 1.4, 1.6, 1.8, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0)
+WIDE_TICKS = (1.0, 2.0, 5.0)
+# What must agree before a result of an earlier run is taken for one of this run.
+SAME = ("model", "calibration", "corpora", "device")
+LISTED = 5  # at most so many rows below `best` are named
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table. choices: what its options come to, once the preset is filled in."""
+
+    group: str
+    name: str
+    options: Options
+
+    @property
+    def choices(self) -> Options:
+        resolved = PruneConfig(**self.options).resolved()
+        return {name: getattr(resolved, name) for name in CHOICES}
+
+
+def all_rows() -> list[Row]:
+    return [Row(group, name, options) for group, members in ROWS.items() for name, options in members]
+
+
+def rows_matching(pattern: str) -> list[Row]:
+    """The rows whose name or group matches. Raises `OptionError` if none does."""
+    try:
+        rows = [row for row in all_rows() if re.search(pattern, row.name) or re.search(pattern, row.group)]
+    except re.error as error:
+        raise OptionError(f"--rows {pattern!r} is no regular expression: {error}") from error
+    if not rows:
+        raise OptionError(f"--rows {pattern!r} matches none of: {'; '.join(row.name for row in all_rows())}")
+    return rows
+
+
+class Bench:
+    """A checkpoint with its calibration and evaluation windows, read once for all rows."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        directory = locate(args.model)
+        self.config = load_config(directory)
+        self.family = family_of(self.config)
+        device = resolve_device(args.device)
+        dtype = resolve_dtype(args.dtype, device, config_dtype(self.config))
+        checkpoint = Checkpoint(directory, self.family.renames)
+        self.skeleton = Skeleton(self.config, self.family.blocks, checkpoint, device, dtype)
+        tokenizer = load_tokenizer(directory)
+        length = window_length(PruneConfig(sequence_length=args.sequence_length), self.config)
+        self.calibration = calibration_windows(args.calibration, tokenizer, args.samples, length, args.seed)
+        self.corpora: dict[str, Windows] = {}
+        for source, label in labels(args.evaluate).items():
+            windows = evaluation_windows(source, tokenizer, length)
+            self.corpora[label] = dataclasses.replace(windows, tokens=windows.tokens[: args.max_windows])
+        name, digest = Path(args.model).name, _sha256(checkpoint.files)
+        self.facts: dict[str, Any] = {
+            "model": {"name": name, "type": self.config.model_type, "sha256": digest},
+            "calibration": {
+                "source": Path(args.calibration).name,
+                "sha256": self.calibration.sha256,
+                "windows": args.samples,
+                "sequence_length": length,
+                "seed": args.seed,
+            },
+            "corpora": {n: {"sha256": w.sha256, "windows": len(w.tokens)} for n, w in self.corpora.items()},
+            "device": device_facts(device, dtype),
+        }
+
+    def options(self, row: Row, sparsity: float) -> PruneConfig:
+        return PruneConfig(sparsity=sparsity, samples=self.args.samples, seed=self.args.seed, **row.options).resolved()
+
+    @contextmanager
+    def pruned(self, options: PruneConfig, windows: int) -> Iterator[tuple[Skeleton, dict[str, Any]]]:
+        """Prune on the first calibration windows; gives the result, which lasts as long as the context, and facts."""
+        timer, tokens, blocks = Progress(quiet=True), self.calibration.tokens[:windows], self.family.blocks
+        with TemporaryDirectory(prefix="llm-snp-quality-") as temporary:
+            writer = Writer(Path(temporary) / "result", len(self.skeleton), overwrite=False)
+
+            def save(index: int, state: dict[str, torch.Tensor], _: object) -> None:
+                writer.shard(index, {f"{blocks}.{index}.{name}": tensor for name, tensor in state.items()})
+
+            what = self.skeleton, self.family, self.config, tokens, options
+            plan, sensitivity = decide(*what, timer)
+            prune_blocks(*what, plan, sensitivity, timer, save)
+            writer.index()
+            # The skeleton with the blocks that were written in place of its own.
+            result = copy.copy(self.skeleton)
+            result.checkpoint = Checkpoint(writer.partial)
+            result.blocks = copy.deepcopy(self.skeleton.blocks)
+            for block, kept in zip(result.blocks, plan.kept, strict=True):
+                self.family.narrow(block, **self.family.widths(self.config, kept))
+            yield result, {"achieved": plan.achieved, "seconds": {n: round(s, 3) for n, s in timer.seconds.items()}}
+
+    def perplexity(self, skeleton: Skeleton) -> dict[str, float]:
+        """Perplexity on every corpus, by its label."""
+        found = {n: perplexity_streamed(skeleton, w, lambda: None).perplexity for n, w in self.corpora.items()}
+        if not all(map(math.isfinite, found.values())):
+            raise NumericalError("the perplexity is infinite")
+        return found
+
+    def measure(self, options: PruneConfig) -> dict[str, Any]:
+        """The facts of one result, or the error that there is instead."""
+        try:
+            with self.pruned(options, self.args.samples) as (skeleton, facts):
+                return facts | {"perplexity": self.perplexity(skeleton)}
+        except (OptionError, NumericalError) as error:
+            return {"error": str(error)}
+
+    def warm_up(self) -> None:
+        """What only the first run pays for (kernels, libraries) belongs into nobody's seconds."""
+        with self.pruned(self.options(Row("", "", {"method": "best"}), 0.1), windows=2):
+            pass
+
+
+def _sha256(files: Iterable[Path]) -> str:
+    """One hash over the contents of files."""
+    digest = hashlib.sha256()
+    for path in files:
+        with open(path, "rb") as file:
+            while chunk := file.read(1 << 24):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+class Results:
+    """All that was measured, by choices and sparsity.
+
+    `data` is what the JSON file holds; `command` and `date` in it are of the last run, `commands` all that measured.
+    Raises `OptionError` if `file` holds something else, or results of another model, text, seed or device.
+    """
+
+    def __init__(self, facts: dict[str, Any], file: Path | None):
+        self.data, self.file = facts | {"commands": [], "dense": None, "results": []}, file
+        if file is None or not file.exists():
+            return
+        try:
+            earlier = json.loads(file.read_text(encoding="utf-8"))
+            kept = {key: earlier[key] for key in (*SAME, "commands", "dense", "results")}
+        except (ValueError, KeyError, TypeError) as error:
+            raise OptionError(f"{file} is not a result of benchmarks/quality.py; give another --json") from error
+        for key in SAME:
+            if kept[key] != facts[key]:
+                raise OptionError(
+                    f"{file} holds results of another {key} ({_difference(kept[key], facts[key])}); "
+                    "give another --json, or remove it"
+                )
+        self.data |= kept
+
+    def find(self, row: Row, sparsity: float) -> dict[str, Any] | None:
+        """What is known of a row at one budget."""
+        same = (r for r in self.data["results"] if r["choices"] == row.choices and r["sparsity"] == sparsity)
+        return next(same, None)
+
+    def value(self, row: Row, sparsity: float, corpus: str) -> float | None:
+        """Its perplexity, if there is one."""
+        found = self.find(row, sparsity) or {}
+        return found.get("perplexity", {}).get(corpus)
+
+    def seconds(self, row: Row, sparsities: Sequence[float]) -> float | None:
+        """The median over the budgets of the time that pruning took."""
+        found = [self.find(row, sparsity) or {} for sparsity in sparsities]
+        taken = [sum(result["seconds"].values()) for result in found if "seconds" in result]
+        return statistics.median(taken) if taken else None
+
+    def add(self, row: Row, sparsity: float, result: dict[str, Any]) -> None:
+        """Take in a result, in place of an earlier one, and write the file."""
+        earlier = self.find(row, sparsity)
+        self.data["results"] = [r for r in self.data["results"] if r is not earlier]
+        origin = {name: self.data[name] for name in ("date", "code")}
+        self.data["results"].append({"choices": row.choices, "sparsity": sparsity, **origin, **result})
+        if self.data["command"] not in self.data["commands"]:
+            self.data["commands"].append(self.data["command"])
+        self.save()
+
+    def save(self) -> None:
+        if self.file is not None:
+            write_json(self.file, self.data)
+
+
+def _difference(earlier: Any, now: Any) -> str:
+    """Where two facts differ first, as `seed 0, now 1`."""
+    if not isinstance(earlier, dict) or not isinstance(now, dict):
+        return f"{earlier}, now {now}"
+    key = next(key for key in [*now, *earlier] if earlier.get(key) != now.get(key))
+    return f"{key} {_difference(earlier.get(key), now.get(key))}"
+
+
+def fill(bench: Bench, results: Results, rows: Sequence[Row], progress: Progress) -> None:
+    """Measure what is not there yet; errors are tried again."""
+    todo: list[tuple[Row, float]] = []
+    for row in rows:
+        for sparsity in bench.args.sparsity:
+            known = results.find(row, sparsity)
+            twin = any(row.choices == other.choices and sparsity == s for other, s in todo)
+            if not twin and (known is None or "error" in known):
+                todo.append((row, sparsity))
+    if results.data["dense"] is None:
+        progress.say("dense model ...")
+        results.data["dense"] = bench.perplexity(bench.skeleton)
+        results.save()
+    progress.say(f"{len(todo)} results to measure, {len(rows) * len(bench.args.sparsity) - len(todo)} there or shared")
+    if todo:
+        bench.warm_up()
+    for number, (row, sparsity) in enumerate(todo, 1):
+        result = bench.measure(bench.options(row, sparsity))
+        results.add(row, sparsity, result)
+        shown = result.get("error") or " / ".join(f"{value:,.2f}" for value in result["perplexity"].values())
+        progress.say(f"{number:>{len(str(len(todo)))}}/{len(todo)}  {row.name}, {sparsity:g}: {shown}")
+
+
+def cells(results: Results, rows: Sequence[Row], sparsities: Sequence[float], markdown: bool) -> list[list[str]]:
+    """The table: a line per row, under its group; the lowest perplexity of each column is marked."""
+    corpora = list(results.data["corpora"])
+    columns = [(sparsity, corpus) for sparsity in sparsities for corpus in corpora]
+    values = {(row.name, *column): results.value(row, *column) for row in rows for column in columns}
+    lowest = {c: min((v for (_, *at), v in values.items() if tuple(at) == c and v), default=None) for c in columns}
+    marked, plain = ("**{}**", "{}") if markdown else ("{}*", "{} ")
+    text = {key: f"{value:,.2f}" if value else "-" for key, value in values.items()}
+    dense = {corpus: f"{results.data['dense'][corpus]:,.2f}" for corpus in corpora}
+    # Values of a corpus are equally wide, so that the slashes are below each other.
+    wide = {
+        corpus: max(map(len, [dense[corpus], *(t for k, t in text.items() if k[2] == corpus)])) for corpus in corpora
+    }
+
+    def joined(shown: dict[str, str], best: Iterable[str] = ()) -> str:
+        return " / ".join(
+            (marked if corpus in best else plain).format(value if markdown else value.rjust(wide[corpus]))
+            for corpus, value in shown.items()
+        )
+
+    def cell(row: Row, sparsity: float) -> str:
+        best = [c for c in corpora if lowest[sparsity, c] and values[row.name, sparsity, c] == lowest[sparsity, c]]
+        return joined({corpus: text[row.name, sparsity, corpus] for corpus in corpora}, best)
+
+    lines = [
+        ["", *(f"{100 * s:g} %{'' if markdown else ' '}" for s in sparsities), "seconds"],
+        ["dense", *[joined(dense) for _ in sparsities], ""],
+    ]
+    group = ""
+    for row in rows:
+        if row.group != group:
+            group = row.group
+            lines.append([f"*{group}*" if markdown else group, *["" for _ in sparsities], ""])
+        seconds = results.seconds(row, sparsities)
+        name = row.name if markdown else f"  {row.name}"
+        lines.append([name, *(cell(row, s) for s in sparsities), f"{seconds:.1f}" if seconds is not None else "-"])
+    return lines
+
+
+def verdict(results: Results, rows: Sequence[Row], sparsities: Sequence[float]) -> list[str]:
+    """Whether `best` is at or below every other row, what it costs, and what else a reader must know."""
+    by_name = {row.name: row for row in rows}
+    lines = []
+    if "best" in by_name:
+        best = by_name["best"]
+        for sparsity in sparsities:
+            lines.append(f"{100 * sparsity:g} %: " + _against(results, best, rows, sparsity))
+    if {"best", "snp"} <= by_name.keys():
+        best_seconds, snp_seconds = (results.seconds(by_name[name], sparsities) for name in ("best", "snp"))
+        if best_seconds and snp_seconds:
+            ratio = best_seconds / snp_seconds
+            lines.append(f"time: best {best_seconds:.1f} s, snp {snp_seconds:.1f} s: {ratio:.2f} times as long")
+    shown = [(row, s, found) for row in rows for s in sparsities if (found := results.find(row, s))]
+    lines += [f"not measured: {row.name}, {s:g}: {found['error']}" for row, s, found in shown if "error" in found]
+    old = sum(found["code"] != results.data["code"] for _, _, found in shown)
+    if old:
+        lines.append(f"{old} of {len(shown)} results were measured with other code of llm_snp than there is now")
+    return lines
+
+
+def _against(results: Results, best: Row, rows: Sequence[Row], sparsity: float) -> str:
+    """How `best` compares with all rows that are something else, at one budget."""
+    below = []
+    for corpus in results.data["corpora"]:
+        value = results.value(best, sparsity, corpus)
+        if value is None:
+            return "best was not measured"
+        for row in rows:
+            other = results.value(row, sparsity, corpus)
+            if other is not None and other < value and row.choices != best.choices:
+                below.append((other / value - 1, f"{row.name} ({other / value - 1:+.2%} on {corpus})"))
+    if not below:
+        return "best is at or below every other row"
+    named = [text for _, text in sorted(below)]
+    more = f" and {len(named) - LISTED} more" if len(named) > LISTED else ""
+    return "below best: " + ", ".join(named[:LISTED]) + more
+
+
+def markdown(results: Results, rows: Sequence[Row], sparsities: Sequence[float]) -> str:
+    """The table with where it comes from."""
+    data = results.data
+    table = cells(results, rows, sparsities, markdown=True)
+    rule = ["---", *["---:" for _ in table[0][1:]]]
+    versions = ", ".join(f"{name} {number}" for name, number in data["versions"].items())
+    device, date = data["device"], max(result["date"] for result in data["results"])
+    lines = [
+        f"# Quality on {data['model']['name']}",
+        "",
+        f"{heading(data)} Lowest value of a column in bold; seconds: median over the budgets, pruning only.",
+        "",
+        *("| " + " | ".join(line) + " |" for line in [table[0], rule, *table[1:]]),
+        "",
+        *(f"- {line}" for line in verdict(results, rows, sparsities)),
+        "",
+        f"{date}, {device['name']}, {device['dtype']}, {device['threads']} threads; {versions}, code {data['code']}.",
+        "",
+        *(f"    {command}" for command in data["commands"]),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def heading(data: dict[str, Any]) -> str:
+    """What the table shows, in a sentence."""
+    c = data["calibration"]
+    corpora = " / ".join(f"{name} ({corpus['windows']} windows)" for name, corpus in data["corpora"].items())
+    return (
+        f"Perplexity on {corpora}, calibrated on {c['windows']} windows of {c['sequence_length']} tokens of "
+        f"{c['source']}, seed {c['seed']}."
+    )
+
+
+def plot(results: Results, file: Path) -> None:
+    """Perplexity against the share removed, a panel per corpus, to be read in black and white and on a phone."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    corpora, by_name = list(results.data["corpora"]), {row.name: row for row in all_rows()}
+    figure, axes = pyplot.subplots(len(corpora), 1, figsize=(6.4, 1.4 + 4.6 * len(corpora)), sharex=True, squeeze=False)
+    for axis, corpus in zip(axes[:, 0], corpora, strict=True):
+        dense = results.data["dense"][corpus]
+        for name, (label, marker, style, grey) in PLOTTED.items():
+            row = by_name[name]
+            known = [r for r in results.data["results"] if r["choices"] == row.choices and "perplexity" in r]
+            points = sorted((100 * r["achieved"], r["perplexity"][corpus]) for r in known)
+            if points:
+                x, y = zip((0.0, dense), *points, strict=True)
+                axis.plot(x, y, label=label, marker=marker, linestyle=style, color=grey, linewidth=2, markersize=8)
+        axis.axhline(dense, label="dense", color="0.6", linewidth=1, zorder=0)
+        axis.set_yscale("log")
+        low, high = axis.get_ylim()
+        axis.yaxis.set_major_locator(LogLocator(subs=WIDE_TICKS if high > 4 * low else NARROW_TICKS))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.yaxis.set_minor_locator(NullLocator())
+        axis.set_ylabel(f"perplexity, {corpus}", fontsize=14)
+        axis.tick_params(labelsize=13)
+        axis.grid(color="0.9")
+    axes[-1, 0].set_xlabel("parameters of the blocks removed, %", fontsize=14)
+    handles, names = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="upper center", ncols=2, fontsize=13, frameon=False, handlelength=3)
+    lines = math.ceil(len(names) / 2)
+    figure.tight_layout(rect=(0, 0, 1, 1 - (0.28 * lines + 0.15) / figure.get_figheight()))
+    figure.savefig(file, dpi=150)
+    pyplot.close(figure)
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("model", metavar="MODEL", help="Hub id or directory")
+    p.add_argument("--calibration", required=True, metavar="TEXT", help="wikitext2, c4 or a file")
+    p.add_argument("--evaluate", required=True, action="append", metavar="TEXT", help="like --calibration; repeatable")
+    p.add_argument("--sparsity", type=float, nargs="+", default=[0.2, 0.3, 0.4, 0.5], metavar="S", help="the budgets")
+    p.add_argument("--samples", type=int, default=128, metavar="N", help="calibration windows (default: 128)")
+    p.add_argument("--sequence-length", type=int, default=2048, metavar="T", help="tokens per window (default: 2048)")
+    p.add_argument("--seed", type=int, default=0, help="seed of everything random (default: 0)")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:i (default: auto)")
+    p.add_argument("--dtype", default="auto", choices=DTYPES, help="type to compute in (default: auto)")
+    p.add_argument(
+        "--max-windows", type=int, metavar="N", help="evaluate on the first N windows only, for a quick look"
+    )
+    p.add_argument("--rows", default="", metavar="REGEX", help="measure only rows whose name or group matches")
+    p.add_argument("--json", type=Path, metavar="FILE", help="results, written after each; what it has is reused")
+    p.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the main rows")
+    p.add_argument("--markdown", type=Path, metavar="FILE", help="write the table as Markdown")
+    p.add_argument("--quiet", action="store_true", help="print the table only")
+    return p
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise `OptionError` for what would only fail after hours."""
+    options = PruneConfig(samples=args.samples, sequence_length=args.sequence_length, device=args.device)
+    for sparsity in args.sparsity:
+        dataclasses.replace(options, sparsity=sparsity).validate()
+    if args.max_windows is not None and args.max_windows < 1:
+        raise OptionError(f"--max-windows is {args.max_windows}; it must be at least 1")
+    if args.plot and find_spec("matplotlib") is None:
+        raise OptionError("--plot needs matplotlib: pip install 'llm_snp[plots]'")
+    check_files(args.json, args.plot, args.markdown)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    args = parser().parse_args(arguments)
+    args.sparsity = sorted(set(args.sparsity))
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    progress = Progress(args.quiet)
+    try:
+        check(args)
+        rows = rows_matching(args.rows)
+        progress.say("load ...")
+        bench = Bench(args)
+        origin = provenance(__file__, arguments)
+        code = _sha256(sorted(Path(llm_snp.__file__).parent.rglob("*.py")))[:12]
+        results = Results(origin | {"code": code, **bench.facts}, args.json)
+        fill(bench, results, rows, progress)
+    except (SnpError, torch.OutOfMemoryError) as error:
+        print(f"quality: {str(error).splitlines()[0]}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print("quality: interrupted; the same command goes on from what --json has", file=sys.stderr)
+        return INTERRUPTED
+    shown = [row for row in all_rows() if any(results.find(row, sparsity) for sparsity in args.sparsity)]
+    print(heading(results.data), "\n", sep="")
+    print(aligned(cells(results, shown, args.sparsity, markdown=False)), "\n", sep="")
+    print("\n".join(verdict(results, shown, args.sparsity)))
+    if args.markdown:
+        args.markdown.write_text(markdown(results, shown, args.sparsity), encoding="utf-8")
+    if args.plot:
+        plot(results, args.plot)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,271 @@
+"""The scripts of benchmarks/: what they print and write, that a run can go on, and how they refuse."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import OPTConfig, OPTForCausalLM
+
+import llm_snp
+from llm_snp.hub import EMBEDDED
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import perplexity  # noqa: E402
+import quality  # noqa: E402
+
+WORDS = ("the", "of", "and", "a", "small", "river", "city", "was", "born", "in", "north", "year", "house", "music")
+
+
+def write_text(file: Path, words: int, seed: int) -> Path:
+    """Sentences of words that follow each other by chance."""
+    generator = random.Random(seed)
+    drawn = [generator.choice(WORDS) for _ in range(words)]
+    file.write_text("\n\n".join(" ".join(drawn[i : i + 12]) + "." for i in range(0, words, 12)))
+    return file
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with `model`, a tiny random OPT, and the texts calibration.txt, a.txt and b.txt."""
+    directory = tmp_path_factory.mktemp("benchmarks")
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=2048,
+        hidden_size=32,
+        word_embed_proj_dim=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        ffn_dim=64,
+        max_position_embeddings=64,
+        init_std=0.2,
+        pad_token_id=1,
+        bos_token_id=2,
+        eos_token_id=2,
+    )
+    OPTForCausalLM(config).save_pretrained(directory / "model")
+    for file in EMBEDDED.glob("tokenizer*"):
+        shutil.copy(file, directory / "model")
+    write_text(directory / "calibration.txt", 1500, seed=0)
+    write_text(directory / "a.txt", 300, seed=1)
+    write_text(directory / "b.txt", 300, seed=2)
+    return directory
+
+
+def quality_arguments(place: Path, *more: str) -> list[str]:
+    return [
+        str(place / "model"),
+        *("--calibration", str(place / "calibration.txt")),
+        *("--evaluate", str(place / "a.txt"), "--evaluate", str(place / "b.txt")),
+        *("--samples", "8", "--device", "cpu", "--quiet"),
+        *more,
+    ]
+
+
+def read(file: Path) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads(file.read_text())
+    return data
+
+
+def test_perplexity_as_a_command(place: Path, tmp_path: Path) -> None:
+    """A dense and a pruned model side by side, the pruned one without trust_remote_code; capped windows are said."""
+    report = llm_snp.prune(
+        model=str(place / "model"),
+        sparsity=0.3,
+        calibration=str(place / "calibration.txt"),
+        samples=8,
+        evaluate=(str(place / "a.txt"),),
+        output=str(tmp_path / "pruned"),
+        device="cpu",
+        quiet=True,
+    )
+    arguments = [place / "model", tmp_path / "pruned", "--device", "cpu", "--json", tmp_path / "out.json"]
+    corpora = ["--evaluate", place / "a.txt", "--evaluate", place / "b.txt"]
+    command = [sys.executable, BENCHMARKS / "perplexity.py", *arguments, *corpora]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    models = read(tmp_path / "out.json")["models"]
+    assert [m["parameters"] for m in models] == [report["model"]["parameters"], report["model"]["parameters_pruned"]]
+    for m, which in zip(models, ("dense", "pruned"), strict=True):
+        expected = report["evaluation"][str(place / "a.txt")][which]
+        assert m["evaluation"]["a.txt"]["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-5)
+        assert m["evaluation"]["a.txt"]["tokens"] == expected["tokens"]
+        assert f"{m['evaluation']['b.txt']['perplexity']:,.2f}" in done.stdout
+    assert "have 64 tokens, not 2048" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda model: shutil.rmtree(model), "does not exist"),
+        (lambda model: (model / "model.safetensors").write_bytes(b"x"), "cannot be read"),
+        (lambda model: (model / "config.json").write_text("{}"), "no causal language model"),
+        (
+            lambda model: (model / "config.json").write_text('{"model_type": "opt", "num_hidden_layers": "x"}'),
+            "can load",
+        ),
+        (lambda model: drop_tensor(model / "model.safetensors"), "lacks 1 of the model's weights"),
+        (lambda model: [file.unlink() for file in model.glob("tokenizer*")], "no tokenizer"),
+    ],
+    ids=["absent", "damaged", "no-type", "bad-config", "missing-weight", "no-tokenizer"],
+)
+def test_perplexity_refuses_a_model_that_does_not_load(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: Any, reason: str
+) -> None:
+    shutil.copytree(place / "model", tmp_path / "model")
+    change(tmp_path / "model")
+    assert perplexity.main([str(tmp_path / "model"), "--evaluate", str(place / "a.txt"), "--quiet"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert reason in captured.err
+
+
+def drop_tensor(file: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(file)
+    del tensors["model.decoder.layers.1.fc2.weight"]
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def test_quality_measures_what_prune_writes(place: Path, tmp_path: Path) -> None:
+    """Row by row the perplexity of the model that `llm_snp.prune` leaves, without anything being written for good."""
+    file = tmp_path / "quality.json"
+    assert (
+        quality.main(quality_arguments(place, "--sparsity", "0.4", "--rows", "^(snp|best)$", "--json", str(file))) == 0
+    )
+    data = read(file)
+    assert len(data["results"]) == 2
+    for method in ("snp", "best"):
+        report = llm_snp.prune(
+            model=str(place / "model"),
+            sparsity=0.4,
+            method=method,
+            calibration=str(place / "calibration.txt"),
+            samples=8,
+            evaluate=(str(place / "a.txt"), str(place / "b.txt")),
+            output=str(tmp_path / method),
+            device="cpu",
+            quiet=True,
+        )
+        choices = {name: report["options"][name] for name in quality.CHOICES}
+        (result,) = (r for r in data["results"] if r["choices"] == choices)
+        assert result["achieved"] == pytest.approx(report["sparsity"]["achieved"])
+        for source, both in report["evaluation"].items():
+            assert result["perplexity"][Path(source).name] == pytest.approx(both["pruned"]["perplexity"], rel=1e-6)
+            assert data["dense"][Path(source).name] == pytest.approx(both["dense"]["perplexity"], rel=1e-6)
+        assert result["seconds"].keys() <= {"sensitivity", "measure", "prune"}
+
+
+def test_every_row_runs(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All rows at one budget; the table names each, and nothing failed."""
+    file, image, page = (tmp_path / name for name in ("quality.json", "quality.png", "quality.md"))
+    more = ["--json", str(file), "--plot", str(image), "--markdown", str(page), "--max-windows", "3"]
+    assert quality.main(quality_arguments(place, "--sparsity", "0.3", *more)) == 0
+    data, out = read(file), capsys.readouterr().out
+    assert not [r["error"] for r in data["results"] if "error" in r]
+    assert {corpus["windows"] for corpus in data["corpora"].values()} == {3}
+    # Rows with equal choices are measured once.
+    assert len(data["results"]) == len({json.dumps(row.choices) for row in quality.all_rows()})
+    lines = [line.strip() for line in out.splitlines()]
+    assert all(any(line.startswith(row.name) for line in lines) for row in quality.all_rows())
+    assert "30 %: " in lines[-2] or "30 %: " in lines[-1]
+    assert "times as long" in lines[-1]
+    assert image.read_bytes().startswith(b"\x89PNG")
+    assert page.read_text().count("| best |") == 1
+    assert data["command"] in page.read_text()
+
+
+def test_quality_goes_on_where_it_was(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An interrupted run keeps its results; the next one measures the rest only, and says if the code has changed."""
+    file = tmp_path / "quality.json"
+    arguments = quality_arguments(place, "--sparsity", "0.3", "0.4", "--rows", "no repair", "--json", str(file))
+    measured: list[float] = []
+    measure = quality.Bench.measure
+
+    def interrupted(bench: Any, options: Any) -> dict[str, Any]:
+        if len(measured) == 4:
+            raise KeyboardInterrupt
+        measured.append(options.sparsity)
+        return measure(bench, options)
+
+    monkeypatch.setattr(quality.Bench, "measure", interrupted)
+    assert quality.main(arguments) == 130
+    first = read(file)
+    assert len(first["results"]) == 4
+    first["results"][0]["code"] = "other"
+    file.write_text(json.dumps(first))
+    monkeypatch.setattr(
+        quality.Bench, "measure", lambda bench, options: measured.append(1.0) or measure(bench, options)
+    )
+    capsys.readouterr()
+    assert quality.main(arguments) == 0
+    assert measured == [0.3, 0.4, 0.3, 0.4, 1.0, 1.0]
+    assert read(file)["results"][:4] == first["results"]
+    assert read(file)["dense"] == first["dense"]
+    assert "1 of 6 results were measured with other code" in capsys.readouterr().out
+    # Another seed draws other windows and other random units: its results must not be mixed with these.
+    assert quality.main([*arguments, "--seed", "1"]) == 2
+    assert "another calibration" in capsys.readouterr().err
+    assert len(read(file)["results"]) == 6
+
+
+def test_a_row_that_cannot_be_had_does_not_end_the_run(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "quality.json"
+    more = ["--sparsity", "0.2", "0.9", "--rows", "greedy, no repair", "--json", str(file)]
+    assert quality.main(quality_arguments(place, *more)) == 0
+    assert ["error" in result for result in read(file)["results"]] == [False, True]
+    assert "not measured: greedy, no repair, 0.9: --sparsity 0.9 would leave" in capsys.readouterr().out
+
+
+def test_best_is_compared_with_every_row(place: Path) -> None:
+    """The last lines: which rows are below `best`, by how much, and the ratio of times."""
+    rows = {row.name: row for row in quality.all_rows()}
+    results = quality.Results({"corpora": {"a": {}}, "code": "c", "date": "", "command": ""}, None)
+    for name, value in (("best", 10.0), ("snp", 12.0), ("greedy", 10.0)):
+        results.add(rows[name], 0.3, {"perplexity": {"a": value}, "seconds": {"prune": value}})
+    shown = [rows[name] for name in ("best", "snp", "greedy")]
+    assert quality.verdict(results, shown, [0.3]) == [
+        "30 %: best is at or below every other row",
+        "time: best 10.0 s, snp 12.0 s: 0.83 times as long",
+    ]
+    results.add(rows["greedy"], 0.3, {"perplexity": {"a": 9.9}, "seconds": {"prune": 1.0}})
+    assert quality.verdict(results, shown, [0.3])[0] == "30 %: below best: greedy (-1.00% on a)"
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        (["--sparsity", "1.5"], "--sparsity is 1.5"),
+        (["--rows", "nothing like it"], "matches none of"),
+        (["--rows", "("], "no regular expression"),
+        (["--max-windows", "0"], "--max-windows is 0"),
+        (["--samples", "10000"], "--samples asks for 10000"),
+        (["--plot", "/nowhere/quality.png"], "its directory does not exist"),
+        (["--json", str(Path(__file__))], "is not a result of"),
+        (["--device", "tpu"], "tpu"),
+    ],
+    ids=["sparsity", "rows", "regex", "windows", "samples", "directory", "json", "device"],
+)
+def test_quality_refuses_in_one_line(
+    place: Path, capsys: pytest.CaptureFixture[str], more: list[str], reason: str
+) -> None:
+    assert quality.main(quality_arguments(place, *more)) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert reason in captured.err
