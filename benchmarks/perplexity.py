@@ -35,9 +35,9 @@ from llm_snp.data import evaluation_windows
 from llm_snp.errors import CheckpointError, OutputError
 from llm_snp.evaluation.perplexity import perplexity_loaded
 from llm_snp.hub import config_dtype, load_tokenizer, locate
+from llm_snp.job import resolve_device, resolve_dtype, window_length
 from llm_snp.progress import Progress
 from llm_snp.report import device_facts, versions
-from llm_snp.run import resolve_device, resolve_dtype, window_length
 
 REASON = 200  # characters at most that an error quotes
 

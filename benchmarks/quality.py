@@ -45,9 +45,9 @@ from llm_snp.evaluation.perplexity import perplexity_streamed
 from llm_snp.executor import decide, prune_blocks
 from llm_snp.families import family_of
 from llm_snp.hub import config_dtype, load_config, load_tokenizer, locate
+from llm_snp.job import resolve_device, resolve_dtype, window_length
 from llm_snp.progress import Progress
 from llm_snp.report import device_facts
-from llm_snp.run import resolve_device, resolve_dtype, window_length
 from llm_snp.skeleton import Skeleton
 from llm_snp.writer import Writer
 

@@ -147,10 +147,10 @@ class Checkpoint:
         patterns = [re.compile(pattern) for pattern in ignored]
         extra = [n for n in present - set(expected) if not any(pattern.search(n) for pattern in patterns)]
         if missing:
-            raise CheckpointError(f"{self.directory} lacks {len(missing)} tensors of the model: {_some(missing)}")
+            raise CheckpointError(f"{self.directory} lacks {_tensors(missing)} of the model: {_some(missing)}")
         if extra:
             raise CheckpointError(
-                f"{self.directory} has {len(extra)} tensors the model has no place for: {_some(sorted(extra))}; "
+                f"{self.directory} has {_tensors(extra)} the model has no place for: {_some(sorted(extra))}; "
                 "its config.json may belong to another model"
             )
         for name, shape in expected.items():
@@ -191,6 +191,10 @@ def _read_pickled(path: Path) -> dict[str, Tensor]:
             f"{path} is not the state dict of a model: expected tensors by name; save model.state_dict()"
         )
     return loaded
+
+
+def _tensors(names: list[str]) -> str:
+    return f"{len(names)} tensor{'' if len(names) == 1 else 's'}"
 
 
 def _some(names: list[str]) -> str:

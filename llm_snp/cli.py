@@ -8,14 +8,11 @@ import difflib
 import os
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from . import __version__
 from .config import PruneConfig
 from .errors import OptionError, SnpError
-
-if TYPE_CHECKING:
-    from .run import Preview
 
 BAD_INPUT = 2
 INTERRUPTED = 130
@@ -91,10 +88,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options, dry_run = parse(arguments)
         options.validate()
         _calm_libraries(options.quiet)
+        from .preview import preview, preview_text
         from .report import summary
-        from .run import preview, run
+        from .run import run
 
-        print(_preview_text(preview(options)) if dry_run else summary(run(options)))
+        print(preview_text(preview(options)) if dry_run else summary(run(options)))
     except SnpError as error:
         print(f"llm_snp: {' '.join(str(error).split())}", file=sys.stderr)
         return BAD_INPUT
@@ -116,30 +114,3 @@ def _calm_libraries(quiet: bool) -> None:
     if quiet:
         os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
         hub.disable_progress_bars()  # type: ignore[attr-defined]
-
-
-def _preview_text(p: Preview) -> str:
-    """What `--dry-run` prints."""
-    plan, options = p.plan, p.options
-    lines = [
-        f"plan for {options.model or 'the embedded OPT'}: {options.method}, order {options.order}, "
-        f"allocation {options.allocation}, target {options.target}, attention {options.attention}"
-    ]
-    if p.measured:
-        lines.append(f"allocation {options.allocation} is decided by a measuring pass; shown is the uniform plan")
-    units = {(c.block, c.unit): c.units for c in plan.curves}
-    for i, kept in enumerate(plan.kept):
-        lines.append(
-            f"block {i + 1:>3}/{len(plan.kept)}  " + "  ".join(f"{u} {k}/{units[i, u]}" for u, k in kept.items())
-        )
-    lines += [
-        "",
-        f"parameters  {p.parameters:,} -> {p.parameters - plan.removed:,} "
-        f"({plan.achieved:.2%} of the blocks' linear layers, {plan.removed / p.parameters:.2%} of all)",
-        f"windows     {options.samples} of {p.length} tokens, computed in {str(p.dtype).removeprefix('torch.')} "
-        f"on {p.device}",
-        f"peak memory about {p.estimate.device / 1e9:.2f} GB on the device, {p.estimate.host / 1e9:.2f} GB on the host "
-        "beside Python and its libraries",
-        f"disk        about {p.estimate.disk / 1e9:.3f} GB for {p.output}",
-    ]
-    return "\n".join(lines)

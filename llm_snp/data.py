@@ -262,6 +262,7 @@ READERS: dict[str, Callable[[Path], Iterator[str]]] = {
     ".txt": _plain,
     ".raw": _wikitext_rows,
     ".jsonl": _jsonl,
+    ".json": _jsonl,  # the shards of C4 have this ending
     ".parquet": _parquet,
 }
 HUB_CORPORA: dict[str, Callable[[str], Iterator[str]]] = {"wikitext2": _wikitext2, "c4": _c4}

@@ -10,6 +10,7 @@ from torch import nn
 
 from .config import PruneConfig
 from .core.allocation import ALLOCATIONS, SiteCurve, allocate
+from .core.orders import NEEDS_NONNEGATIVE
 from .errors import OptionError
 from .families import Attention, Family
 
@@ -55,6 +56,19 @@ class Plan:
     def untouched(self, block: int) -> bool:
         """Whether everything in a block stays."""
         return all(self.kept[c.block][c.unit] == c.units for c in self.curves if c.block == block)
+
+
+def check_order(family: Family, config: Any, options: PruneConfig) -> None:
+    """Raise `OptionError` if the order cannot rank the units of some site, before anything is loaded."""
+    attention = family.attention(config)
+    for site in family.sites(config):
+        by_direction = site.name == attention.site and options.attention == "dims"
+        if options.order in NEEDS_NONNEGATIVE and not (site.nonnegative or by_direction):
+            remedy = "--attention dims" if site.name == attention.site else "another order, such as greedy"
+            raise OptionError(
+                f"--order {options.order} needs activations that cannot be negative, and the {site.unit} of this "
+                f"model's {site.name} layers can be; choose {remedy}"
+            )
 
 
 def empty_curves(family: Family, config: Any, blocks: Sequence[nn.Module], options: PruneConfig) -> list[SiteCurve]:

@@ -7,7 +7,6 @@ import platform
 import resource
 import shlex
 import sys
-from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,11 @@ import torch
 
 from . import __version__
 from .checkpoint import Checkpoint
-from .config import PruneConfig
 from .core.allocation import SiteCurve
 from .data import Windows
 from .evaluation.perplexity import Perplexity
 from .executor import BlockResult
-from .families import Site
+from .job import Job
 from .plan import Plan
 
 FORMAT = 1
@@ -34,18 +32,13 @@ class Report:
 
     def __init__(
         self,
-        options: PruneConfig,
-        directory: Path,
-        model_type: str,
-        sites: Sequence[Site],
+        job: Job,
         checkpoint: Checkpoint,
         calibration: Windows,
-        length: int,
-        device: torch.device,
         dtype: torch.dtype,
         stored: torch.dtype,
     ):
-        self.options = options
+        self.options = options = job.options
         self.data: dict[str, Any] = {
             "format": FORMAT,
             "versions": versions(),
@@ -53,32 +46,32 @@ class Report:
             "options": dataclasses.asdict(options),
             "seed": options.seed,
             "model": {
-                "name": options.model or directory.name,
-                "type": model_type,
+                "name": options.model or job.directory.name,
+                "type": job.config.model_type,
                 "dtype": _name(stored),
                 "bytes": sum(file.stat().st_size for file in checkpoint.files),
             },
-            "device": device_facts(device, dtype),
+            "device": device_facts(job.device, dtype),
             "calibration": {
                 "source": calibration.source,
                 "sha256": calibration.sha256,
                 "windows": calibration.tokens.shape[0],
                 "windows_available": calibration.available,
-                "sequence_length": length,
+                "sequence_length": job.length,
                 "sequence_length_asked": options.sequence_length,
             },
             "blocks": [],
             "evaluation": {},
             "notes": [],
         }
-        widest = max(site.units * site.group for site in sites)
+        widest = max(site.units * site.group for site in job.family.sites(job.config))
         if calibration.tokens.numel() < widest:
             self.note(
                 f"{calibration.tokens.numel()} calibration tokens for layers of up to {widest} inputs: the repair "
                 "rests on the damping; give more --samples"
             )
-        if length < options.sequence_length:
-            self.note(f"windows have {length} tokens: the model has no more positions")
+        if job.length < options.sequence_length:
+            self.note(f"windows have {job.length} tokens: the model has no more positions")
 
     def note(self, text: str) -> None:
         """Something a reader should know: a rescue, a limit, a rounding."""
@@ -188,14 +181,14 @@ def relative_error(site: dict[str, Any]) -> float:
     return site["lost"] / site["total"] if site["total"] else 0.0
 
 
-def block_line(report: Report, index: int) -> str:
+def block_line(data: dict[str, Any]) -> str:
     """`block 3/24  heads 9/12  neurons 2100/3072  error: attention 1.2%, mlp 3.4%`"""
-    entry = report.data["blocks"][-1]
+    entry = data["blocks"][-1]
     sites = {name: value for name, value in entry.items() if name != "block"}
-    total = len(report.data["plan"]["kept"])
+    total = len(data["plan"]["kept"])
     kept = "  ".join(f"{s['unit']} {s['kept']}/{s['units']}" for s in sites.values())
     errors = ", ".join(f"{name} {relative_error(s):.2%}" for name, s in sites.items())
-    return f"block {index + 1:>{len(str(total))}}/{total}  {kept}  error: {errors}"
+    return f"block {entry['block'] + 1:>{len(str(total))}}/{total}  {kept}  error: {errors}"
 
 
 def summary(data: dict[str, Any]) -> str:

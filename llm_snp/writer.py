@@ -103,7 +103,7 @@ class Writer:
 
     def finish(self) -> None:
         """Give the directory its name, in place of an earlier result."""
-        old = self.output.with_name(self.output.name + ".replaced")
+        old = _aside(self.output)
         with _disk(self.output):
             (self.partial / MARK).unlink()
             replaces = self.output.exists()
@@ -147,6 +147,13 @@ def check_output(output: Path, overwrite: bool) -> None:
             raise OutputError(f"--output {output} is not empty and no result of llm_snp; give another directory")
         if not overwrite:
             raise OutputError(f"--output {output} holds an earlier result; give another directory, or --overwrite")
+        if _aside(resolved).exists():
+            raise OutputError(f"{_aside(resolved)} is in the way; it may be a still earlier result: move or remove it")
+
+
+def _aside(output: Path) -> Path:
+    """Where an earlier result is while the new one gets its name."""
+    return output.with_name(output.name + ".replaced")
 
 
 def _is_result(directory: Path) -> bool:

@@ -124,16 +124,11 @@ def allocate(name: str, curves: Sequence[SiteCurve], budget: float) -> list[int]
     steps = sorted((p, curve.block, i, j) for i, curve in enumerate(curves) for j, p in enumerate(priorities[i]))
     counts = [curve.kept_counts for curve in curves]
     taken = [0] * len(curves)
-    open_site = [True] * len(curves)
     left = budget
     for _, _, i, j in steps:
-        if not open_site[i]:
-            continue
         cost = (counts[i][j] - counts[i][j + 1]) * curves[i].cost
-        if cost <= left:
+        if cost <= left:  # later steps of a site are no cheaper, so none is taken behind one that was not
             taken[i], left = j + 1, left - cost
-        else:
-            open_site[i] = False
     kept = [counts[i][j] for i, j in enumerate(taken)]
     candidates = []
     for i, j in enumerate(taken):

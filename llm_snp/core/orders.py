@@ -181,3 +181,6 @@ ORDERS: dict[str, Callable[[UnitStatistics], Tensor]] = {
     "i-spasp": order_ispasp,
     "greedy": order_greedy,
 }
+
+# Orders that can rank only units that are nowhere negative.
+NEEDS_NONNEGATIVE = frozenset({"i-spasp"})

@@ -1,0 +1,65 @@
+"""`--dry-run`: the plan and what the run will need, from the config alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .config import PruneConfig
+from .estimate import Estimate, estimate
+from .hub import config_dtype
+from .job import Job, open_job, resolve_dtype
+from .plan import Plan, empty_curves, make_plan
+from .skeleton import empty_model
+
+
+@dataclass(frozen=True)
+class Preview:
+    """job, plan: the uniform one where `measured` says that the run will measure first; parameters: of the model."""
+
+    job: Job
+    plan: Plan
+    measured: bool
+    parameters: int
+    estimate: Estimate
+    dtype: torch.dtype
+
+
+def preview(options: PruneConfig) -> Preview:
+    """The plan without weights. Raises `SnpError`."""
+    job = open_job(options, weights=False)
+    family, config, options = job.family, job.config, job.options
+    dtype = resolve_dtype(options.dtype, job.device, config_dtype(config))
+    model = empty_model(config)
+    blocks = list(model.get_submodule(family.blocks))
+    plan = make_plan(family, config, blocks, options, empty_curves(family, config, blocks, options), "uniform")
+    parameters = sum(p.numel() for p in model.parameters())
+    needed = estimate(model, family, config, options, job.length, dtype, job.device, 1 - plan.removed / parameters)
+    return Preview(job, plan, options.measures, parameters, needed, dtype)
+
+
+def preview_text(p: Preview) -> str:
+    """What a person sees of it."""
+    plan, options = p.plan, p.job.options
+    lines = [
+        f"plan for {options.model or 'the embedded OPT'}: {options.method}, order {options.order}, "
+        f"allocation {options.allocation}, target {options.target}, attention {options.attention}"
+    ]
+    if p.measured:
+        lines.append(f"allocation {options.allocation} is decided by a measuring pass; shown is the uniform plan")
+    units = {(c.block, c.unit): c.units for c in plan.curves}
+    for i, kept in enumerate(plan.kept):
+        counts = "  ".join(f"{unit} {k}/{units[i, unit]}" for unit, k in kept.items())
+        lines.append(f"block {i + 1:>3}/{len(plan.kept)}  {counts}")
+    on_device = "" if p.job.device.type == "cpu" else f"{p.estimate.device / 1e9:.2f} GB on the device, "
+    lines += [
+        "",
+        f"parameters  {p.parameters:,} -> {p.parameters - plan.removed:,} "
+        f"({plan.achieved:.2%} of the blocks' linear layers, {plan.removed / p.parameters:.2%} of all)",
+        f"windows     {options.samples} of {p.job.length} tokens, computed in {str(p.dtype).removeprefix('torch.')} "
+        f"on {p.job.device}",
+        f"peak memory about {on_device}{p.estimate.host / 1e9:.2f} GB on the host, beside Python and its libraries",
+        f"disk        about {p.estimate.disk / 1e9:.3f} GB for {p.job.output}",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,53 @@
+"""Calibration and evaluation windows of a run; loads the whole model only if it has to write the text itself."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from .config import PruneConfig
+from .data import Windows, calibration_windows, evaluation_windows, self_written
+
+# Text that the model writes itself: calibration and evaluation must not be the same.
+EVALUATION_SEED = 1
+SELF_EVALUATION_WINDOWS = 64
+
+
+class Text:
+    """Calibration and evaluation windows; loads the whole model only if it has to write the text itself."""
+
+    def __init__(
+        self, directory: Path, tokenizer: Any, config: Any, length: int, dtype: torch.dtype, device: torch.device
+    ):
+        self.directory, self.tokenizer, self.length = directory, tokenizer, length
+        self.dtype, self.device = dtype, device
+        self.start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else config.bos_token_id
+        self._model: Any = None
+
+    def _write(self, samples: int, seed: int) -> Windows:
+        if self._model is None:
+            model = AutoModelForCausalLM.from_pretrained(self.directory)
+            self._model = model.to(self.device, self.dtype).eval()
+        return self_written(self._model, samples, self.length, seed, self.start)
+
+    def calibration(self, options: PruneConfig) -> Windows:
+        """Windows (N, T) to calibrate on."""
+        assert options.calibration is not None
+        if options.calibration == "self":
+            return self._write(options.samples, 2 * options.seed)
+        return calibration_windows(options.calibration, self.tokenizer, options.samples, self.length, options.seed)
+
+    def evaluation(self, source: str, seed: int) -> Windows:
+        """Windows to measure perplexity on."""
+        if source == "self":
+            return self._write(SELF_EVALUATION_WINDOWS, 2 * seed + EVALUATION_SEED)
+        return evaluation_windows(source, self.tokenizer, self.length)
+
+    def close(self) -> None:
+        """Let go of the whole model, if it was loaded."""
+        self._model = None
+        gc.collect()
