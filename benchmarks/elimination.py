@@ -18,6 +18,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -117,8 +118,8 @@ def main() -> None:
         cholesky_times.append(timed(lambda: torch.linalg.cholesky(covariance))[0])
     naive = {}
     for how, compact_at in (("on full matrices", 0.0), ("compacted as well", COMPACT_AT)):
-        arguments = inverse, energy, naive_units, compact_at
-        seconds, (naive_removed, naive_increments) = timed(lambda a=arguments: one_by_one(*a))
+        call = partial(one_by_one, inverse, energy, naive_units, compact_at)
+        seconds, (naive_removed, naive_increments) = timed(call)
         work = one_by_one_work(units, units, compact_at) / one_by_one_work(units, naive_units, compact_at)
         naive[how] = seconds * work
 

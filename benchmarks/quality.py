@@ -57,6 +57,7 @@ UNIFORM: Options = {"allocation": "uniform", "target": "self", "attention": "hea
 GREEDY: Options = {"order": "greedy", **UNIFORM}
 RESIDUAL: Options = {**GREEDY, "target": "residual"}
 DIMS: Options = {**RESIDUAL, "attention": "dims"}
+LOSS: Options = {**RESIDUAL, "allocation": "loss", "sensitivity": "fisher"}
 
 # group -> (name, options) of each row. Rows with equal choices are measured once.
 ROWS: dict[str, list[tuple[str, Options]]] = {
@@ -79,10 +80,11 @@ ROWS: dict[str, list[tuple[str, Options]]] = {
         ("+ loss, relative", {**DIMS, "allocation": "loss", "sensitivity": "relative"}),
         ("+ loss, scalar", {**DIMS, "allocation": "loss", "sensitivity": "scalar"}),
         ("+ loss, fisher", {**DIMS, "allocation": "loss", "sensitivity": "fisher"}),
+        ("+ heads or dims per block", {**LOSS, "attention": "both"}),
     ],
     "one step aside (greedy, target residual)": [
-        ("loss, fisher, heads", {**RESIDUAL, "allocation": "loss", "sensitivity": "fisher"}),
-        ("loss, fisher, both", {**RESIDUAL, "attention": "both", "allocation": "loss", "sensitivity": "fisher"}),
+        ("loss, fisher, heads", {**LOSS, "attention": "heads"}),
+        ("loss, scalar, both", {**LOSS, "attention": "both", "sensitivity": "scalar"}),
         ("variance, dims", {**DIMS, "allocation": "variance"}),
     ],
     "presets": [

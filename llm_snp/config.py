@@ -22,7 +22,7 @@ METHODS: dict[str, dict[str, str]] = {
     # Subspace Node Pruning as its paper has it (arXiv 2405.17506).
     "snp": {"order": "zca", "allocation": "variance", "target": "self", "attention": "heads"},
     # The combination that lost least in the ablation of benchmarks/quality.py.
-    "best": {"order": "greedy", "allocation": "loss", "target": "residual", "attention": "dims"},
+    "best": {"order": "greedy", "allocation": "loss", "target": "residual", "attention": "both"},
 }
 
 
@@ -59,7 +59,7 @@ class PruneConfig:
         None, "remove whole heads, directions inside all heads (dims), or either per block (both)", ATTENTION_MODES
     )
     sensitivity: str = option(
-        "scalar",
+        "fisher",
         "what makes the loss curves of --allocation loss comparable: relative (no gradient), or the loss gradient as "
         "one number per layer (scalar) or as a matrix (fisher)",
         SENSITIVITIES,

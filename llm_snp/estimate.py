@@ -15,7 +15,7 @@ from .stream import BATCH_TOKENS
 FLOAT64 = 8
 # Square float64 matrices of the largest site that are alive at once: greedy elimination holds covariance, inverse,
 # energy, and a compacted copy of two; the other orders hold fewer.
-SQUARE_MATRICES = {"greedy": 7, "zca": 6}
+SQUARE_MATRICES = {"greedy": 6, "zca": 6}
 SQUARE_MATRICES_OTHER = 5
 
 

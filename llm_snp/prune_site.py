@@ -76,7 +76,7 @@ def prune_units(
     weight, bias = linear_weights(block, site.consumer)
 
     def solve(moments: Moments, damping: float) -> Pruned:
-        refitted = refit_all(moments, weight, damping)
+        refitted, damping = refit_all(moments, weight, damping)
         assert options.order is not None
         generator = torch.Generator().manual_seed(seed)
         subspace = subspace_of_units(
@@ -133,14 +133,14 @@ def refit_consumer(
     everything = torch.arange(weight.shape[1], device=weight.device)
 
     def solve(moments: Moments, damping: float) -> Pruned:
-        refit = weight if options.target == "none" else refit_all(moments, weight, damping)
+        refit, damping = (weight, 0.0) if options.target == "none" else refit_all(moments, weight, damping)
         return finish(moments, weight, bias, everything, refit, damping)
 
     damping = choose_damping(options, moments, weight, bias, solve)
     pruned = solve(moments.all, damping)
     new = dict(state)
     store(new, site.consumer, pruned.weight, None if bias is None else pruned.bias)
-    return SiteResult(new, kept, pruned.lost, pruned.total, damping)
+    return SiteResult(new, kept, pruned.lost, pruned.total, pruned.damping)
 
 
 def narrow_heads(

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .errors import NumericalError
 from .families import Site, linear
 from .skeleton import Skeleton, run_block
 from .stream import Stream, Taps
@@ -66,7 +67,13 @@ def measure_sensitivity(
                 outer = g.mT @ g if matrix else g.square().sum()
                 sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64, device=g.device)) + outer.double()
         for site in sites:
-            sensitivity[i, site.name] = _normalised(sums[site.consumer] / tokens.numel(), block, site)
+            mean = sums[site.consumer] / tokens.numel()
+            if not torch.isfinite(mean).all():
+                raise NumericalError(
+                    f"the loss gradient at {site.consumer} of block {i} overflows the type it is computed in; "
+                    "use --dtype float32 or bfloat16, or --sensitivity relative"
+                )
+            sensitivity[i, site.name] = _normalised(mean, block, site)
         progress()
     return sensitivity
 

@@ -47,13 +47,14 @@ def value_basis(covariance: Tensor, weight: Tensor, damping: float, sensitivity:
 def score_basis(query: Tensor, key: Tensor, damping: float) -> tuple[Tensor, Tensor, Tensor]:
     """Transforms (h, w, w) of query and key whose first r rows give the best rank-r scores in mean square.
 
-    query  (h, w, w): uncentred second moments E q qᵀ
-    key    (h, w, w): centred covariance of k; a constant per query leaves the softmax unchanged
+    query  (h, w, w), or (w, w) for one head: uncentred second moments E q qᵀ
+    key    the same, centred: covariance of k; a constant per query leaves the softmax unchanged
     With Cq^½ Ck^½ = U S Vᵀ: q' = S^½ Uᵀ Cq^-½ q and k' = S^½ Vᵀ Ck^-½ k; with all w rows q'ᵀk' = qᵀk.
     Also returns s² (h, w), falling: rank r leaves Σ_{i>r} s_i² of the scores' mean square.
     """
-    query, _ = damp_heads(query, damping)
-    key, _ = damp_heads(key, damping)
+    w = query.shape[-1]
+    query, _ = damp_heads(query.reshape(-1, w, w), damping)
+    key, _ = damp_heads(key.reshape(-1, w, w), damping)
     u, s, vh = torch.linalg.svd(symmetric_power(query, 0.5) @ symmetric_power(key, 0.5))
     scale = s.clamp_min(torch.finfo(s.dtype).tiny).sqrt().unsqueeze(-1)
     return scale * (u.mT @ symmetric_power(query, -0.5)), scale * (vh @ symmetric_power(key, -0.5)), s.square()

@@ -37,13 +37,13 @@ class Pruned:
     damping: float
 
 
-def refit_all(moments: Moments, weight: Tensor, damping: float) -> Tensor:
-    """W* (d, m): the consumer refitted to its target with all inputs present."""
+def refit_all(moments: Moments, weight: Tensor, damping: float) -> tuple[Tensor, float]:
+    """W* (d, m), the consumer refitted to its target with all inputs present, and the damping that was needed."""
     residual = moments.residual_covariance
     if residual is None:
-        return weight
-    lower, _ = damped_cholesky(moments.covariance, damping)
-    return weight + torch.cholesky_solve(residual.mT, lower).mT
+        return weight, damping
+    lower, used = damped_cholesky(moments.covariance, damping)
+    return weight + torch.cholesky_solve(residual.mT, lower).mT, used
 
 
 def lost_energy(moments: Moments, weight: Tensor, columns: Tensor, refit: Tensor) -> float:
@@ -104,9 +104,15 @@ def repair(
 
 
 def without_repair(moments: Moments, subspace: Subspace, weight: Tensor, bias: Tensor | None, keep: int) -> Pruned:
-    """Drop the units and leave everything else as it was: the floor that the repair is measured against."""
+    """Drop the units and leave everything else as it was: the floor that the repair is measured against.
+
+    What is lost includes the shift of the mean output, which nothing corrects.
+    """
     columns = subspace.columns[:keep].flatten().sort().values
     refit = weight[:, columns]
     total = ((weight @ moments.covariance) * weight).sum().item()
-    unchanged = weight.new_zeros(weight.shape[0]) if bias is None else bias
-    return Pruned(columns, refit, unchanged, lost_energy(moments, weight, columns, refit), total, 0.0)
+    lost = lost_energy(moments, weight, columns, refit)
+    if bias is None:
+        return Pruned(columns, refit, weight.new_zeros(weight.shape[0]), lost, total, 0.0)
+    lost += (refit_bias(moments, weight, bias, columns, refit) - bias).square().sum().item()
+    return Pruned(columns, refit, bias, lost, total, 0.0)

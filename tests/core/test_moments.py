@@ -1,0 +1,189 @@
+"""Moments against a dense float64 computation over the same tokens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from llm_snp.core.moments import Moments
+
+N, M, D = 230, 12, 5
+
+
+def data(offset: float = 0.0, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """x (N, M), correlated, and a residual r (N, D) that depends on it; float32, as a model gives them."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(N, M, generator=g) @ torch.randn(M, M, generator=g) / M**0.5 + torch.randn(M, generator=g)
+    r = x @ torch.randn(M, D, generator=g) + 0.3 * torch.randn(N, D, generator=g) + 2.0
+    return x + offset, r
+
+
+def collect(
+    x: Tensor, r: Tensor | None = None, groups: int = 1, centred: bool = True, batches: tuple[int, ...] = (64, 7, 159)
+) -> Moments:
+    moments: Moments | None = None
+    start = 0
+    for size in batches:
+        rows = slice(start, start + size)
+        batch = None if r is None else r[rows]
+        if moments is None:
+            moments = Moments.like(x[rows], batch, groups, centred)
+        moments.add(x[rows], batch)
+        start += size
+    assert moments is not None
+    assert start == x.shape[0]
+    return moments
+
+
+@pytest.mark.parametrize("centred", [True, False])
+def test_against_dense_float64(centred: bool) -> None:
+    x, r = data()
+    moments = collect(x, r, centred=centred)
+    x, r = x.double(), r.double()
+    about_x, about_r = (x.mean(0), r.mean(0)) if centred else (torch.zeros(M), torch.zeros(D))
+    xc, rc = x - about_x, r - about_r
+    assert moments.tokens == N
+    torch.testing.assert_close(moments.mean, x.mean(0), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(moments.covariance, xc.T @ xc / N, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(moments.uncentred, x.T @ x / N, atol=1e-5, rtol=1e-5)
+    assert moments.residual_covariance is not None
+    torch.testing.assert_close(moments.residual_covariance, rc.T @ xc / N, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(moments.mean_residual, r.mean(0), atol=1e-6, rtol=1e-6)
+    assert moments.residual_variance == pytest.approx((rc.square().sum() / N).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("centred", [True, False])
+def test_huge_offset(centred: bool) -> None:
+    """Mean 1e4, deviation 1: products of unshifted fp32 values would leave nothing of the covariance."""
+    x, r = data(offset=1e4)
+    moments = collect(x, r, centred=centred)
+    exact, target = x.double(), r.double()
+    xc = exact - exact.mean(0)
+    covariance = xc.T @ xc / N
+    second = exact.T @ exact / N
+    naive = (x.T @ x).double() / N - torch.outer(exact.mean(0), exact.mean(0))
+    assert (naive - covariance).abs().max() > 1.0
+    torch.testing.assert_close(moments.mean, exact.mean(0), atol=1e-6, rtol=1e-10)
+    if centred:
+        torch.testing.assert_close(moments.covariance, covariance, atol=1e-5, rtol=1e-5)
+        cross = (target - target.mean(0)).T @ xc / N
+    else:
+        torch.testing.assert_close(moments.covariance, second, atol=0.0, rtol=1e-9)
+        cross = target.T @ exact / N
+    torch.testing.assert_close(moments.uncentred, second, atol=0.0, rtol=1e-9)
+    torch.testing.assert_close(moments.residual_covariance, cross, atol=1e-5, rtol=1e-5)
+
+
+def test_channel_far_from_the_others_keeps_its_variance() -> None:
+    x, _ = data()
+    x[:, 3] = x[:, 3] * 1e-2 + 300.0
+    exact = x.double()
+    assert collect(x).covariance[3, 3].item() == pytest.approx(exact[:, 3].var(correction=0).item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("groups", [2, 3])
+@pytest.mark.parametrize("centred", [True, False])
+def test_groups_are_the_diagonal_blocks(groups: int, centred: bool) -> None:
+    x, _ = data(offset=3.0)
+    grouped, full = collect(x, groups=groups, centred=centred), collect(x, centred=centred)
+    w = M // groups
+    assert grouped.covariance.shape == grouped.uncentred.shape == (groups, w, w)
+    for i in range(groups):
+        block = slice(i * w, (i + 1) * w)
+        torch.testing.assert_close(grouped.covariance[i], full.covariance[block, block], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(grouped.uncentred[i], full.uncentred[block, block], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(grouped.mean, full.mean)
+
+
+def test_covariance_is_exactly_symmetric() -> None:
+    covariance = collect(data(offset=50.0)[0]).covariance
+    assert torch.equal(covariance, covariance.mT)
+
+
+def test_half_precision_input_is_summed_in_full() -> None:
+    x = data()[0].half()
+    moments = collect(x, batches=(N,))
+    exact = x.double()
+    torch.testing.assert_close(moments.mean, exact.mean(0), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(moments.covariance, exact.T.cov(correction=0), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("centred", [True, False])
+def test_merge_of_unequal_parts_is_one_pass(centred: bool) -> None:
+    x, r = data(offset=20.0)
+    whole = collect(x, r, centred=centred)
+    part = Moments.like(x[:64], r[:64], centred=centred)
+    other = part.empty()
+    part.add(x[:64], r[:64])
+    part.add(x[64:71], r[64:71])
+    other.add(x[71:], r[71:])
+    both = part.merge(other)
+    assert (part.tokens, other.tokens, both.tokens) == (71, N - 71, N)
+    assert both.centred == centred
+    for name in ("mean", "covariance", "uncentred", "residual_covariance", "mean_residual"):
+        torch.testing.assert_close(getattr(both, name), getattr(whole, name), atol=1e-12, rtol=1e-12)
+    assert both.residual_variance == pytest.approx(whole.residual_variance, rel=1e-12)
+    # The parts are as they were.
+    torch.testing.assert_close(part.mean, x[:71].double().mean(0), atol=1e-5, rtol=1e-6)
+
+
+def test_merge_with_empty_changes_nothing_and_needs_the_same_shift() -> None:
+    x, r = data()
+    moments = collect(x, r)
+    empty = moments.empty()
+    assert empty.tokens == 0
+    assert empty.power == 0.0
+    same = moments.merge(empty)
+    assert torch.equal(same.second, moments.second)
+    assert same.cross is not None
+    assert torch.equal(same.cross, moments.cross)
+    assert moments.tokens == N
+    with pytest.raises(ValueError, match="shift"):
+        moments.merge(collect(x + 1.0, r))
+
+
+def test_empty_keeps_shape_shift_and_centring_but_shares_no_sums() -> None:
+    x, _ = data()
+    moments = collect(x, groups=3, centred=False)
+    second = moments.second.clone()
+    empty = moments.empty()
+    assert torch.equal(empty.shift, moments.shift)
+    assert not empty.centred
+    assert empty.cross is None
+    assert empty.residual is None
+    empty.add(x)
+    assert torch.equal(moments.second, second)
+    torch.testing.assert_close(empty.second, second, atol=1e-3, rtol=1e-5)
+
+
+def test_without_residual() -> None:
+    moments = collect(data()[0])
+    assert moments.residual_covariance is None
+    assert moments.mean_residual is None
+    assert moments.residual_variance == 0.0
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan"), 1e30])
+def test_one_bad_activation_is_seen(bad: float) -> None:
+    x, r = data()
+    assert collect(x, r).finite
+    for row in (3, 200):  # in the first batch it reaches the shift, later only the sums
+        broken = x.clone()
+        broken[row, 4] = bad
+        assert not collect(broken, r).finite
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_one_bad_residual_is_seen(bad: float) -> None:
+    x, r = data()
+    r[200, 1] = bad
+    assert not collect(x, r).finite
+
+
+def test_input_is_not_modified() -> None:
+    x, r = data()
+    before_x, before_r = x.clone(), r.clone()
+    collect(x, r)
+    assert torch.equal(x, before_x)
+    assert torch.equal(r, before_r)
