@@ -61,11 +61,12 @@ def measure_sensitivity(
                 *at_outputs, at_input = torch.autograd.grad(
                     output, [*outputs, hidden], gradient[rows].to(hidden.device)
                 )
-            gradient[rows] = at_input.cpu()
             for name, g in zip(consumers, at_outputs, strict=True):
                 g = g.flatten(0, -2).float()
                 outer = g.mT @ g if matrix else g.square().sum()
                 sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64, device=g.device)) + outer.double()
+            # Last: where a consumer's output is added to the residual stream, its gradient shares this memory.
+            gradient[rows] = at_input.cpu()
         for site in sites:
             mean = sums[site.consumer] / tokens.numel()
             if not torch.isfinite(mean).all():
