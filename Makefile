@@ -22,8 +22,13 @@ check: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The quality table needs text: make bench CALIBRATION=train.txt EVALUATION=wiki.test.raw
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/elimination.py
+ifdef CALIBRATION
+	$(BIN)/python benchmarks/quality.py llm_snp/demo/opt-wiki-1m --calibration $(CALIBRATION) \
+	    $(addprefix --evaluate ,$(or $(EVALUATION),wikitext2)) --sparsity 0.2 0.3 0.4 0.5 --json quality.json
+endif
 
 clean:
 	rm -rf $(VENV) demo-output build *.egg-info

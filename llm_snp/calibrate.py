@@ -109,8 +109,9 @@ def block_moments(
             found[name].add(taps.output(name))
         if advance:
             stream.states[rows] = output.cpu()
+    layers = {site.name: site.consumer for site in sites}
     for name, moments in found.items():
-        check_finite(moments, index, name)
+        check_finite(moments, index, layers.get(name, name))
     return found
 
 

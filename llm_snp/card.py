@@ -56,7 +56,7 @@ No training followed.
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
 ```
 
 `trust_remote_code` is needed where `modeling_snp.py` lies beside the weights, unless `llm_snp` is imported.

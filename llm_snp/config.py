@@ -40,8 +40,8 @@ class PruneConfig:
     output: str | None = option(None, "directory for the pruned model (default: ./<model>-snp-<percent>)")
     calibration: str | None = option(
         None,
-        "text to calibrate on: wikitext2, c4, self (text the model writes itself), a file (.txt .raw .jsonl, plain "
-        "or .gz .xz; .parquet) or a datasets directory (default: wikitext2; self without MODEL)",
+        "text to calibrate on: wikitext2, c4, self (text the model writes itself), a file (.txt .raw .json .jsonl, "
+        "plain or .gz .xz; .parquet) or a datasets directory (default: wikitext2; self without MODEL)",
     )
     samples: int = option(128, "calibration windows")
     sequence_length: int = option(2048, "tokens per window, capped by the model")
@@ -98,6 +98,8 @@ class PruneConfig:
         for name, least in (("samples", 1), ("sequence_length", 2), ("round_to", 1)):
             if getattr(self, name) < least:
                 raise OptionError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least {least}")
+        if not 0 <= self.seed < 2**32:
+            raise OptionError(f"--seed is {self.seed}; it must be at least 0 and below 2**32")
         for f in dataclasses.fields(self):
             value, choices = getattr(self, f.name), f.metadata["choices"]
             if choices and value is not None:

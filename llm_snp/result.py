@@ -22,7 +22,8 @@ def write_rest(writer: Writer, job: Job, skeleton: Skeleton, plan: Plan, tokeniz
     writer.shard(len(skeleton), {name: checkpoint.tensor(name).contiguous() for name in skeleton.outer})
     widths = [family.widths(config, kept) for kept in plan.kept]
     stock = family.stock_fields(config, widths)
-    fields = {key: value for key, value in config.to_dict().items() if key not in ("model_type", "architectures")}
+    own = ("model_type", "architectures", "auto_map")  # what the result has of its own, or does not have
+    fields = {key: value for key, value in config.to_dict().items() if key not in own}
     # Without it AutoTokenizer would look for the tokenizer of a model type that stock transformers does not know.
     # (TokenizersBackend is what transformers 5 calls PreTrainedTokenizerFast, which both major versions know.)
     fields["tokenizer_class"] = type(tokenizer).__name__.replace("TokenizersBackend", "PreTrainedTokenizerFast")

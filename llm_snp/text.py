@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from .config import PruneConfig
 from .data import Windows, calibration_windows, evaluation_windows, self_written
+from .errors import CheckpointError
 
 # Text that the model writes itself: calibration and evaluation must not be the same.
 EVALUATION_SEED = 1
@@ -24,7 +25,7 @@ class Text:
         self, directory: Path, tokenizer: Any, config: Any, length: int, dtype: torch.dtype, device: torch.device
     ):
         self.directory, self.tokenizer, self.length = directory, tokenizer, length
-        self.dtype, self.device = dtype, device
+        self.dtype, self.device, self.vocabulary = dtype, device, config.vocab_size
         self.start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else config.bos_token_id
         self._model: Any = None
 
@@ -39,15 +40,27 @@ class Text:
         assert options.calibration is not None
         if options.calibration == "self":
             return self._write(options.samples, 2 * options.seed)
-        return calibration_windows(options.calibration, self.tokenizer, options.samples, self.length, options.seed)
+        windows = calibration_windows(options.calibration, self.tokenizer, options.samples, self.length, options.seed)
+        return self._known(windows)
 
     def evaluation(self, source: str, seed: int) -> Windows:
         """Windows to measure perplexity on."""
         if source == "self":
             return self._write(SELF_EVALUATION_WINDOWS, 2 * seed + EVALUATION_SEED)
-        return evaluation_windows(source, self.tokenizer, self.length)
+        return self._known(evaluation_windows(source, self.tokenizer, self.length))
+
+    def _known(self, windows: Windows) -> Windows:
+        """`windows`, whose tokens the model all knows; `CheckpointError` otherwise."""
+        largest = int(windows.tokens.max())
+        if largest >= self.vocabulary:
+            raise CheckpointError(
+                f"the tokenizer in {self.directory} gives token {largest}, but the model has {self.vocabulary} tokens; "
+                "it is the tokenizer of another model"
+            )
+        return windows
 
     def close(self) -> None:
         """Let go of the whole model, if it was loaded."""
-        self._model = None
-        gc.collect()
+        if self._model is not None:
+            self._model = None
+            gc.collect()

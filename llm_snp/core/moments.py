@@ -7,7 +7,7 @@ covariance is not the small difference of two large numbers when a channel sits 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ class Moments:
     power: float = 0.0
     tokens: int = 0
     centred: bool = True
+    _covariance: Tensor | None = field(default=None, init=False, repr=False, compare=False)
 
     @classmethod
     def like(cls, x: Tensor, residual: Tensor | None = None, groups: int = 1, centred: bool = True) -> Moments:
@@ -66,6 +67,7 @@ class Moments:
 
     def add(self, x: Tensor, residual: Tensor | None = None) -> None:
         """Add a batch: x (n, m) and, if these moments hold a cross moment, residual (n, d)."""
+        self._covariance = None
         x = x.float() - self.shift
         groups, w, _ = self.second.shape
         by_group = x.view(-1, groups, w).transpose(0, 1)
@@ -109,14 +111,20 @@ class Moments:
 
     @property
     def covariance(self) -> Tensor:
-        """C = E (x - E x)(x - E x)ᵀ, (m, m) float64 for one group, (h, w, w) for several; E x xᵀ if not centred."""
+        """C = E (x - E x)(x - E x)ᵀ, (m, m) float64 for one group, (h, w, w) for several; E x xᵀ if not centred.
+
+        Computed once per set of tokens: do not change it in place.
+        """
+        if self._covariance is not None:
+            return self._covariance
         groups, w, _ = self.second.shape
         mean = (self.first / self.tokens).view(groups, w, 1)
         covariance = self.second / self.tokens - mean @ mean.mT
         if not self.centred:
             covariance += self._mean_by_group @ self._mean_by_group.mT
         covariance = (covariance + covariance.mT) / 2
-        return covariance[0] if groups == 1 else covariance
+        self._covariance = covariance[0] if groups == 1 else covariance
+        return self._covariance
 
     @property
     def uncentred(self) -> Tensor:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from transformers.activations import ACT2FN
+
 from ..errors import UnsupportedModelError
 from ..modeling_snp import SnpOPTConfig, SnpOPTForCausalLM, narrow_opt_block
 from .base import Attention, Family, Site
@@ -63,7 +65,17 @@ def _stock_fields(config: Any, widths: list[dict[str, int]]) -> dict[str, Any] |
     return {"ffn_dim": neurons.pop()} if whole and len(neurons) == 1 else None
 
 
+SIZES = ("hidden_size", "num_attention_heads", "num_hidden_layers", "ffn_dim", "vocab_size", "max_position_embeddings")
+
+
 def _check(config: Any) -> None:
+    for name in SIZES:
+        if getattr(config, name) < 1:
+            raise UnsupportedModelError(f"{name} is {getattr(config, name)} in config.json; it must be at least 1")
+    if config.activation_function not in ACT2FN:
+        raise UnsupportedModelError(
+            f"activation_function {config.activation_function!r} in config.json is none that transformers has"
+        )
     if config.hidden_size % config.num_attention_heads:
         raise UnsupportedModelError(
             f"hidden_size {config.hidden_size} is not a multiple of num_attention_heads {config.num_attention_heads}"

@@ -1,0 +1,153 @@
+"""Who may import whom, read from the source."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+import llm_snp
+from llm_snp.config import ATTENTION_MODES, METHODS
+from llm_snp.core.allocation import ALLOCATIONS
+from llm_snp.core.orders import ORDERS
+from llm_snp.families import FAMILIES
+
+PACKAGE = Path(llm_snp.__file__).parent
+MODULES = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path in PACKAGE.rglob("*.py")}
+CORE = sorted(name for name in MODULES if name.startswith("core/"))
+
+
+def imports(name: str) -> set[str]:
+    """What a module imports: "core/moments" for its own package, "torch" (the top) for others."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(MODULES[name].read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found.add((node.module or "").split(".")[0])
+        elif isinstance(node, ast.ImportFrom):
+            folder = PACKAGE.joinpath(name).parents[node.level - 1].relative_to(PACKAGE)
+            target = (folder / (node.module or "").replace(".", "/")).as_posix()
+            if target in MODULES:
+                found.add(target)
+            else:  # a package: its modules, or names of its __init__
+                for alias in node.names:
+                    module = (Path(target) / alias.name).as_posix()
+                    found.add(module if module in MODULES else (Path(target) / "__init__").as_posix())
+    return found
+
+
+def code(name: str) -> str:
+    """The source without comments and docstrings."""
+    tree = ast.parse(MODULES[name].read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+            node.body = [n for n in node.body if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))]
+    return ast.unparse(tree)
+
+
+def own(name: str) -> set[str]:
+    return imports(name) & set(MODULES)
+
+
+def foreign(name: str) -> set[str]:
+    standard = {*__import__("sys").stdlib_module_names, "__future__"}
+    return imports(name) - set(MODULES) - standard
+
+
+def test_the_reader_of_imports_reads_them() -> None:
+    assert {"core/moments", "families/__init__", "errors"} <= own("calibrate")
+    assert "__init__" in own("report")
+    assert "torch" in foreign("core/moments")
+
+
+@pytest.mark.parametrize("name", CORE)
+def test_core_is_numerics_only(name: str) -> None:
+    assert foreign(name) <= {"torch", "numpy"}
+    assert all(module.startswith("core/") or module == "errors" for module in own(name))
+
+
+def test_the_modelling_file_stands_alone() -> None:
+    assert foreign("modeling_snp") == {"torch", "transformers"}
+    assert own("modeling_snp") == set()
+
+
+def test_errors_need_nothing() -> None:
+    assert imports("errors") <= {"__future__", "difflib", "collections"}
+
+
+def test_the_card_reads_only_the_report() -> None:
+    assert own("card") == set()
+    assert foreign("card") <= {"yaml"}
+
+
+def test_what_people_read_is_made_from_the_report_only() -> None:
+    tree = ast.parse(MODULES["report"].read_text())
+    functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+    allowed = {*functions, *dir(__builtins__), "Any", "Path", "Report", "str", "float", "int", "dict"}
+    for name in ("summary", "block_line", "relative_error"):
+        function = functions[name]
+        local = {arg.arg for arg in ast.walk(function) if isinstance(arg, ast.arg)}
+        local |= {n.id for n in ast.walk(function) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+        used = {n.id for n in ast.walk(function) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+        assert used <= allowed | local | set(dir(__import__("builtins"))), name
+
+
+def test_the_executor_names_no_family_and_no_criterion() -> None:
+    source = MODULES["executor"].read_text().lower()
+    names = {*FAMILIES, *ORDERS, *ALLOCATIONS, *METHODS, *ATTENTION_MODES, "llama", "q_proj", "fc1", "fc2"}
+    # `dims`, `heads` and `both` are units and modes that every family has; variance and loss are words.
+    names -= {"dims", "heads", "both", "loss", "variance", "random", "energy", "best", "uniform"}
+    assert {"opt", "zca", "greedy"} <= names
+    for name in names:
+        assert not re.search(rf"(?<![a-z]){re.escape(name)}(?![a-z])", source), name
+    assert not any(module.startswith("core/orders") or module == "families/opt" for module in own("executor"))
+
+
+def test_only_families_and_registration_know_a_family() -> None:
+    for name in MODULES:
+        if name.startswith("families/") or name in ("registration", "modeling_snp"):
+            continue
+        assert "families/opt" not in own(name), name
+        assert not re.search(r"\b(OPTConfig|OPTForCausalLM|q_proj|k_proj|v_proj|fc1|fc2)\b", code(name)), name
+
+
+# From the bottom to the top; a module may import what is to its left, and what is in its own group.
+LAYERS: list[set[str]] = [
+    {"errors", "version", "modeling_snp", "progress"},
+    set(CORE),
+    {"config", "registration"},
+    {"__init__"},
+    {"families/__init__", "families/base", "families/opt", "checkpoint", "data", "hub", "writer"},
+    {"skeleton", "stream"},
+    {"plan", "prune_site", "calibrate", "sensitivity", "measure", "estimate"},
+    {"evaluation/__init__", "evaluation/perplexity"},
+    {"executor"},
+    {"job", "text"},
+    {"report", "card", "result", "preview"},
+    {"run"},
+    {"cli"},
+    {"__main__"},
+]
+
+
+def test_imports_point_one_way() -> None:
+    level = {name: i for i, layer in enumerate(LAYERS) for name in layer}
+    assert set(MODULES) == set(level), "put new modules into LAYERS"
+    # `llm_snp.prune` imports the run when it is called.
+    late = {("__init__", "config"), ("__init__", "run")}
+    for name in MODULES:
+        for module in own(name):
+            assert (name, module) in late or level[module] <= level[name], f"{name} imports {module}"
+
+
+def test_no_circles() -> None:
+    graph = {name: own(name) - ({"config", "run"} if name == "__init__" else set()) for name in MODULES}
+    while True:
+        leaves = {name for name, needs in graph.items() if not needs}
+        if not leaves:
+            break
+        graph = {name: needs - leaves for name, needs in graph.items() if name not in leaves}
+    assert not graph, f"these import each other: {sorted(graph)}"

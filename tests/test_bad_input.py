@@ -1,0 +1,839 @@
+"""Bad input: one clear sentence, exit code 2, nothing half-written. And numbers that are awkward but not wrong."""
+
+from __future__ import annotations
+
+import errno
+import gzip
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import huggingface_hub
+import pyarrow as pa
+import pytest
+import torch
+import transformers
+from conftest import (
+    BLOCKS,
+    LENGTH,
+    NEURONS,
+    SAMPLES,
+    Prune,
+    Shell,
+    copy_tokenizer,
+    load,
+    logits,
+    paragraphs,
+    save,
+    tiny_opt,
+    weight_files,
+)
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from pyarrow import parquet
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+import llm_snp.writer
+from llm_snp.data import calibration_windows
+from llm_snp.hub import load_tokenizer
+from llm_snp.writer import MARK, Writer
+
+# Options
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--sparsity", "-0.1"], "--sparsity is -0.1; it is a share and must be at least 0 and below 1"),
+        (["--sparsity", "1.0"], "--sparsity is 1; it is a share"),
+        (["--sparsity", "nan"], "--sparsity is nan"),
+        (["--sparsity", "inf"], "--sparsity is inf"),
+        (["--sparsity", "a lot"], "argument --sparsity: invalid float value: 'a lot'"),
+        (["--sparsity"], "argument --sparsity: expected one argument"),
+        (["--sparsty", "0.3"], "there is no option --sparsty; did you mean --sparsity?"),
+        (["--frobnicate"], "there is no option --frobnicate; see --help"),
+        (["one", "two"], "'two' is one argument too many, the model is 'one'"),
+        (["--order", "greddy"], "--order 'greddy' is not known; choose one of zca, "),
+        (["--order", "greddy"], "Did you mean 'greedy'?"),
+        (["--method", "obs"], "--method 'obs' is not known; choose one of snp, best."),
+        (["--allocation", "even"], "--allocation 'even' is not known"),
+        (["--target", "itself"], "Did you mean 'self'?"),
+        (["--attention", "head"], "Did you mean 'heads'?"),
+        (["--sensitivity", "fischer"], "Did you mean 'fisher'?"),
+        (["--dtype", "fp16"], "--dtype 'fp16' is not known; choose one of auto, float32, bfloat16, float16."),
+        (["--damping", "-1"], "--damping is -1; give a finite number of at least 0, or auto"),
+        (["--damping", "foo"], "--damping is 'foo'; give a number of at least 0, or auto"),
+        (["--damping", "nan"], "--damping is nan"),
+        (["--damping", "auto", "--samples", "1"], "--damping auto holds out part of the windows"),
+        (["--samples", "0"], "--samples is 0; it must be at least 1"),
+        (["--sequence-length", "1"], "--sequence-length is 1; it must be at least 2"),
+        (["--round-to", "0"], "--round-to is 0; it must be at least 1"),
+        (["--seed", "9" * 30], "--seed"),
+        (["--device", "tpu"], "--device 'tpu' is not known; choose one of auto, cpu, cuda."),
+        (["--device", "cuda:x"], "--device 'cuda:x' is no device"),
+        (["--device", "cuda:99"], "--device cuda:99 was asked for, but torch sees"),
+    ],
+)
+def test_options(shell: Shell, dense: Path, arguments: list[str], message: str) -> None:
+    model = [] if arguments[0] == "one" else [dense]
+    assert message in shell.refused(*model, *arguments)
+
+
+def test_order_that_does_not_suit_the_model(shell: Shell, dense: Path) -> None:
+    for flags in ([], ["--dry-run"]):
+        message = shell.refused(dense, "--order", "i-spasp", "--attention", "heads", *flags)
+        assert message.startswith("--order i-spasp needs activations that cannot be negative, and the heads of this")
+    assert shell.prune(dense, "--order", "i-spasp", "--attention", "dims")[0] == 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_without_cuda(shell: Shell, dense: Path) -> None:
+    message = shell.refused(dense, "--device", "cuda")
+    assert message == "--device cuda was asked for, but torch sees 0 CUDA devices; use --device cpu"
+
+
+def test_sparsity_that_empties_a_block(shell: Shell, dense: Path) -> None:
+    message = shell.refused(dense, "--sparsity", "0.99")
+    assert message.startswith("--sparsity 0.99 would leave a block empty; with one unit left everywhere at most 0.")
+    most = message.split("at most ")[1].split()[0]
+    code, _, err = shell.prune(dense, "--sparsity", most)
+    assert code == 0, err
+
+
+# The model
+
+
+def written(directory: Path, files: dict[str, str | bytes]) -> Path:
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (directory / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "is not a model directory: it has no config.json"),
+        ({"config.json": "not JSON"}, "config.json is not JSON: Expecting value: line 1 column 1"),
+        ({"config.json": b"\xff\xfe\x00"}, "config.json is not JSON: "),
+        ({"config.json": "[]"}, 'config.json is no config of transformers: it names no "model_type"'),
+        ({"config.json": "3"}, 'names no "model_type"'),
+        ({"config.json": "{}"}, 'names no "model_type"'),
+        (
+            {"config.json": '{"model_type": "newest"}'},
+            "no config of model type 'newest' that this transformers can read",
+        ),
+        ({"config.json": '{"model_type": "gpt2"}'}, "models of type 'gpt2' cannot be pruned yet; supported: opt"),
+        (
+            {"config.json": '{"model_type": "mine", "auto_map": {"AutoConfig": "evil.Config"}, "n": 1}'},
+            "no config of model type 'mine' that this transformers can read",
+        ),
+        (
+            {"config.json": '{"model_type": "opt", "hidden_size": 30, "num_attention_heads": 4}'},
+            "hidden_size 30 is not a multiple of num_attention_heads 4",
+        ),
+        ({"config.json": '{"model_type": "opt"}'}, "has no weights: expected model.safetensors or pytorch_model.bin"),
+    ],
+)
+def test_directories_that_are_no_model(shell: Shell, files: dict[str, str | bytes], message: str) -> None:
+    assert message in shell.refused(written(shell.directory / "model", files))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_attention_heads": 0},
+        {"num_attention_heads": -4},
+        {"num_hidden_layers": 0},
+        {"ffn_dim": 0},
+        {"hidden_size": 0},
+        {"vocab_size": -1},
+        {"activation_function": "rellu"},
+    ],
+)
+def test_configs_that_describe_no_model(shell: Shell, copy: Path, fields: dict[str, Any]) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | fields))
+    for flags in ([], ["--dry-run"]):
+        message = shell.refused(copy, *flags)
+        assert next(iter(fields)) in message or "rellu" in message
+
+
+@pytest.mark.skipif(transformers.__version__ < "5", reason="transformers 4 does not check the fields of a config")
+def test_config_with_a_field_of_the_wrong_type(shell: Shell) -> None:
+    model = written(shell.directory / "model", {"config.json": '{"model_type": "opt", "hidden_size": "x"}'})
+    assert "expected int, got str" in shell.refused(model)
+
+
+@pytest.mark.parametrize("name", ["./absent", "/absent", "~/absent", "a/b/c", "~nobody/model"])
+def test_paths_that_do_not_exist(shell: Shell, name: str) -> None:
+    message = shell.refused(name)
+    assert message.endswith("does not exist; give a model directory or a Hub id such as facebook/opt-125m")
+
+
+def test_a_file_is_no_model(shell: Shell, dense: Path) -> None:
+    message = shell.refused(dense / "model.safetensors")
+    assert message.endswith("model.safetensors is a file; expected a model directory with config.json and weights")
+
+
+def test_a_pruned_model_is_not_pruned_again(shell: Shell, dense: Path) -> None:
+    assert shell.prune(dense, "--output", "once")[0] == 0
+    assert shell.refused("once").startswith("this checkpoint is already pruned (model type 'snp_opt'); prune the dense")
+
+
+@pytest.fixture
+def copy(dense: Path, shell: Shell) -> Path:
+    """A copy of the model to be damaged."""
+    return Path(shutil.copytree(dense, shell.directory / "model"))
+
+
+def edit(model: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
+    tensors = load_file(model / "model.safetensors")
+    change(tensors)
+    save_file(tensors, model / "model.safetensors")
+    return model
+
+
+FC1 = "model.decoder.layers.1.fc1.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "messages"),
+    [
+        (lambda t: t.pop(FC1), ["lacks 1 tensor of the model: ", FC1]),
+        (lambda t: [t.pop(k) for k in list(t) if ".layers.1." in k], ["lacks 16 tensors", "and 11 more"]),
+        (lambda t: t.update(extra=torch.zeros(2)), ["has 1 tensor the model has no place for: extra", "config.json"]),
+        (lambda t: t.update({FC1: t[FC1][:5].clone()}), [f"{FC1} in ", "has shape (5, 32)", "implies (64, 32)"]),
+        (lambda t: t[FC1][0].fill_(torch.nan), [f"{FC1} in model.safetensors has 32 entries that are NaN or inf"]),
+        (lambda t: t[FC1][0, :3].fill_(torch.inf), ["has 3 entries that are NaN or infinite; the file is damaged"]),
+        (lambda t: t.update({FC1: t[FC1].to(torch.int8)}), [f"{FC1} in ", "has type int8, expected one of float16"]),
+        (lambda t: t.update({FC1: t[FC1].to(torch.float8_e4m3fn)}), ["has type float8_e4m3fn, expected one of"]),
+        (lambda t: t.clear(), ["has weight files (model.safetensors), but no tensor in them"]),
+        (
+            lambda t: t.update({"lm_head.weight": t["model.decoder.embed_tokens.weight"] + 1}),
+            ["lm_head.weight and model.decoder.embed_tokens.weight", "differ", "tie_word_embeddings"],
+        ),
+    ],
+)
+def test_tensors_that_do_not_fit(shell: Shell, copy: Path, change: Any, messages: list[str]) -> None:
+    found = shell.refused(edit(copy, change))
+    for message in messages:
+        assert message in found
+
+
+@pytest.mark.parametrize("size", [0, 4, 100, 20_000, -1])
+def test_truncated_safetensors(shell: Shell, copy: Path, size: int) -> None:
+    content = (copy / "model.safetensors").read_bytes()
+    (copy / "model.safetensors").write_bytes(content[:size])
+    message = shell.refused(copy)
+    assert "model.safetensors cannot be read, it may be truncated: " in message
+    assert message.endswith("; download it again")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("size", [0, 10, 300, 20_000, -100])
+def test_truncated_bin(shell: Shell, copy: Path, size: int, zipped: bool) -> None:
+    (copy / "model.safetensors").unlink()
+    path = copy / "pytorch_model.bin"
+    torch.save(tiny_opt().state_dict(), path, _use_new_zipfile_serialization=zipped)
+    path.write_bytes(path.read_bytes()[:size])
+    message = shell.refused(copy)
+    assert "pytorch_model.bin" in message
+    assert "truncated" in message or "damaged" in message
+    assert message.endswith("; download it again")
+
+
+@pytest.mark.parametrize(
+    "content", [b"<html>404</html>", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", os.urandom(1000)]
+)
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_weight_files_that_are_something_else(shell: Shell, copy: Path, name: str, content: bytes) -> None:
+    (copy / "model.safetensors").unlink()
+    (copy / name).write_bytes(content)
+    message = shell.refused(copy)
+    assert name in message
+    assert "weights_only" not in message
+
+
+class Exploit:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, ("exploited",)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([1, 2], "is not the state dict of a model"),
+        ({"model": {"a": torch.zeros(1)}, "step": 3}, "is not the state dict of a model"),
+        ({"a": Exploit()}, "holds more than tensors and was not loaded for safety"),
+    ],
+)
+def test_bin_files_that_hold_something_else(shell: Shell, copy: Path, content: Any, message: str) -> None:
+    (copy / "model.safetensors").unlink()
+    torch.save(content, copy / "pytorch_model.bin")
+    assert message in shell.refused(copy)
+
+
+def shards(model: Path) -> Path:
+    """Turn the weights into two shards with an index."""
+    tensors = load_file(model / "model.safetensors")
+    (model / "model.safetensors").unlink()
+    names, weight_map = list(tensors), {}
+    for i, part in enumerate((names[::2], names[1::2]), 1):
+        file = f"model-{i:05d}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in part}, model / file)
+        weight_map |= dict.fromkeys(part, file)
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return model
+
+
+def test_shard_that_is_absent(shell: Shell, copy: Path) -> None:
+    (shards(copy) / "model-00002-of-00002.safetensors").unlink()
+    message = shell.refused(copy)
+    assert message.endswith(
+        "model.safetensors.index.json lists 2 weight files, but model-00002-of-00002.safetensors is missing; "
+        "download again"
+    )
+
+
+def test_index_that_expects_a_tensor_which_its_shard_has_not(shell: Shell, copy: Path) -> None:
+    index = shards(copy) / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    weight_map[FC1] = next(file for file in set(weight_map.values()) if file != weight_map[FC1])
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    assert f"has no tensor '{FC1}', which the index expects" in shell.refused(copy)
+
+
+@pytest.mark.parametrize("content", ["not JSON", "[]", "{}", '{"weight_map": []}', '{"weight_map": null}'])
+def test_index_that_is_none(shell: Shell, copy: Path, content: str) -> None:
+    (copy / "model.safetensors").unlink()
+    (copy / "model.safetensors.index.json").write_text(content)
+    message = shell.refused(copy)
+    assert message.endswith('model.safetensors.index.json is not a checkpoint index, a JSON object with a "weight_map"')
+
+
+@pytest.mark.parametrize("content", [None, "", "{}", "not JSON"])
+def test_no_tokenizer(shell: Shell, copy: Path, content: str | None) -> None:
+    for file in copy.glob("tokenizer*"):
+        file.unlink()
+    if content is not None:
+        (copy / "tokenizer.json").write_text(content)
+    message = shell.refused(copy)
+    assert "has no tokenizer" in message
+    assert message.endswith("copy the tokenizer files of the original model beside the weights")
+
+
+def test_tokenizer_of_a_larger_model(shell: Shell) -> None:
+    model = save(tiny_opt(vocab_size=500), shell.directory / "model")
+    message = shell.refused(model)
+    assert "500" in message
+    assert "tokenizer" in message
+
+
+# Text
+
+
+def packed(rows: list[Any], name: str = "text") -> pa.Table:
+    return pa.table({name: rows})
+
+
+def text_file(directory: Path, name: str, content: str | bytes) -> Path:
+    return written(directory, {name: content}) / name
+
+
+GZ = gzip.compress(b"Some words. " * 5000)
+BAD_TEXT: list[tuple[str, str | bytes, str]] = [
+    ("empty.txt", "", "empty.txt is empty"),
+    ("blank.txt", " \n\n ", "blank.txt has no text"),
+    ("binary.txt", b"\x80\x81\xfe" * 1000, "binary.txt is not UTF-8 text: "),
+    ("zeros.txt", b"\0" * 1000, "zeros.txt is not text: line 1 has a zero byte"),
+    ("short.txt", "A few words.", "windows of 32; --samples asks for 12: lower --samples or --sequence-length"),
+    ("text.doc", "words", "text.doc has an unknown ending; expected one of .txt, .raw, .jsonl, .json, .parquet, all"),
+    ("text.txt.zip", "words", "text.txt.zip has an unknown ending"),
+    ("text.parquet.gz", "words", "text.parquet.gz has an unknown ending"),
+    ("text", "words", "has an unknown ending"),
+    ("a.jsonl", '{"text": "one"}\n{"body": "two"}\n', 'a.jsonl, line 2: expected a JSON object with a key "text"'),
+    ("a.jsonl", '{"text": "one"}\n\n{"text": \n', 'a.jsonl, line 3: expected a JSON object with a key "text"'),
+    ("a.json", '[\n{"text": "one"},\n{"text": "two"}\n]', 'a.json, line 1: expected a JSON object with a key "text"'),
+    ("a.jsonl", '["text"]\n', 'a.jsonl, line 1: expected a JSON object with a key "text"'),
+    ("a.jsonl", '{"text": null}\n', 'a.jsonl, line 1: "text" is null, expected a string'),
+    ("a.jsonl", '{"text": 3}\n', 'a.jsonl, line 1: "text" is int, expected a string'),
+    ("a.txt.gz", "plain text", "a.txt.gz cannot be read, it may be damaged or truncated: Not a gzipped file"),
+    ("a.txt.gz", GZ[:-20], "a.txt.gz cannot be read, it may be damaged or truncated: Compressed file ended before"),
+    ("a.txt.gz", GZ[:20] + b"\xff" * 20 + GZ[40:], "a.txt.gz cannot be read, it may be damaged or truncated: "),
+    ("a.txt.xz", "plain text", "a.txt.xz cannot be read, it may be damaged or truncated: "),
+    ("a.parquet", "plain text", "a.parquet is not a parquet file: "),
+]
+
+
+@pytest.mark.parametrize("option", ["--calibration", "--evaluate"])
+@pytest.mark.parametrize(("name", "content", "message"), BAD_TEXT, ids=lambda value: str(value)[:20])
+def test_text(
+    shell: Shell, dense: Path, option: str, name: str, content: str | bytes, message: str, text: Path
+) -> None:
+    path = text_file(shell.directory / "text", name, content)
+    if option == "--calibration":
+        assert message in shell.refused(dense, option, path)
+        return
+    # No --no-evaluate here, which `refused` gives.
+    arguments = [dense, option, path, "--calibration", text, "--output", shell.output, "--quiet"]
+    code, _, err = shell.run(*arguments, "--samples", SAMPLES, "--sequence-length", LENGTH)
+    assert code == 2
+    assert not shell.output.exists()
+    if name == "short.txt":
+        message = "less than one window of 32: lower --sequence-length or give more text"
+    assert err.startswith("llm_snp: ")
+    assert message in err
+
+
+def test_text_that_does_not_exist(shell: Shell, dense: Path) -> None:
+    message = shell.refused(dense, "--calibration", "wikitext")
+    assert message == "wikitext is neither a file nor a known corpus (wikitext2, c4, self); check the path"
+
+
+def test_how_many_windows_there_are(shell: Shell, dense: Path) -> None:
+    path = text_file(shell.directory / "text", "a.txt", paragraphs(3, 1)[0] * 3)
+    tokens = len(load_tokenizer(dense)(path.read_text())["input_ids"])
+    assert 3 * LENGTH < tokens < SAMPLES * LENGTH
+    message = shell.refused(dense, "--calibration", path)
+    assert (
+        f"a.txt has {tokens} tokens, which is {tokens // LENGTH} windows of {LENGTH}; --samples asks for 12" in message
+    )
+
+
+def test_tables_without_text(shell: Shell, dense: Path) -> None:
+    folder = written(shell.directory / "text", {})
+    tables = {
+        "columns": (packed(["a"], "content"), "a.parquet has columns ['content'], expected one named \"text\""),
+        "null": (packed(["a", None]), 'a.parquet, row 2: "text" is null, expected a string'),
+        "number": (packed([1, 2]), 'a.parquet, row 1: "text" is int, expected a string'),
+    }
+    for table, message in tables.values():
+        parquet.write_table(table, folder / "a.parquet")
+        assert message in shell.refused(dense, "--calibration", folder / "a.parquet")
+
+
+def test_directories_that_are_no_text(shell: Shell, dense: Path) -> None:
+    folder = shell.directory / "text"
+    written(folder / "plain", {"a.txt": "words"})
+    datasets.Dataset.from_dict({"content": ["a"]}).save_to_disk(folder / "columns")
+    datasets.Dataset.from_dict({"text": ["a", None]}).save_to_disk(folder / "null")
+    splits = datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": ["a"]})})
+    splits.save_to_disk(folder / "splits")
+    for name, message in {
+        "plain": "plain is a directory, but not one saved by datasets' save_to_disk (",
+        "columns": "columns has columns ['content'], expected one named \"text\"",
+        "null": 'null, row 2: "text" is null, expected a string',
+        "splits": "splits has the splits train; name the directory of one of them",
+    }.items():
+        assert message in shell.refused(dense, "--calibration", folder / name)
+
+
+# The Hub
+
+
+def test_hub_model_without_network(shell: Shell) -> None:
+    for arguments in (["facebook/opt-125m"], ["opt-125m"], ["facebook/opt-125m", "--dry-run"]):
+        message = shell.refused(*arguments)
+        assert f"{arguments[0]} is no local directory, and could not be had from the Hugging Face Hub (" in message
+        assert message.endswith("check the network, or give a directory with the model's files")
+
+
+def raising(error: Exception) -> Callable[..., Any]:
+    def function(*args: Any, **kwargs: Any) -> Any:
+        raise error
+
+    return function
+
+
+class ClientError(Exception):
+    """Stands for httpx.ConnectError, which is no OSError, and whatever the next client has."""
+
+
+def http_error(kind: type[Exception]) -> Exception:
+    """One of the Hub's errors without the response that its constructor wants."""
+    return kind.__new__(kind, "404 Client Error\n\nmore lines")
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ConnectionError("Name or service not known"), "the Hugging Face Hub (Name or service not known); check"),
+        (ClientError("[Errno -2] Name unknown"), "the Hugging Face Hub ([Errno -2] Name unknown); check the network"),
+        (TimeoutError(), "the Hugging Face Hub (TimeoutError); check the network"),
+        (http_error(GatedRepoError), "someone/gated is gated: accept its licence on the Hub, then run `hf auth login`"),
+        (http_error(RevisionNotFoundError), "someone/gated has no revision 'v2' on the Hub; check the branch, tag or"),
+        (
+            http_error(RepositoryNotFoundError),
+            "neither a local directory nor a repository on the Hub that you may read",
+        ),
+    ],
+)
+def test_hub_refuses(shell: Shell, monkeypatch: pytest.MonkeyPatch, error: Exception, message: str) -> None:
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", raising(error))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", raising(error))
+    assert message in shell.refused("someone/gated", "--revision", "v2")
+
+
+@pytest.mark.parametrize("name", ["a b/c", "a/..", "x" * 300])
+def test_names_that_cannot_be_on_the_hub(shell: Shell, name: str) -> None:
+    assert shell.refused(name) == f"{name} is neither a local directory nor a valid Hub id"
+
+
+def test_hub_repository_that_is_no_transformers_model(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = written(shell.directory / "snapshot", {"README.md": "nothing here"})
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda *a, **k: ["README.md"])
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: str(folder))
+    assert shell.refused("some/one") == "some/one on the Hub is no transformers model: it has no config.json"
+
+
+def test_what_is_fetched_from_the_hub(shell: Shell, dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def download(name: str, **options: Any) -> str:
+        asked.append({"name": name, **options})
+        return str(dense)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    for files, wanted in (
+        (["model.safetensors", "pytorch_model.bin", "flax_model.msgpack"], {"*.safetensors"}),
+        (["pytorch_model.bin", "flax_model.msgpack", "tf_model.h5"], {"pytorch_model*.bin"}),
+        (None, {"*.safetensors", "pytorch_model*.bin"}),  # offline: whatever an earlier run fetched
+    ):
+        listing = raising(ClientError("offline")) if files is None else (lambda *a, files=files, **k: files)
+        monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", listing)
+        code, _, err = shell.prune("some/model", "--revision", "v2", "--overwrite")
+        assert code == 0, err
+        assert (asked[-1]["name"], asked[-1]["revision"]) == ("some/model", "v2")
+        weights = {pattern for pattern in asked[-1]["allow_patterns"] if "safetensors" in pattern or "bin" in pattern}
+        assert weights == wanted
+    assert shell.run("some/model", "--dry-run")[0] == 0
+    assert not any("safetensors" in pattern or "bin" in pattern for pattern in asked[-1]["allow_patterns"])
+
+
+def test_hub_text_without_network(shell: Shell, dense: Path) -> None:
+    for source, name in (("wikitext2", "Salesforce/wikitext"), ("c4", "allenai/c4")):
+        message = shell.refused(dense, "--calibration", source)
+        assert message.startswith(f"dataset {name} could not be had from the Hugging Face Hub (")
+        assert message.endswith("check the network, or give a local file instead")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionError("Couldn't reach 'Salesforce/wikitext' on the Hub"),
+        ValueError("Couldn't find cache for Salesforce/wikitext for config 'wikitext-2-raw-v1'"),
+        datasets.exceptions.DatasetNotFoundError("Dataset doesn't exist"),
+        ClientError("Name or service not known"),
+    ],
+)
+def test_hub_text_fails(shell: Shell, dense: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    monkeypatch.setattr(datasets, "load_dataset", raising(error))
+    assert f"from the Hugging Face Hub ({error}); check the network" in shell.refused(
+        dense, "--calibration", "wikitext2"
+    )
+
+
+# The output
+
+
+def test_output_that_holds_something_else(shell: Shell, dense: Path) -> None:
+    written(shell.output, {"thesis.tex": "years of work"})
+    for flags in ([], ["--overwrite"]):
+        message = shell.refused(dense, *flags)
+        assert message == f"--output {shell.output} is not empty and no result of llm_snp; give another directory"
+    for content in ("not JSON", "[]", '{"versions": {"another": "1.0"}}', '{"coverage": 0.9}'):
+        written(shell.output, {"report.json": content})  # of another tool
+        assert "is not empty and no result of llm_snp" in shell.refused(dense, "--overwrite")
+
+
+def test_output_that_cannot_be_a_directory(shell: Shell, dense: Path) -> None:
+    file = text_file(shell.directory, "file", "content")
+    assert shell.refused(dense, "--output", file) == f"--output {file} is a file; give a directory"
+    message = shell.refused(dense, "--output", file / "below" / "out")
+    assert message == f"--output {file / 'below' / 'out'} cannot be made: {file} is a file; give another directory"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_output_where_nothing_may_be_written(shell: Shell, dense: Path) -> None:
+    locked = written(shell.directory / "locked", {})
+    locked.chmod(0o500)
+    assert f"cannot be made: {locked} is not writable" in shell.refused(dense, "--output", locked / "out")
+
+
+def test_earlier_result(shell: Shell, dense: Path) -> None:
+    assert shell.prune(dense)[0] == 0
+    before = weight_files(shell.output)
+    message = shell.refused(dense, "--seed", "1")
+    assert message == f"--output {shell.output} holds an earlier result; give another directory, or --overwrite"
+    assert weight_files(shell.output) == before
+    code, _, err = shell.prune(dense, "--overwrite", "--seed", "1")
+    assert code == 0, err
+    assert weight_files(shell.output) != before
+    assert [path.name for path in shell.directory.iterdir()] == ["out"]
+
+
+def test_empty_directory_and_links_as_output(shell: Shell, dense: Path) -> None:
+    shell.output.mkdir()
+    assert shell.prune(dense)[0] == 0
+    link = shell.directory / "link"
+    link.symlink_to(shell.output)
+    code, _, err = shell.prune(dense, "--output", link, "--overwrite")
+    assert code == 0, err
+    assert link.is_symlink()
+    assert sorted(path.name for path in shell.directory.iterdir()) == ["link", "out"]
+
+
+def test_files_have_the_permissions_that_the_umask_gives(shell: Shell, dense: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        assert shell.prune(dense)[0] == 0
+    finally:
+        os.umask(before)
+    assert {oct(path.stat().st_mode & 0o777) for path in shell.output.iterdir()} == {"0o644"}
+
+
+def test_what_a_killed_run_left_is_replaced_but_nothing_else(shell: Shell, dense: Path) -> None:
+    partial = shell.directory / "out.partial"
+    written(partial, {"notes.txt": "mine"})
+    message = shell.refused(dense)
+    assert message == f"{partial} is in the way and not from llm_snp; remove it, or give another --output"
+    (partial / MARK).touch()
+    assert shell.prune(dense)[0] == 0
+    assert not partial.exists()
+
+
+def test_a_result_that_was_put_aside_is_not_lost(shell: Shell, dense: Path) -> None:
+    assert shell.prune(dense)[0] == 0
+    aside = written(shell.directory / "out.replaced", {"file": "content"})
+    message = shell.refused(dense, "--overwrite")
+    assert message == f"{aside} is in the way; it may be a still earlier result: move or remove it"
+
+
+@pytest.fixture
+def second_shard_fails(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], None]:
+    """Make writing the second shard of every run fail."""
+
+    def install(error: BaseException) -> None:
+        whole, count = llm_snp.writer.save_file, 0
+
+        def save_file(tensors: Any, path: Any, metadata: Any) -> None:
+            nonlocal count
+            count += 1
+            if count == 2:
+                Path(path).write_bytes(b"half")
+                raise error
+            whole(tensors, path, metadata=metadata)
+
+        monkeypatch.setattr(llm_snp.writer, "save_file", save_file)
+
+    return install
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_disk_full_while_writing(shell: Shell, dense: Path, second_shard_fails: Any, error: Exception) -> None:
+    second_shard_fails(error)
+    output = shell.directory / "new" / "folder" / "out"
+    message = shell.refused(dense, "--output", output)
+    assert message == f"{output}.partial cannot be written: the disk is full; free some space or give another --output"
+
+
+def test_another_error_while_writing(shell: Shell, dense: Path, second_shard_fails: Any) -> None:
+    second_shard_fails(OSError(errno.EIO, "Input/output error"))
+    message = shell.refused(dense)
+    assert message == f"{shell.output}.partial cannot be written: Input/output error; give another --output"
+
+
+def test_a_failed_run_keeps_the_earlier_result(shell: Shell, dense: Path, second_shard_fails: Any) -> None:
+    assert shell.prune(dense)[0] == 0
+    before = weight_files(shell.output)
+    second_shard_fails(OSError(errno.ENOSPC, "No space left on device"))
+    shell.refused(dense, "--overwrite", "--seed", "1")
+    assert weight_files(shell.output) == before
+
+
+def test_a_result_that_cannot_get_its_name_keeps_the_earlier_one(
+    shell: Shell, dense: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert shell.prune(dense)[0] == 0
+    before = weight_files(shell.output)
+    rename = os.rename
+
+    def fail(source: Path, target: Path) -> None:
+        if Path(source).name.endswith(".partial"):
+            raise OSError(errno.EIO, "Input/output error")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", fail)
+    shell.refused(dense, "--overwrite", "--seed", "1")
+    assert weight_files(shell.output) == before
+
+
+def test_too_little_space_is_noticed_before_anything_is_computed(
+    shell: Shell, dense: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(shell.directory)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    message = shell.refused(dense)
+    assert message.startswith("the result needs up to 0.00 GB, but the disk of ")
+    assert message.endswith("give --output on another disk")
+
+
+@pytest.fixture
+def small_disk(shell: Shell) -> Iterator[Path]:
+    """A real file system of 200 kB."""
+    mounted = shell.directory / "disk"
+    mounted.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(mounted)]
+    try:
+        subprocess.run(command, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("mounting is not permitted")
+    yield mounted
+    subprocess.run(["umount", str(mounted)], check=False)
+
+
+def test_a_disk_that_is_really_full(shell: Shell, dense: Path, small_disk: Path) -> None:
+    message = shell.refused(dense, "--output", small_disk / "out", "--sparsity", "0.5")
+    assert message.startswith("the result needs up to ")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("llm_snp.run.check_space", lambda *a: None)
+        message = shell.refused(dense, "--output", small_disk / "out", "--sparsity", "0.5")
+    assert "out.partial cannot be written: the disk is full" in message
+
+
+@pytest.mark.parametrize("existing", [False, True])
+def test_interrupted(shell: Shell, dense: Path, second_shard_fails: Any, existing: bool) -> None:
+    before: dict[str, bytes] = {}
+    if existing:
+        assert shell.prune(dense)[0] == 0
+        before = weight_files(shell.output)
+    second_shard_fails(KeyboardInterrupt())
+    code, _, err = shell.prune(dense, "--overwrite", "--seed", "1")
+    assert code == 130
+    assert err == "llm_snp: interrupted; nothing was left behind\n"
+    assert [path.name for path in shell.directory.iterdir()] == (["out"] if existing else [])
+    assert (weight_files(shell.output) if existing else {}) == before
+
+
+def test_a_bug_keeps_its_traceback_but_leaves_nothing(
+    shell: Shell, dense: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Writer, "index", raising(ZeroDivisionError()))
+    with pytest.raises(ZeroDivisionError):
+        shell.prune(dense)
+    assert not list(shell.directory.iterdir())
+
+
+# Numbers
+
+
+def with_neurons(change: Callable[[torch.nn.Linear], object], directory: Path) -> Path:
+    """A model whose first ten neurons in each block were changed in fc1."""
+    model = tiny_opt()
+    with torch.no_grad():
+        for block in model.model.decoder.layers:
+            change(block.fc1)
+    return save(model, directory)
+
+
+def dead(fc1: torch.nn.Linear) -> None:
+    fc1.bias[:10] = -1000.0
+
+
+def constant(fc1: torch.nn.Linear) -> None:
+    fc1.weight[:10] = 0.0
+    fc1.bias[:10] = 5.0
+
+
+@pytest.mark.parametrize("damping", [0.0, 1e-3])
+@pytest.mark.parametrize("order", ["greedy", "zca", "loo", "energy"])
+@pytest.mark.parametrize("change", [dead, constant])
+def test_neurons_that_never_change_cost_nothing(
+    prune: Prune,
+    tmp_path: Path,
+    text: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: Callable[[torch.nn.Linear], None],
+    order: str,
+    damping: float,
+) -> None:
+    dense = with_neurons(change, tmp_path / "dense")
+    monkeypatch.setattr(
+        "llm_snp.plan.allocate", lambda by, curves, _: [c.units - 10 * (c.unit == "neurons") for c in curves]
+    )
+    choices = {"order": order, "allocation": "uniform", "attention": "heads", "target": "self", "damping": damping}
+    report = prune(dense, tmp_path / "out", **choices)
+    ids = calibration_windows(str(text), load_tokenizer(dense), SAMPLES, LENGTH, seed=0).tokens
+    torch.testing.assert_close(logits(load(tmp_path / "out"), ids), logits(load(dense), ids), rtol=1e-3, atol=1e-3)
+    raised = [note for note in report["notes"] if "damping raised" in note]
+    assert bool(raised) == (damping == 0)
+    for note in raised:
+        assert "mlp" in note
+        assert "moments were singular" in note
+
+
+@pytest.mark.parametrize("options", [{"method": "snp"}, {"method": "best"}, {"attention": "both"}])
+def test_fewer_tokens_than_neurons(
+    prune: Prune, dense: Path, tmp_path: Path, text: Path, options: dict[str, Any]
+) -> None:
+    report = prune(dense, tmp_path / "out", samples=1, sequence_length=NEURONS // 3, damping=0.0, **options)
+    assert any("moments were singular, damping raised from 0 to" in note for note in report["notes"]), report["notes"]
+    assert len(report["blocks"]) == BLOCKS
+    # What is left can still give every output on so few tokens, and with weights that are no larger than they were.
+    model, whole = load(tmp_path / "out"), load(dense)
+    ids = calibration_windows(str(text), load_tokenizer(dense), 1, NEURONS // 3, seed=0).tokens
+    torch.testing.assert_close(logits(model, ids), logits(whole, ids), rtol=1e-3, atol=1e-3)
+    assert max(p.abs().max() for p in model.parameters()) < 10 * max(p.abs().max() for p in whole.parameters())
+
+
+def test_no_note_where_nothing_was_raised(prune: Prune, dense: Path, tmp_path: Path) -> None:
+    report = prune(dense, tmp_path / "out", samples=64, damping=1e-6)
+    assert report["notes"] == []
+
+
+def test_activations_that_overflow_are_named(shell: Shell) -> None:
+    model = tiny_opt()
+    with torch.no_grad():
+        model.model.decoder.layers[1].fc1.weight *= 1e5
+    save(model, shell.directory / "model")
+    message = shell.refused(shell.directory / "model", "--dtype", "float16", "--allocation", "uniform")
+    assert re.match(r"activations at (fc2|mlp) of block 1 overflow the type they are computed in; ", message)
+    assert message.endswith("use --dtype float32 or bfloat16")
+    message = shell.refused(shell.directory / "model", "--dtype", "float16")
+    assert "overflow" in message or "not finite" in message
+    code, _, err = shell.prune(shell.directory / "model", "--dtype", "bfloat16")
+    assert code == 0, err
+
+
+def test_dense_model_that_overflows_in_evaluation(shell: Shell, text: Path) -> None:
+    model = tiny_opt()
+    with torch.no_grad():
+        model.model.decoder.layers[1].fc1.weight *= 1e5
+    save(model, shell.directory / "model")
+    short = ("--samples", SAMPLES, "--sequence-length", LENGTH, "--calibration", text, "--evaluate", text, "--quiet")
+    code, _, err = shell.run(shell.directory / "model", *short, "--dtype", "float16", "--output", shell.output)
+    assert code == 2
+    assert err == "llm_snp: the model's logits are not finite; use --dtype float32 or bfloat16\n"
+    assert not shell.output.exists()
+
+
+def test_tokenizer_travels(shell: Shell, dense: Path) -> None:
+    folder = written(shell.directory / "plain", {})
+    copy_tokenizer(folder)
+    assert shell.prune(dense)[0] == 0
+    for file in folder.iterdir():
+        assert (shell.output / file.name).read_bytes() == (dense / file.name).read_bytes()
