@@ -12,7 +12,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 demo: $(VENV)/.installed
-	$(BIN)/python -m llm_snp --sparsity $(SPARSITY) --output demo-output --overwrite
+	$(BIN)/python -m llm_snp --sparsity $(SPARSITY) --samples 64 --sequence-length 256 --output demo-output --overwrite
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest

@@ -87,7 +87,7 @@ def tokenize(tokenizer: Any, text: str, source: str) -> Tensor:
     return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)
 
 
-def self_written(model: Any, samples: int, length: int, seed: int, start: int, batch: int = 32) -> Windows:
+def self_written(model: Any, samples: int, length: int, seed: int, start: int, batch: int = 128) -> Windows:
     """Windows that the model samples from itself, each beginning with token `start`; `model` is whole and loaded."""
     parts = []
     devices = [model.device] if model.device.type == "cuda" else []
