@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,11 +34,13 @@ def open_job(options: PruneConfig, weights: bool) -> Job:
     """Resolve and check `options`; `weights` False fetches a model's config only. Raises `SnpError`."""
     options.validate()
     options = options.resolved()
+    if options.revision and (options.model is None or os.path.isdir(os.path.expanduser(options.model))):
+        raise OptionError("--revision is for models on the Hub, and this one is a local directory; leave it out")
     directory = locate(options.model, options.revision, weights)
     config = load_config(directory)
     family = family_of(config)
     check_order(family, config, options)
-    output = Path(options.output) if options.output else default_output(options)
+    output = Path(options.output).expanduser() if options.output else default_output(options)
     check_output(output, options.overwrite)
     device = resolve_device(options.device)
     return Job(options, directory, config, family, output, device, window_length(options, config))

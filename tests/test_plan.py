@@ -11,6 +11,7 @@ from llm_snp.config import PruneConfig
 from llm_snp.errors import OptionError
 from llm_snp.families import family_of
 from llm_snp.hub import load_config
+from llm_snp.job import open_job
 from llm_snp.plan import check_order, empty_curves, make_plan
 from llm_snp.skeleton import empty_model
 
@@ -64,6 +65,11 @@ def test_round_to_gives_multiples(dense: Path) -> None:
     options = PruneConfig(sparsity=0.3, attention="dims", round_to=16)
     plan = make_plan(family, config, blocks, options, empty_curves(family, config, blocks, options), "uniform")
     assert all(kept["neurons"] % 16 == 0 and kept["dims"] % 8 == 0 for kept in plan.kept)
+
+
+def test_a_revision_of_a_local_directory_is_refused(dense: Path) -> None:
+    with pytest.raises(OptionError, match="--revision is for models on the Hub"):
+        open_job(PruneConfig(model=str(dense), revision="main"), weights=False)
 
 
 def test_an_order_that_cannot_rank_the_units_is_refused_early(dense: Path) -> None:
