@@ -57,6 +57,7 @@ class Report:
                 "sha256": calibration.sha256,
                 "windows": calibration.tokens.shape[0],
                 "windows_available": calibration.available,
+                "text_tokens": calibration.text_tokens,
                 "sequence_length": job.length,
                 "sequence_length_asked": options.sequence_length,
             },
