@@ -63,11 +63,11 @@ def site_moments(
         if fit is None:
             fit = Moments.like(x, residual, centred=layer.bias is not None)
             held = fit.empty() if hold_out else None
-        windows = torch.arange(rows.start, rows.stop, device=x.device)
-        out = (windows % HELD_OUT == HELD_OUT - 1) | (windows == stream.tokens.shape[0] - 1)
         if held is None:
             fit.add(x, residual)
             continue
+        windows = torch.arange(rows.start, rows.stop, device=x.device)
+        out = (windows % HELD_OUT == HELD_OUT - 1) | (windows == stream.tokens.shape[0] - 1)
         token_out = out.repeat_interleave(x.shape[0] // len(windows))
         for moments, choice in ((fit, ~token_out), (held, token_out)):
             if choice.any():

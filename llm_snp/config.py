@@ -10,6 +10,7 @@ from .core.allocation import ALLOCATIONS
 from .core.orders import ORDERS
 from .errors import OptionError, choose
 
+DAMPING = 1e-3
 # What the repair refits a layer to; `none` leaves the remaining weights as they are.
 TARGETS = ("self", "dense", "residual", "none")
 ATTENTION_MODES = ("heads", "dims", "both")
@@ -68,7 +69,7 @@ class PruneConfig:
         1, "keep neurons in multiples of N, and head dimensions in multiples of N up to 8 (attention kernels need 8)"
     )
     damping: float | str = option(
-        1e-3, "ridge of the repair as a share of the mean variance, or auto: chosen on held-out calibration windows"
+        DAMPING, "ridge of the repair as a share of the mean variance, or auto: chosen on held-out calibration windows"
     )
     device: str = option("auto", "auto, cpu, cuda or cuda:i")
     dtype: str = option("auto", "type to compute in; the result keeps the type of the checkpoint", DTYPES)
@@ -112,6 +113,11 @@ class PruneConfig:
             raise OptionError(f"--damping is {self.damping:g}; give a finite number of at least 0, or auto")
         if self.damping == "auto" and self.samples < 2:
             raise OptionError("--damping auto holds out part of the windows; give --samples of at least 2")
+
+    @property
+    def curve_damping(self) -> float:
+        """The damping of curves and bases: the one asked for; `auto` is decided later, repair by repair."""
+        return DAMPING if isinstance(self.damping, str) else self.damping
 
     @property
     def measures(self) -> bool:

@@ -148,7 +148,6 @@ class _BlockPruner:
         """Cut the heads to `rank` directions, chosen on the pruned stream."""
         attention = self.family.attention(self.config)
         found = block_moments(self.index, self.block, self.stream, (site,), attention)
-        damping = 1e-3 if isinstance(self.options.damping, str) else self.options.damping
         state = narrow_heads(
             self.block,
             self.state,
@@ -158,7 +157,7 @@ class _BlockPruner:
             found[attention.query],
             found[attention.key],
             rank,
-            damping,
+            self.options.curve_damping,
             g,
         )
         self.done["dims"] = rank

@@ -16,10 +16,10 @@ from .core import heads as head_space
 from .core.allocation import SiteCurve
 from .core.moments import Moments
 from .core.repair import subspace_of_units
-from .core.subspace import Subspace, factorise
+from .core.subspace import Subspace
 from .families import Attention, Family, Site, linear
 from .plan import dims_curve
-from .prune_site import head_blocks, linear_weights, rotate
+from .prune_site import linear_weights, value_subspace
 from .sensitivity import Sensitivity
 from .skeleton import Call, Skeleton, run_block
 from .stream import Stream, Taps
@@ -87,11 +87,6 @@ def _with_curves(curve: SiteCurve, subspace: Subspace, extra: Tensor | None, opt
     return replace(curve, variance=subspace.variance_curve.cpu(), loss=loss.cpu())
 
 
-def _damping(options: PruneConfig) -> float:
-    """The damping of curves: the one asked for; `auto` is decided later, site by site."""
-    return 1e-3 if isinstance(options.damping, str) else options.damping
-
-
 def _unit_curve(
     curve: SiteCurve, block: nn.Module, site: Site, moments: Moments, options: PruneConfig, g: Tensor | None
 ) -> SiteCurve:
@@ -100,7 +95,7 @@ def _unit_curve(
     keep = max(1, round(site.units * (1 - options.sparsity)))
     seed = torch.Generator().manual_seed(options.seed)
     subspace = subspace_of_units(
-        moments, weight, options.order, site.group, _damping(options), g, keep, site.nonnegative, seed
+        moments, weight, options.order, site.group, options.curve_damping, g, keep, site.nonnegative, seed
     )
     return _with_curves(curve, subspace, None, options)
 
@@ -118,11 +113,8 @@ def _dims_curve(
 ) -> SiteCurve:
     """Value path: exact, from the subspace of directions. Scores: measured at a few ranks."""
     weight, _ = linear_weights(block, site.consumer)
-    h, w, damping = attention.heads, attention.head_dim, _damping(options)
-    covariance = moments[site.name].covariance
-    basis = head_space.value_basis(head_blocks(covariance, h), weight, damping, g)
-    rotated, in_basis = rotate(covariance, weight, basis)
-    subspace = factorise(rotated, in_basis, head_space.direction_columns(h, w, weight.device), damping, g)
+    w, damping = attention.head_dim, options.curve_damping
+    _, _, subspace = value_subspace(moments[site.name].covariance, weight, attention.heads, damping, g)
     query, key, power = head_space.score_basis(
         moments[attention.query].uncentred, moments[attention.key].covariance, damping
     )

@@ -24,7 +24,7 @@ from .core.repair import (
     subspace_of_units,
     without_repair,
 )
-from .core.subspace import factorise, truncate
+from .core.subspace import Subspace, factorise, truncate
 from .errors import NumericalError
 from .families import Attention, Site, linear
 
@@ -160,17 +160,12 @@ def narrow_heads(
     values: moments of the consumer's input; queries, keys: of the projections' outputs, grouped by head.
     """
     weight, bias = linear_weights(block, site.consumer)
-    covariance = values.covariance
-    h, w = attention.heads, attention.head_dim
-    basis = head_space.value_basis(head_blocks(covariance, h), weight, damping, sensitivity)
+    basis, in_basis, subspace = value_subspace(values.covariance, weight, attention.heads, damping, sensitivity)
     query, key, _ = head_space.score_basis(queries.uncentred, keys.covariance, damping)
     new = dict(state)
     for name, transform in ((attention.query, query), (attention.key, key), (attention.value, basis)):
         rows, row_bias = head_space.transform_rows(*linear_weights(block, name), transform[:, :rank])
         store(new, name, rows, row_bias)
-    # In the full basis the block is what it was; its directions are then units like any others.
-    rotated, in_basis = rotate(covariance, weight, basis)
-    subspace = factorise(rotated, in_basis, head_space.direction_columns(h, w, weight.device), damping, sensitivity)
     columns, refit = truncate(subspace, in_basis, rank)
     new_bias = None
     if bias is not None:
@@ -178,6 +173,20 @@ def narrow_heads(
         new_bias = bias + in_basis @ mean - refit @ mean[columns]
     store(new, site.consumer, refit, new_bias)
     return new
+
+
+def value_subspace(
+    covariance: Tensor, weight: Tensor, heads: int, damping: float, sensitivity: Tensor | None
+) -> tuple[Tensor, Tensor, Subspace]:
+    """The value path of all heads in its best bases: bases (h, w, w), the consumer in them (d, m), and the subspace.
+
+    In the full basis the block is what it was; its directions are then units like any others.
+    covariance (m, m) of the attended values, weight (d, m) of the consumer.
+    """
+    basis = head_space.value_basis(head_blocks(covariance, heads), weight, damping, sensitivity)
+    rotated, in_basis = rotate(covariance, weight, basis)
+    columns = head_space.direction_columns(heads, basis.shape[-1], weight.device)
+    return basis, in_basis, factorise(rotated, in_basis, columns, damping, sensitivity)
 
 
 def rotate(covariance: Tensor, weight: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
