@@ -46,9 +46,13 @@ from llm_snp.executor import decide, prune_blocks
 from llm_snp.families import family_of
 from llm_snp.hub import config_dtype, load_config, load_tokenizer, locate
 from llm_snp.job import resolve_device, resolve_dtype, window_length
+from llm_snp.journal import Journal
+from llm_snp.processes import Processes
 from llm_snp.progress import Progress
 from llm_snp.report import device_facts
+from llm_snp.session import Session
 from llm_snp.skeleton import Skeleton
+from llm_snp.storage import Storage
 from llm_snp.writer import Writer
 
 Options = dict[str, Any]
@@ -85,6 +89,7 @@ ROWS: dict[str, list[tuple[str, Options]]] = {
     "one step aside (greedy, target residual)": [
         ("loss, fisher, heads", {**LOSS, "attention": "heads"}),
         ("loss, scalar, both", {**LOSS, "attention": "both", "sensitivity": "scalar"}),
+        ("fisher in the order, too, both", {**LOSS, "attention": "both", "sensitive_order": True}),
         ("variance, dims", {**DIMS, "allocation": "variance"}),
     ],
     "presets": [
@@ -93,7 +98,7 @@ ROWS: dict[str, list[tuple[str, Options]]] = {
     ],
 }
 # What a row is, once its preset is filled in.
-CHOICES = ("order", "allocation", "target", "attention", "sensitivity", "damping")
+CHOICES = ("order", "allocation", "target", "attention", "sensitivity", "sensitive_order", "damping")
 # Rows of the plot, from worst to best: label, marker, line style, grey.
 PLOTTED: dict[str, tuple[str, str, str, str]] = {
     "magnitude, no repair": ("magnitude, no repair", "x", ":", "0.4"),
@@ -183,18 +188,22 @@ class Bench:
         """Prune on the first calibration windows; gives the result, which lasts as long as the context, and facts."""
         timer, tokens, blocks = Progress(quiet=True), self.calibration.tokens[:windows], self.family.blocks
         with TemporaryDirectory(prefix="llm-snp-quality-") as temporary:
-            writer = Writer(Path(temporary) / "result", len(self.skeleton), overwrite=False)
+            writer, processes = Writer(Path(temporary), len(self.skeleton) + 1), Processes()
+            journal = Journal(Path(temporary), processes)
 
             def save(index: int, state: dict[str, torch.Tensor], _: object) -> None:
                 writer.shard(index, {f"{blocks}.{index}.{name}": tensor for name, tensor in state.items()})
 
-            what = self.skeleton, self.family, self.config, tokens, options
-            plan, sensitivity = decide(*what, timer)
-            prune_blocks(*what, plan, sensitivity, timer, save)
+            session = Session(
+                self.skeleton, self.family, self.config, options, tokens, processes, Storage(), journal, timer
+            )
+            plan = decide(session)
+            prune_blocks(session, plan, save)
+            writer.shard(len(self.skeleton), dict(self.skeleton.checkpoint.tensors(self.skeleton.outer)))
             writer.index()
             # The skeleton with the blocks that were written in place of its own.
             result = copy.copy(self.skeleton)
-            result.checkpoint = Checkpoint(writer.partial)
+            result.checkpoint = Checkpoint(writer.directory)
             result.blocks = copy.deepcopy(self.skeleton.blocks)
             for block, kept in zip(result.blocks, plan.kept, strict=True):
                 self.family.narrow(block, **self.family.widths(self.config, kept))

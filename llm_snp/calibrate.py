@@ -62,17 +62,21 @@ def site_moments(
         x = taps.input(site.consumer)
         if fit is None:
             fit = Moments.like(x, residual, centred=layer.bias is not None)
+            stream.processes.same(fit.shift)
             held = fit.empty() if hold_out else None
         if held is None:
             fit.add(x, residual)
             continue
-        windows = torch.arange(rows.start, rows.stop, device=x.device)
-        out = (windows % HELD_OUT == HELD_OUT - 1) | (windows == stream.tokens.shape[0] - 1)
+        windows = stream.first + torch.arange(rows.start, rows.stop, device=x.device)
+        out = (windows % HELD_OUT == HELD_OUT - 1) | (windows == stream.windows.shape[0] - 1)
         token_out = out.repeat_interleave(x.shape[0] // len(windows))
         for moments, choice in ((fit, ~token_out), (held, token_out)):
             if choice.any():
                 moments.add(x[choice], None if residual is None else residual[choice])
     assert fit is not None
+    fit.reduce(stream.processes.sum)
+    if held is not None:
+        held.reduce(stream.processes.sum)
     check_finite(fit, index, site.consumer)
     return SiteMoments(fit, held)
 
@@ -101,16 +105,19 @@ def block_moments(
             if site.name not in found:
                 centred = linear(block, site.consumer).bias is not None
                 found[site.name] = Moments.like(x, centred=centred)
+                stream.processes.same(found[site.name].shift)
             found[site.name].add(x)
         for name in projections:
             assert attention is not None
             if name not in found:
                 found[name] = Moments.like(taps.output(name), groups=attention.heads)
+                stream.processes.same(found[name].shift)
             found[name].add(taps.output(name))
         if advance:
             stream.states[rows] = output.cpu()
     layers = {site.name: site.consumer for site in sites}
     for name, moments in found.items():
+        moments.reduce(stream.processes.sum)
         check_finite(moments, index, layers.get(name, name))
     return found
 

@@ -1,5 +1,6 @@
-"""A lazy reader of Hugging Face checkpoints: safetensors or pytorch_model.bin, sharded or not, one tensor at a time.
+"""A lazy reader of Hugging Face checkpoints: safetensors or pytorch_model.bin, sharded or not, a few tensors at a time.
 
+Tensors are copied out of the mapped file, which is closed again: pages that stay mapped count as this process's memory.
 Every key is accounted for on both sides before anything is computed (`Checkpoint.audit`): a silently skipped tensor
 is a wrong model.
 """
@@ -11,7 +12,7 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 from .errors import CheckpointError
 
 LISTED = 5  # at most so many keys are named in an error
-WEIGHT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+WEIGHT_TYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 ZIP_START = b"PK\x03\x04"
 
 
@@ -36,13 +37,16 @@ class Checkpoint:
 
     def __init__(self, directory: str | Path, renames: Iterable[tuple[str, str]] = ()):
         self.directory = Path(directory)
-        self._handles: dict[str, Any] = {}
+        self._legacy: dict[str, dict[str, Tensor]] = {}  # files that cannot be mapped are read once, as a whole
         self._where: dict[str, tuple[str, str]] = {}  # name in the model -> (file, key in the file)
         listed = self._files()
         self.files = [self.directory / file for file in listed]
         renames = list(renames)
         for file, keys in listed.items():
-            for key in self._open(file).keys() if keys is None else keys:
+            present = self._open(file).keys()
+            for key in present if keys is None else keys:
+                if key not in present:
+                    raise CheckpointError(f"{self.directory / file} has no tensor {key!r}, which the index expects")
                 name = key
                 for pattern, replacement in renames:
                     name = re.sub(pattern, replacement, name)
@@ -75,19 +79,19 @@ class Checkpoint:
         )
 
     def _open(self, file: str) -> Any:
-        if file not in self._handles:
-            path = self.directory / file
-            try:
-                if path.suffix == ".safetensors":
-                    self._handles[file] = safe_open(path, framework="pt")
-                else:
-                    self._handles[file] = _read_pickled(path)
-            except (SafetensorError, EOFError, RuntimeError, ValueError, OSError) as error:
-                reason = next(iter(str(error).strip().splitlines()), "the file ends too early")
-                raise CheckpointError(
-                    f"{path} cannot be read, it may be truncated: {reason}; download it again"
-                ) from error
-        return self._handles[file]
+        path = self.directory / file
+        if file in self._legacy:
+            return self._legacy[file]
+        try:
+            if path.suffix == ".safetensors":
+                return safe_open(path, framework="pt")
+            tensors, mapped = _read_pickled(path)
+        except (SafetensorError, EOFError, RuntimeError, ValueError, OSError) as error:
+            reason = next(iter(str(error).strip().splitlines()), "the file ends too early")
+            raise CheckpointError(f"{path} cannot be read, it may be truncated: {reason}; download it again") from error
+        if not mapped:
+            self._legacy[file] = tensors
+        return tensors
 
     def names(self) -> list[str]:
         """The tensors there are, by their name in the model."""
@@ -97,31 +101,61 @@ class Checkpoint:
         """Shape of a tensor, without reading it."""
         file, key = self._where[name]
         handle = self._open(file)
-        try:
-            return tuple(handle[key].shape if isinstance(handle, dict) else handle.get_slice(key).get_shape())
-        except (KeyError, SafetensorError) as error:
-            raise CheckpointError(f"{self.directory / file} has no tensor {key!r}, which the index expects") from error
+        return tuple(handle[key].shape if isinstance(handle, dict) else handle.get_slice(key).get_shape())
 
-    def tensor(self, name: str) -> Tensor:
-        """One tensor (host, dtype of the file). Raises `CheckpointError` if it is not finite or not floating-point."""
+    def dtype(self, name: str) -> torch.dtype:
+        """Type of a tensor, without reading it. Raises `CheckpointError` if it is not floating-point."""
         file, key = self._where[name]
         handle = self._open(file)
-        tensor = handle[key] if isinstance(handle, dict) else handle.get_tensor(key)
-        if tensor.dtype not in WEIGHT_TYPES:
-            found, *allowed = (str(dtype).removeprefix("torch.") for dtype in (tensor.dtype, *WEIGHT_TYPES))
-            raise CheckpointError(
-                f"{name} in {file} has type {found}, expected one of {', '.join(allowed)}; "
-                "a quantised model cannot be pruned: prune first, quantise afterwards"
-            )
-        bad = tensor.numel() - int(torch.isfinite(tensor).sum())
-        if bad:
-            raise CheckpointError(f"{name} in {file} has {bad} entries that are NaN or infinite; the file is damaged")
-        return tensor
+        if isinstance(handle, dict):
+            return self._checked(name, handle[key].dtype)
+        found = handle.get_slice(key).get_dtype()
+        return self._checked(name, WEIGHT_TYPES.get(found, found))
+
+    def _checked(self, name: str, dtype: Any) -> torch.dtype:
+        if dtype in WEIGHT_TYPES.values():
+            return dtype  # type: ignore[no-any-return]
+        found, *allowed = (str(kind).removeprefix("torch.") for kind in (dtype, *WEIGHT_TYPES.values()))
+        raise CheckpointError(
+            f"{name} in {self._where[name][0]} has type {found}, expected one of {', '.join(allowed)}; "
+            "a quantised model cannot be pruned: prune first, quantise afterwards"
+        )
+
+    def tensors(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Tensors by name (host, dtype of the file), each file opened once.
+
+        Raises `CheckpointError` for one that is not finite or not floating-point, and for a file that has changed.
+        """
+        by_file: dict[str, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self._where[name][0], []).append(name)
+        for file, members in by_file.items():
+            handle = self._open(file)
+            for name in members:
+                key = self._where[name][1]
+                try:
+                    tensor = handle[key] if isinstance(handle, dict) else handle.get_tensor(key)
+                except (KeyError, SafetensorError) as error:
+                    raise CheckpointError(f"{key} is gone from {self.directory / file}: it has changed") from error
+                self._checked(name, tensor.dtype)
+                if file not in self._legacy:
+                    tensor = tensor.clone()
+                bad = tensor.numel() - int(torch.isfinite(tensor).sum())
+                if bad:
+                    raise CheckpointError(
+                        f"{name} in {file} has {bad} entries that are NaN or infinite; the file is damaged"
+                    )
+                yield name, tensor
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor, as `tensors` gives it."""
+        return next(self.tensors([name]))[1]
 
     def block(self, prefix: str) -> dict[str, Tensor]:
         """All tensors under `prefix` + '.', by their name relative to it."""
         start = prefix + "."
-        return {name[len(start) :]: self.tensor(name) for name in self._where if name.startswith(start)}
+        inside = [name for name in self._where if name.startswith(start)]
+        return {name[len(start) :]: tensor for name, tensor in self.tensors(inside)}
 
     def audit(
         self, expected: Mapping[str, tuple[int, ...]], tied: Mapping[str, str], ignored: Iterable[str] = ()
@@ -172,8 +206,8 @@ def _read_index(index: Path) -> dict[str, list[str]]:
         raise CheckpointError(f'{index} is not a checkpoint index, a JSON object with a "weight_map"') from error
 
 
-def _read_pickled(path: Path) -> dict[str, Tensor]:
-    """The tensors of a pytorch_model.bin; mapped, not read, if it has the zip format of torch >= 1.6."""
+def _read_pickled(path: Path) -> tuple[dict[str, Tensor], bool]:
+    """The tensors of a pytorch_model.bin, and whether they are mapped, not read (the zip format of torch >= 1.6)."""
     zipped = zipfile.is_zipfile(path)
     with open(path, "rb") as file:
         if not zipped and file.read(len(ZIP_START)) == ZIP_START:
@@ -190,7 +224,7 @@ def _read_pickled(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{path} is not the state dict of a model: expected tensors by name; save model.state_dict()"
         )
-    return loaded
+    return loaded, zipped
 
 
 def _tensors(names: list[str]) -> str:

@@ -92,14 +92,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from .report import summary
         from .run import run
 
-        print(preview_text(preview(options)) if dry_run else summary(run(options)))
+        if dry_run:
+            print(preview_text(preview(options)))
+        else:
+            report = run(options)
+            if not _process():
+                print(summary(report))
     except SnpError as error:
-        print(f"llm_snp: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"llm_snp{_process()}: {' '.join(str(error).split())}", file=sys.stderr)
         return BAD_INPUT
-    except KeyboardInterrupt:
-        print("llm_snp: interrupted; nothing was left behind", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"llm_snp{_process()}: {str(error) or 'interrupted'}", file=sys.stderr)
         return INTERRUPTED
     return 0
+
+
+def _process() -> str:
+    """Which process speaks, where it is not the main one."""
+    index = os.environ.get("RANK", "0")
+    return "" if index == "0" else f" (process {index})"
 
 
 def _calm_libraries(quiet: bool) -> None:

@@ -65,6 +65,11 @@ class PruneConfig:
         "one number per layer (scalar) or as a matrix (fisher)",
         SENSITIVITIES,
     )
+    sensitive_order: bool = option(
+        False,
+        "let the sensitivity weigh the order of the units within a layer, too, not only how much each layer gives "
+        "(over-fits small calibration sets)",
+    )
     round_to: int = option(
         1, "keep neurons in multiples of N, and head dimensions in multiples of N up to 8 (attention kernels need 8)"
     )
@@ -77,7 +82,9 @@ class PruneConfig:
         None, "text to measure perplexity on, like --calibration; repeatable (default: wikitext2; self without MODEL)"
     )
     revision: str | None = option(None, "branch, tag or commit of MODEL on the Hub")
-    overwrite: bool = option(False, "replace an earlier result of llm_snp in the output directory")
+    overwrite: bool = option(False, "replace an earlier result, or an unfinished one, in the output directory")
+    resume: bool = option(False, "go on with an interrupted run of the same command: what it finished is reused")
+    offload: str | None = option(None, "directory for hidden states that are too large for host memory")
     quiet: bool = option(False, "print the final table only")
 
     def resolved(self) -> PruneConfig:

@@ -34,6 +34,18 @@ class OutputError(SnpError):
     """The result cannot be written where it was asked for."""
 
 
+class DiskFullError(OutputError):
+    """The disk has no room for the result, or for what is offloaded."""
+
+
+class ResumeError(SnpError):
+    """An interrupted run cannot be gone on with as it was asked for."""
+
+
+class ProcessError(SnpError):
+    """Another process of this run has ended."""
+
+
 class DeviceMemoryError(SnpError):
     """The device has less memory than the run needs."""
 
@@ -44,6 +56,14 @@ class NumericalError(SnpError):
 
 class HubError(SnpError):
     """The Hugging Face Hub could not be reached or refused."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, with a sentence on what is left and how to go on."""
+
+
+# After these a run can be gone on with: what it had finished is kept.
+RESUMABLE = (DiskFullError, ProcessError, DeviceMemoryError)
 
 
 def choose(value: str, known: Iterable[str], what: str) -> str:

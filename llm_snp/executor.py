@@ -6,159 +6,172 @@ Names no family and no criterion. Attention is pruned before the MLP, so that th
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from torch import Tensor, nn
 
 from .calibrate import Reference, block_moments, site_moments
-from .config import PruneConfig
-from .families import Family, Site
+from .families import Site
 from .measure import measured_curves
 from .plan import Plan, empty_curves, make_plan
-from .progress import Progress
 from .prune_site import SiteResult, State, narrow_heads, prune_units, refit_consumer
-from .sensitivity import Sensitivity, gradient_windows, measure_sensitivity
-from .skeleton import Skeleton
+from .sensitivity import measure_sensitivity, read_sensitivity
+from .session import Session
 from .stream import Stream
 
-# site name -> what pruning it did
-BlockResult = dict[str, SiteResult]
+
+@dataclass(frozen=True)
+class SiteLoss:
+    """What pruning a site lost: output energies and the damping that was used (`core.repair.Pruned`)."""
+
+    lost: float
+    total: float
+    damping: float
 
 
-def decide(
-    skeleton: Skeleton, family: Family, config: Any, tokens: Tensor, options: PruneConfig, progress: Progress
-) -> tuple[Plan, Sensitivity]:
-    """The plan, by one measuring pass over the dense model where the allocation asks for it; tokens (N, T)."""
-    curves = empty_curves(family, config, skeleton.blocks, options)
-    sensitivity: Sensitivity = {}
+# site name -> what pruning it lost; empty for a block that stays as it was
+BlockLoss = dict[str, SiteLoss]
+# Gives a block's pruned tensors and losses if an earlier run has finished it.
+Finished = Callable[[int], tuple[State, BlockLoss] | None]
+
+
+def decide(session: Session) -> Plan:
+    """The plan, by measuring passes over the dense model where the allocation asks for them."""
+    options, blocks = session.options, session.skeleton.blocks
+    curves = empty_curves(session.family, session.config, blocks, options)
     if options.needs_gradient:
-        windows = tokens[: gradient_windows(tokens.shape[0], len(skeleton))]
-        with progress.phase("sensitivity", 2 * len(skeleton)) as step:
-            matrix = options.sensitivity == "fisher"
-            progress.say(f"gradient of the loss on {windows.shape[0]} windows, labels from the calibration text")
-            sensitivity = measure_sensitivity(skeleton, windows, family.sites(config), matrix, step)
+        measure_sensitivity(session)
     if options.measures:
-        with progress.phase("measure", len(skeleton)) as step:
-            stream = Stream(skeleton, tokens)
-            curves = measured_curves(skeleton, family, config, stream, options, curves, sensitivity, step)
+        curves = measured_curves(session, curves)
     assert options.allocation is not None
     # Nothing to remove: nothing was measured, and every allocation gives the same plan.
     by = options.allocation if options.sparsity > 0 else "uniform"
-    return make_plan(family, config, skeleton.blocks, options, curves, by), sensitivity
+    return make_plan(session.family, session.config, blocks, options, curves, by)
 
 
 def prune_blocks(
-    skeleton: Skeleton,
-    family: Family,
-    config: Any,
-    tokens: Tensor,
-    options: PruneConfig,
-    plan: Plan,
-    sensitivity: Sensitivity,
-    progress: Progress,
-    save: Callable[[int, State, BlockResult], None],
+    session: Session, plan: Plan, save: Callable[[int, State, BlockLoss], None], finished: Finished | None = None
 ) -> None:
-    """Prune all blocks front to back and hand each finished block's tensors to `save`."""
-    with progress.phase("prune", len(skeleton)) as step:
-        stream = Stream(skeleton, tokens)
-        follows_dense = options.target in ("dense", "residual")
+    """Prune all blocks front to back and hand each finished block's tensors to `save`.
+
+    A block that `finished` gives is not pruned again: the hidden states only move through it.
+    """
+    skeleton, family, config = session.skeleton, session.family, session.config
+    follows_dense = session.options.target in ("dense", "residual")
+    with session.progress.phase("prune", len(skeleton)) as step:
+        stream = session.stream()
         dense_stream: Stream | None = None
-        for i in range(len(skeleton)):
-            state = skeleton.block_state(i)
+        for i, dense_state in skeleton.block_states(range(len(skeleton))):
+            last = i + 1 == len(skeleton)
+            done = finished(i) if finished else None
             if dense_stream is None and plan.untouched(i):
                 # So far the pruned model is the dense model: there is nothing to repair.
-                save(i, state, {})
-                stream.advance(i, skeleton.load_block(i, state))
+                if done is None:
+                    save(i, dense_state, {})
+                if not last:
+                    stream.advance(i, skeleton.load_block(i, dense_state))
                 step()
                 continue
             if follows_dense and dense_stream is None:
                 dense_stream = stream.copy()
-            pruner = _BlockPruner(skeleton, family, config, options, plan.kept[i], sensitivity, i, stream, dense_stream)
-            results = pruner.run(state)
-            save(i, pruner.state, results)
-            last = i + 1 == len(skeleton)
+            if done is None:
+                pruner = _BlockPruner(session, plan.kept[i], i, stream, dense_stream)
+                losses = pruner.run(dense_state)
+                save(i, pruner.state, losses)
+                block = pruner.block
+                del pruner
+            else:
+                block = skeleton.load_block(i, done[0], partial(family.narrow, **family.widths(config, plan.kept[i])))
+                if dense_stream is not None and not last:
+                    dense_stream.advance(i, skeleton.load_block(i, dense_state))
             if not last:
-                stream.advance(i, pruner.block)
+                stream.advance(i, block)
             step()
 
 
 class _BlockPruner:
-    """One block while it is pruned: its tensors, the live block with them, and what they are fitted to."""
+    """One block while it is pruned: its tensors, the live block with them, and what they are fitted to.
 
-    def __init__(
-        self,
-        skeleton: Skeleton,
-        family: Family,
-        config: Any,
-        options: PruneConfig,
-        kept: dict[str, int],
-        sensitivity: Sensitivity,
-        index: int,
-        stream: Stream,
-        dense_stream: Stream | None,
-    ):
-        self.skeleton, self.family, self.config, self.options = skeleton, family, config, options
-        self.kept, self.sensitivity, self.index = kept, sensitivity, index
+    Every process measures its share of the windows; the main one solves, and the others get what it found.
+    """
+
+    def __init__(self, session: Session, kept: dict[str, int], index: int, stream: Stream, dense_stream: Stream | None):
+        self.session, self.kept, self.index = session, kept, index
         self.stream, self.dense_stream = stream, dense_stream
+        weighs = session.options.sensitive_order
+        self.sensitivity: dict[str, Tensor] = read_sensitivity(session, index) if weighs else {}
         self.done: dict[str, int] = {}
         self.state: State = {}
         self.block: nn.Module
+        self.dense: nn.Module | None = None
 
-    def run(self, state: State) -> BlockResult:
-        self.dense = self.skeleton.load_block(self.index, state)
+    def run(self, state: State) -> BlockLoss:
+        self.dense = self.session.skeleton.load_block(self.index, state)
         self._load(state)
-        results: BlockResult = {}
-        sites = self.family.sites(self.config)
+        losses: BlockLoss = {}
+        sites = self.session.family.sites(self.session.config)
         for site in sites:
-            results[site.name] = self._prune(site, last=site is sites[-1])
-        return results
+            losses[site.name] = self._prune(site, last=site is sites[-1])
+        return losses
 
     def _load(self, state: State) -> None:
         """Take new tensors, and a live block with the widths that are done so far."""
         self.state = state
-        widths = self.family.widths(self.config, self.done)
-        self.block = self.skeleton.load_block(self.index, state, partial(self.family.narrow, **widths))
+        family = self.session.family
+        widths = family.widths(self.session.config, self.done)
+        self.block = self.session.skeleton.load_block(self.index, state, partial(family.narrow, **widths))
 
-    def _prune(self, site: Site, last: bool) -> SiteResult:
+    def _prune(self, site: Site, last: bool) -> SiteLoss:
+        options = self.session.options
         unit = "dims" if site.unit not in self.kept else site.unit
         keep = self.kept[unit]
-        g = self.sensitivity.get((self.index, site.name))
+        g = self.sensitivity.get(site.name)
         by_direction = unit == "dims" and keep < site.group
         if by_direction:
             self._narrow_heads(site, keep, g)
         reference = None
+        assert self.dense is not None
         if self.dense_stream is not None:
-            reference = Reference(self.dense, self.dense_stream, self.options.target == "residual", advance=last)
+            reference = Reference(self.dense, self.dense_stream, options.target == "residual", advance=last)
         elif by_direction:  # what the whole heads give on the pruned stream
             reference = Reference(self.dense, None)
-        moments = site_moments(
-            self.index, self.block, self.stream, site, reference, hold_out=self.options.damping == "auto"
-        )
-        if unit == "dims":
-            result = refit_consumer(self.block, self.state, site, moments, self.options, keep)
-        else:
-            seed = self.options.seed + 1_000_003 * self.index + sum(map(ord, site.name))
-            result = prune_units(self.block, self.state, site, moments, keep, self.options, g, seed)
+        moments = site_moments(self.index, self.block, self.stream, site, reference, hold_out=options.damping == "auto")
+        del reference
+        if last:
+            self.dense = None  # not needed any more, and solving needs the memory
+
+        def solve() -> SiteResult:
+            if unit == "dims":
+                return refit_consumer(self.state, site, moments, options)
+            seed = options.seed + 1_000_003 * self.index + sum(map(ord, site.name))
+            return prune_units(self.state, site, moments, keep, options, g, seed)
+
+        result = solve() if self.session.processes.main else None
+        loss = self.session.processes.from_main(lambda: _loss(result))
         self.done[unit] = keep
-        self._load(result.state)
-        return result
+        self._load(self._from_main(None if result is None else result.state))
+        return loss
 
     def _narrow_heads(self, site: Site, rank: int, g: Tensor | None) -> None:
         """Cut the heads to `rank` directions, chosen on the pruned stream."""
-        attention = self.family.attention(self.config)
+        attention = self.session.family.attention(self.session.config)
         found = block_moments(self.index, self.block, self.stream, (site,), attention)
-        state = narrow_heads(
-            self.block,
-            self.state,
-            site,
-            attention,
-            found[site.name],
-            found[attention.query],
-            found[attention.key],
-            rank,
-            self.options.curve_damping,
-            g,
-        )
+        values, queries, keys = (found[name] for name in (site.name, attention.query, attention.key))
+        state = None
+        if self.session.processes.main:
+            state = narrow_heads(self.state, site, attention, values, queries, keys, rank, self.session.options, g)
         self.done["dims"] = rank
-        self._load(state)
+        self._load(self._from_main(state))
+
+    def _from_main(self, state: State | None) -> State:
+        """The tensors of the main process, of which only those that changed travel."""
+        changed = None
+        if state is not None:
+            changed = {name: tensor for name, tensor in state.items() if tensor is not self.state[name]}
+        return self.state | self.session.processes.tensors_from_main(changed, self.session.skeleton.device)
+
+
+def _loss(result: SiteResult | None) -> SiteLoss:
+    assert result is not None
+    return SiteLoss(result.lost, result.total, result.damping)

@@ -14,7 +14,6 @@ from .errors import OptionError
 from .families import Family, family_of
 from .hub import EMBEDDED, load_config, locate
 from .plan import check_order
-from .writer import check_output
 
 
 @dataclass(frozen=True)
@@ -30,8 +29,11 @@ class Job:
     length: int
 
 
-def open_job(options: PruneConfig, weights: bool) -> Job:
-    """Resolve and check `options`; `weights` False fetches a model's config only. Raises `SnpError`."""
+def open_job(options: PruneConfig, weights: bool, local_index: int = 0) -> Job:
+    """Resolve and check `options`; `weights` False fetches a model's config only. Raises `SnpError`.
+
+    local_index: of this process among those on its machine; it takes the GPU of that number.
+    """
     options.validate()
     options = options.resolved()
     if options.revision and (options.model is None or os.path.isdir(os.path.expanduser(options.model))):
@@ -41,8 +43,7 @@ def open_job(options: PruneConfig, weights: bool) -> Job:
     family = family_of(config)
     check_order(family, config, options)
     output = Path(options.output).expanduser() if options.output else default_output(options)
-    check_output(output, options.overwrite)
-    device = resolve_device(options.device)
+    device = resolve_device(options.device, local_index)
     return Job(options, directory, config, family, output, device, window_length(options, config))
 
 
@@ -53,10 +54,15 @@ def default_output(options: PruneConfig) -> Path:
     return Path(f"{name}-snp-{100 * options.sparsity:g}")
 
 
-def resolve_device(name: str) -> torch.device:
-    """`auto` is the first CUDA device, or the CPU. Raises `OptionError` for a device that is not there."""
+def resolve_device(name: str, local_index: int = 0) -> torch.device:
+    """`auto` and `cuda` are the CUDA device of that index, `auto` is the CPU if there is none.
+
+    Raises `OptionError` for a device that is not there.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and local_index:
+        name = f"cuda:{local_index}"
     try:
         device = torch.device(name)
     except RuntimeError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -17,54 +18,103 @@ from .core.allocation import SiteCurve
 from .core.moments import Moments
 from .core.repair import subspace_of_units
 from .core.subspace import Subspace
-from .families import Attention, Family, Site, linear
+from .families import Attention, Site, linear
 from .plan import dims_curve
 from .prune_site import linear_weights, value_subspace
-from .sensitivity import Sensitivity
-from .skeleton import Call, Skeleton, run_block
-from .stream import Stream, Taps
+from .sensitivity import read_sensitivity
+from .session import Session
+from .skeleton import Call, run_block
+from .stream import Taps
 
 # The cost of truncated scores cannot be read off moments (a softmax lies behind them): it is measured on one batch
 # at the ranks that divide the head into so many parts, and between them follows the tail of the singular values.
 SCORE_PARTS = 4
 
 
-def measured_curves(
-    skeleton: Skeleton,
-    family: Family,
-    config: Any,
-    stream: Stream,
-    options: PruneConfig,
-    curves: list[SiteCurve],
-    sensitivity: Sensitivity,
-    progress: Callable[[], None],
-) -> list[SiteCurve]:
-    """`curves` with their variance and loss filled in; `stream` ends behind the last block.
+def measured_curves(session: Session, curves: list[SiteCurve]) -> list[SiteCurve]:
+    """`curves` with their variance and loss filled in, block by block over the dense model.
 
-    `both` gets the cheaper of heads and dims for each block, compared at the share of parameters asked for.
+    `both` gets the cheaper of heads and dims for each block, compared at the share of parameters asked for. With
+    several processes the wide sites of as many blocks are solved at once, one by each. What the journal has of an
+    interrupted run is not measured again.
     """
-    sites = family.sites(config)
+    skeleton, options, processes = session.skeleton, session.options, session.processes
+    sites, attention = session.family.sites(session.config), session.family.attention(session.config)
     with_dims = options.attention != "heads"
-    attention = family.attention(config) if with_dims else None
     by_site = {(curve.block, curve.site): curve for curve in curves}
-    measured: list[SiteCurve] = []
-    for i in range(len(skeleton)):
-        block = skeleton.load_block(i, skeleton.block_state(i))
-        sample = next(stream.batches(i)) if with_dims else None
-        moments = block_moments(i, block, stream, sites, attention, advance=True)
-        for site in sites:
-            curve = by_site[i, site.name]
-            g = sensitivity.get((i, site.name))
-            choices = []
-            if curve.unit != "dims":
-                choices.append(_unit_curve(curve, block, site, moments[site.name], options, g))
-            if attention is not None and site.name == attention.site:
-                assert sample is not None
-                dims = curve if curve.unit == "dims" else dims_curve(curve, attention, options)
-                choices.append(_dims_curve(dims, block, site, attention, moments, options, g, *sample[1:]))
-            measured.append(min(choices, key=lambda c: _loss_at_share(c, options.sparsity)))
-        progress()
-    return measured
+    known = _measured_before(session, curves)
+    if len(known) == len(skeleton):
+        session.progress.say("curves: measured by the interrupted run")
+        return [curve for i in range(len(skeleton)) for curve in known[i]]
+    with session.progress.phase("measure", len(skeleton)) as step:
+        stream = session.stream()
+        mine: list[SiteCurve] = []
+        waiting: list[Callable[[], SiteCurve]] = []
+        group: list[int] = []
+        for i, state in skeleton.block_states(range(len(skeleton))):
+            block = skeleton.load_block(i, state)
+            if i in known:
+                stream.advance(i, block)
+                step()
+                continue
+            sample = next(stream.batches(i)) if with_dims and processes.main else None
+            moments = block_moments(i, block, stream, sites, attention if with_dims else None, advance=True)
+            sensitivity = read_sensitivity(session, i)
+            group.append(i)
+            for site in sites:
+                curve, g = by_site[i, site.name], sensitivity.get(site.name)
+                weight, _ = linear_weights(state, site.consumer, skeleton.device)
+                if site.name != attention.site:
+                    if processes.index == len(group) - 1:
+                        waiting.append(partial(_unit_curve, curve, weight, site, moments[site.name], options, g))
+                elif processes.main:
+                    choices = []
+                    if curve.unit != "dims":
+                        choices.append(_unit_curve(curve, weight, site, moments[site.name], options, g))
+                    if sample is not None:
+                        dims = curve if curve.unit == "dims" else dims_curve(curve, attention, options)
+                        choices.append(
+                            _dims_curve(dims, block, weight, site, attention, moments, options, g, *sample[1:])
+                        )
+                    mine.append(min(choices, key=lambda c: _loss_at_share(c, options.sparsity)))
+            del moments, block, sensitivity, sample
+            if len(group) == processes.count or i + 1 == len(skeleton):
+                while waiting:
+                    mine.append(waiting.pop()())
+                for curve in processes.gather(mine):
+                    by_site[curve.block, curve.site] = curve
+                for done in group:
+                    known[done] = [by_site[done, site.name] for site in sites]
+                    session.journal.write(_name(done), {"curves": [_to_json(curve) for curve in known[done]]})
+                mine, group = [], []
+            step()
+    return [curve for i in range(len(skeleton)) for curve in known[i]]
+
+
+def _measured_before(session: Session, curves: list[SiteCurve]) -> dict[int, list[SiteCurve]]:
+    """Block -> its curves, for the blocks whose curves an interrupted run left in the journal."""
+    found = {}
+    for i in range(len(session.skeleton)):
+        record = session.journal.read(_name(i))
+        if record is not None:
+            found[i] = [_from_json(entry) for entry in record["curves"]]
+    return found
+
+
+def _name(index: int) -> str:
+    return f"curves-{index:05d}"
+
+
+def _to_json(curve: SiteCurve) -> dict[str, Any]:
+    """JSON keeps every bit of a float64."""
+    assert curve.variance is not None
+    assert curve.loss is not None
+    return vars(curve) | {"variance": curve.variance.tolist(), "loss": curve.loss.tolist()}
+
+
+def _from_json(entry: dict[str, Any]) -> SiteCurve:
+    values = {name: torch.tensor(entry[name], dtype=torch.float64) for name in ("variance", "loss")}
+    return SiteCurve(**(entry | values))
 
 
 def _loss_at_share(curve: SiteCurve, share: float) -> float:
@@ -88,14 +138,22 @@ def _with_curves(curve: SiteCurve, subspace: Subspace, extra: Tensor | None, opt
 
 
 def _unit_curve(
-    curve: SiteCurve, block: nn.Module, site: Site, moments: Moments, options: PruneConfig, g: Tensor | None
+    curve: SiteCurve, weight: Tensor, site: Site, moments: Moments, options: PruneConfig, g: Tensor | None
 ) -> SiteCurve:
-    weight, _ = linear_weights(block, site.consumer)
     assert options.order is not None
     keep = max(1, round(site.units * (1 - options.sparsity)))
     seed = torch.Generator().manual_seed(options.seed)
     subspace = subspace_of_units(
-        moments, weight, options.order, site.group, options.curve_damping, g, keep, site.nonnegative, seed
+        moments,
+        weight,
+        options.order,
+        site.group,
+        options.curve_damping,
+        g,
+        keep,
+        site.nonnegative,
+        seed,
+        options.sensitive_order,
     )
     return _with_curves(curve, subspace, None, options)
 
@@ -103,6 +161,7 @@ def _unit_curve(
 def _dims_curve(
     curve: SiteCurve,
     block: nn.Module,
+    weight: Tensor,
     site: Site,
     attention: Attention,
     moments: dict[str, Moments],
@@ -112,9 +171,9 @@ def _dims_curve(
     call: Call,
 ) -> SiteCurve:
     """Value path: exact, from the subspace of directions. Scores: measured at a few ranks."""
-    weight, _ = linear_weights(block, site.consumer)
     w, damping = attention.head_dim, options.curve_damping
-    _, _, subspace = value_subspace(moments[site.name].covariance, weight, attention.heads, damping, g)
+    covariance = moments[site.name].covariance
+    _, _, subspace = value_subspace(covariance, weight, attention.heads, damping, g, options.sensitive_order)
     query, key, power = head_space.score_basis(
         moments[attention.query].uncentred, moments[attention.key].covariance, damping
     )

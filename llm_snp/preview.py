@@ -12,6 +12,7 @@ from .hub import config_dtype
 from .job import Job, open_job, resolve_dtype
 from .plan import Plan, empty_curves, make_plan
 from .skeleton import empty_model
+from .workspace import check_output
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class Preview:
 def preview(options: PruneConfig) -> Preview:
     """The plan without weights. Raises `SnpError`."""
     job = open_job(options, weights=False)
+    if not options.resume:
+        check_output(job.output, options.overwrite)
     family, config, options = job.family, job.config, job.options
     dtype = resolve_dtype(options.dtype, job.device, config_dtype(config))
     model = empty_model(config)

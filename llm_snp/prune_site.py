@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .config import PruneConfig
 from .core import heads as head_space
@@ -26,7 +26,7 @@ from .core.repair import (
 )
 from .core.subspace import Subspace, factorise, truncate
 from .errors import NumericalError
-from .families import Attention, Site, linear
+from .families import Attention, Site
 
 State = dict[str, Tensor]
 # --damping auto tries these, best on the held-out windows wins.
@@ -50,20 +50,18 @@ class SiteResult:
     """The new tensors of a block (host, dtype of the checkpoint) and what pruning this site lost."""
 
     state: State
-    kept: int
     lost: float
     total: float
     damping: float
 
 
-def linear_weights(block: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
-    """Weight (d, m) and bias (d,) of a live linear layer, float64, on its device."""
-    layer = linear(block, name)
-    return layer.weight.double(), None if layer.bias is None else layer.bias.double()
+def linear_weights(state: State, name: str, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Weight (d, m) and bias (d,) of a linear layer as the checkpoint has them, float64, on `device`."""
+    bias = state.get(f"{name}.bias")
+    return state[f"{name}.weight"].to(device, torch.float64), None if bias is None else bias.to(device, torch.float64)
 
 
 def prune_units(
-    block: nn.Module,
     state: State,
     site: Site,
     moments: SiteMoments,
@@ -72,15 +70,24 @@ def prune_units(
     sensitivity: Tensor | None,
     seed: int,
 ) -> SiteResult:
-    """Keep `keep` whole units of a site of a live block and repair its consumer."""
-    weight, bias = linear_weights(block, site.consumer)
+    """Keep `keep` whole units of a site of a block and repair its consumer."""
+    weight, bias = linear_weights(state, site.consumer, moments.fit.first.device)
 
     def solve(moments: Moments, damping: float) -> Pruned:
         refitted, damping = refit_all(moments, weight, damping)
         assert options.order is not None
         generator = torch.Generator().manual_seed(seed)
         subspace = subspace_of_units(
-            moments, refitted, options.order, site.group, damping, sensitivity, keep, site.nonnegative, generator
+            moments,
+            refitted,
+            options.order,
+            site.group,
+            damping,
+            sensitivity,
+            keep,
+            site.nonnegative,
+            generator,
+            options.sensitive_order,
         )
         if options.target == "none":
             return without_repair(moments, subspace, weight, bias, keep)
@@ -95,7 +102,7 @@ def prune_units(
             if f"{name}.{suffix}" in new:
                 new[f"{name}.{suffix}"] = new[f"{name}.{suffix}"][columns].contiguous()
     store(new, site.consumer, pruned.weight, None if bias is None else pruned.bias)
-    return SiteResult(new, keep, pruned.lost, pruned.total, pruned.damping)
+    return SiteResult(new, pruned.lost, pruned.total, pruned.damping)
 
 
 def choose_damping(
@@ -122,14 +129,12 @@ def choose_damping(
     return DAMPING_GRID[min(range(len(errors)), key=errors.__getitem__)]
 
 
-def refit_consumer(
-    block: nn.Module, state: State, site: Site, moments: SiteMoments, options: PruneConfig, kept: int
-) -> SiteResult:
+def refit_consumer(state: State, site: Site, moments: SiteMoments, options: PruneConfig) -> SiteResult:
     """Refit a consumer whose inputs are already what they will be; the ridge pulls to its present weights.
 
     With target `none` only the bias follows the mean.
     """
-    weight, bias = linear_weights(block, site.consumer)
+    weight, bias = linear_weights(state, site.consumer, moments.fit.first.device)
     everything = torch.arange(weight.shape[1], device=weight.device)
 
     def solve(moments: Moments, damping: float) -> Pruned:
@@ -140,11 +145,10 @@ def refit_consumer(
     pruned = solve(moments.all, damping)
     new = dict(state)
     store(new, site.consumer, pruned.weight, None if bias is None else pruned.bias)
-    return SiteResult(new, kept, pruned.lost, pruned.total, pruned.damping)
+    return SiteResult(new, pruned.lost, pruned.total, pruned.damping)
 
 
 def narrow_heads(
-    block: nn.Module,
     state: State,
     site: Site,
     attention: Attention,
@@ -152,19 +156,22 @@ def narrow_heads(
     queries: Moments,
     keys: Moments,
     rank: int,
-    damping: float,
+    options: PruneConfig,
     sensitivity: Tensor | None,
 ) -> State:
     """Keep `rank` directions of every head between query and key and in the value path; out_proj refitted to itself.
 
     values: moments of the consumer's input; queries, keys: of the projections' outputs, grouped by head.
     """
-    weight, bias = linear_weights(block, site.consumer)
-    basis, in_basis, subspace = value_subspace(values.covariance, weight, attention.heads, damping, sensitivity)
+    device, damping = values.first.device, options.curve_damping
+    weight, bias = linear_weights(state, site.consumer, device)
+    basis, in_basis, subspace = value_subspace(
+        values.covariance, weight, attention.heads, damping, sensitivity, options.sensitive_order
+    )
     query, key, _ = head_space.score_basis(queries.uncentred, keys.covariance, damping)
     new = dict(state)
     for name, transform in ((attention.query, query), (attention.key, key), (attention.value, basis)):
-        rows, row_bias = head_space.transform_rows(*linear_weights(block, name), transform[:, :rank])
+        rows, row_bias = head_space.transform_rows(*linear_weights(state, name, device), transform[:, :rank])
         store(new, name, rows, row_bias)
     columns, refit = truncate(subspace, in_basis, rank)
     new_bias = None
@@ -176,14 +183,21 @@ def narrow_heads(
 
 
 def value_subspace(
-    covariance: Tensor, weight: Tensor, heads: int, damping: float, sensitivity: Tensor | None
+    covariance: Tensor,
+    weight: Tensor,
+    heads: int,
+    damping: float,
+    sensitivity: Tensor | None,
+    sensitive_basis: bool = False,
 ) -> tuple[Tensor, Tensor, Subspace]:
     """The value path of all heads in its best bases: bases (h, w, w), the consumer in them (d, m), and the subspace.
 
     In the full basis the block is what it was; its directions are then units like any others.
-    covariance (m, m) of the attended values, weight (d, m) of the consumer.
+    covariance (m, m) of the attended values, weight (d, m) of the consumer. The sensitivity weighs the energies, and
+    with `sensitive_basis` the bases, too.
     """
-    basis = head_space.value_basis(head_blocks(covariance, heads), weight, damping, sensitivity)
+    seen = sensitivity if sensitive_basis else None
+    basis = head_space.value_basis(head_blocks(covariance, heads).double(), weight, damping, seen)
     rotated, in_basis = rotate(covariance, weight, basis)
     columns = head_space.direction_columns(heads, basis.shape[-1], weight.device)
     return basis, in_basis, factorise(rotated, in_basis, columns, damping, sensitivity)
@@ -191,8 +205,8 @@ def value_subspace(
 
 def rotate(covariance: Tensor, weight: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     """Covariance (m, m) and consumer weight (d, m) in orthonormal head bases (h, w, w)."""
-    half = head_space.to_basis(covariance, basis)
-    return head_space.to_basis(half.mT, basis), head_space.to_basis(weight, basis)
+    half = head_space.to_basis(covariance, basis.to(covariance.dtype))
+    return head_space.to_basis(half.mT, basis.to(covariance.dtype)), head_space.to_basis(weight, basis)
 
 
 def head_blocks(covariance: Tensor, heads: int) -> Tensor:

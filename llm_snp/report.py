@@ -18,7 +18,7 @@ from .checkpoint import Checkpoint
 from .core.allocation import SiteCurve
 from .data import Windows
 from .evaluation.perplexity import Perplexity
-from .executor import BlockResult
+from .executor import BlockLoss
 from .job import Job
 from .plan import Plan
 
@@ -37,6 +37,7 @@ class Report:
         calibration: Windows,
         dtype: torch.dtype,
         stored: torch.dtype,
+        processes: int = 1,
     ):
         self.options = options = job.options
         self.data: dict[str, Any] = {
@@ -51,7 +52,7 @@ class Report:
                 "dtype": _name(stored),
                 "bytes": sum(file.stat().st_size for file in checkpoint.files),
             },
-            "device": device_facts(job.device, dtype),
+            "device": device_facts(job.device, dtype) | {"processes": processes},
             "calibration": {
                 "source": calibration.source,
                 "sha256": calibration.sha256,
@@ -102,13 +103,13 @@ class Report:
                 f"{options.sparsity:.2%} was asked"
             )
 
-    def block(self, index: int, results: BlockResult) -> None:
+    def block(self, index: int, losses: BlockLoss) -> None:
         """What pruning block `index` did."""
         curves = {c["site"]: c for c in self.data["plan"]["curves"] if c["block"] == index}
         kept = self.data["plan"]["kept"][index]
         entry: dict[str, Any] = {"block": index}
         for site, curve in curves.items():
-            result = results.get(site)
+            result = losses.get(site)
             entry[site] = {
                 "unit": curve["unit"],
                 "units": curve["units"],

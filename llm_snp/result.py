@@ -1,7 +1,8 @@
-"""The result as a Hugging Face checkpoint: what is not a block, and opening it again."""
+"""The result as a Hugging Face checkpoint: its blocks, what is not a block, and opening it again."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,64 @@ import torch
 
 from . import modeling_snp
 from .checkpoint import Checkpoint
+from .executor import BlockLoss, SiteLoss
 from .hub import load_config
 from .job import Job
+from .journal import DIGEST, Journal
 from .plan import Plan
+from .progress import Progress
+from .prune_site import State
+from .report import Report, block_line
 from .skeleton import Skeleton
 from .writer import TOKENIZER_FILES, Writer
+
+
+class PrunedBlocks:
+    """The blocks of the result, each a shard that is finished once its hash is in the journal."""
+
+    def __init__(self, writer: Writer, journal: Journal, blocks: str, report: Report, progress: Progress):
+        self.writer, self.journal, self.blocks = writer, journal, blocks
+        self.report, self.progress = report, progress
+        self._as_before = True  # as long as blocks that are made again come out as they were
+
+    def finished(self, index: int) -> tuple[State, BlockLoss] | None:
+        """A block that an interrupted run has finished, or None if it has not, or its file is not what it was."""
+        record = self.journal.read(_name(index)) if self._as_before else None
+        if record is None:
+            return None
+        processes = self.journal.processes
+        tensors = self.writer.adopt(index, record[DIGEST]) if processes.main else None
+        if not processes.from_main(lambda: tensors is not None):
+            self.journal.rescued.append(f"block {index}: its file was gone or damaged after the interruption")
+            self.progress.say(f"block {index}: its file is gone or damaged; it is made again")
+            return None
+        state = processes.tensors_from_main(tensors, torch.device("cpu"))
+        losses = {site: SiteLoss(**loss) for site, loss in record["losses"].items()}
+        self._tell(index, losses, " (finished before)")
+        return {name.removeprefix(self._prefix(index)): tensor for name, tensor in state.items()}, losses
+
+    def save(self, index: int, state: State, losses: BlockLoss) -> None:
+        """Write a block that has just been pruned."""
+        before = self.journal.read(_name(index))
+        if self.journal.processes.main:
+            found = self.writer.shard(index, {self._prefix(index) + name: tensor for name, tensor in state.items()})
+            record = {DIGEST: found, "losses": {site: dataclasses.asdict(loss) for site, loss in losses.items()}}
+            self.journal.write(_name(index), record)
+        now = self.journal.read(_name(index))
+        assert now is not None
+        self._as_before = self._as_before and (before is None or before[DIGEST] == now[DIGEST])
+        self._tell(index, losses)
+
+    def _tell(self, index: int, losses: BlockLoss, remark: str = "") -> None:
+        self.report.block(index, losses)
+        self.progress.say(block_line(self.report.data) + remark)
+
+    def _prefix(self, index: int) -> str:
+        return f"{self.blocks}.{index}."
+
+
+def _name(index: int) -> str:
+    return f"block-{index:05d}"
 
 
 def write_rest(writer: Writer, job: Job, skeleton: Skeleton, plan: Plan, tokenizer: Any) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -13,96 +12,142 @@ from .card import model_card
 from .checkpoint import Checkpoint
 from .config import PruneConfig
 from .data import Windows
-from .errors import DeviceMemoryError
 from .evaluation.perplexity import Perplexity, perplexity_streamed
-from .executor import BlockResult, decide, prune_blocks
+from .executor import decide, prune_blocks
 from .hub import load_tokenizer
-from .job import open_job, resolve_dtype
+from .job import Job, open_job, resolve_dtype
+from .journal import Journal
+from .plan import Plan
+from .processes import Processes
 from .progress import Progress
-from .prune_site import State
-from .report import Report, block_line
-from .result import open_result, write_rest
+from .report import Report
+from .result import PrunedBlocks, open_result, write_rest
+from .resume import calibration_identity, finished_before, kept_for_resume, model_identity, settings
+from .session import Session
 from .skeleton import Skeleton, empty_model
+from .storage import Storage, check_offload
 from .text import Text
-from .writer import REPORT, Writer, check_space
+from .workspace import REPORT, Workspace, check_space
+from .writer import Writer
 
 
 def run(options: PruneConfig) -> dict[str, Any]:
-    """Prune as `options` say and write the result. Returns the report.
+    """Prune as `options` say and write the result. Returns the report; every process of a run gets it.
 
-    Raises `SnpError` for everything that has its cause outside llm_snp; then nothing is left behind.
+    Raises `SnpError` for everything that has its cause outside llm_snp, and `Interrupted` for Ctrl-C. What can be gone
+    on with by `resume` is then kept beside the output; otherwise nothing is left behind.
     """
-    try:
-        return _run(options)
-    except torch.OutOfMemoryError as error:
-        raise DeviceMemoryError(
-            f"the device ran out of memory ({str(error).splitlines()[0]}); use --device cpu or a shorter "
-            "--sequence-length; --dry-run tells what a run needs"
-        ) from error
-
-
-def _run(options: PruneConfig) -> dict[str, Any]:
-    progress = Progress(options.quiet)
+    options.validate()
+    processes = Processes(cpu=options.device == "cpu" or not torch.cuda.is_available())
+    progress = Progress(options.quiet or not processes.main)
     with progress.phase("load"):
-        job = open_job(options, weights=True)
-        options, family, config = job.options, job.family, job.config
-        checkpoint = Checkpoint(job.directory, family.renames)
-        stored = stored_dtype(checkpoint)
-        dtype = resolve_dtype(options.dtype, job.device, stored)
-        tokenizer = load_tokenizer(job.directory)
-        check_space(job.output, sum(file.stat().st_size for file in checkpoint.files))
-        skeleton = Skeleton(config, family.blocks, checkpoint, job.device, dtype)
-    with progress.phase("text"):
-        text = Text(job.directory, tokenizer, config, job.length, dtype, job.device)
+        job = open_job(options, weights=True, local_index=processes.local_index)
+        earlier = processes.from_main(lambda: finished_before(job))
+        if earlier is not None:
+            progress.say(f"{job.output} is finished already")
+            return earlier
+        workspace = Workspace(job.output, options.overwrite, options.resume) if processes.main else None
+    with kept_for_resume(workspace, job.config.num_hidden_layers):
+        report = _Run(job, processes, progress, workspace).prune()
+    processes.leave()
+    return report
+
+
+class _Run:
+    """The parts of one run. Only the main process has the workspace, and writes."""
+
+    def __init__(self, job: Job, processes: Processes, progress: Progress, workspace: Workspace | None):
+        self.job, self.processes, self.progress, self.workspace = job, processes, progress, workspace
+        self.directory = processes.from_main(lambda: _known(workspace).directory)
+        self.journal = Journal(processes.from_main(lambda: _known(workspace).journal), processes)
+        options = job.options
+        self.storage = Storage(check_offload(options.offload), pinned=job.device.type == "cuda")
+        with progress.phase("load"):
+            self.checkpoint = Checkpoint(job.directory, job.family.renames)
+            self.stored = stored_dtype(self.checkpoint)
+            self.dtype = resolve_dtype(options.dtype, job.device, self.stored)
+            self.journal.expect("settings", settings(options, self.dtype))
+            self.journal.expect("model", processes.from_main(lambda: model_identity(job, self.checkpoint)))
+            self.tokenizer = load_tokenizer(job.directory)
+            if workspace is not None:
+                check_space(job.output, sum(file.stat().st_size for file in self.checkpoint.files))
+            self.skeleton = Skeleton(job.config, job.family.blocks, self.checkpoint, job.device, self.dtype)
+        with progress.phase("text"):
+            self.calibration, self.evaluation = processes.from_main(self._read_text)
+            self.journal.expect("calibration", calibration_identity(self.calibration))
+
+    def _read_text(self) -> tuple[Windows, dict[str, Windows]]:
+        job, options = self.job, self.job.options
+        text = Text(job.directory, self.tokenizer, job.config, job.length, self.dtype, job.device)
         assert options.evaluate is not None
         calibration = text.calibration(options)
         evaluation = {source: text.evaluation(source, options.seed) for source in options.evaluate}
         text.close()
-    report = Report(job, checkpoint, calibration, dtype, stored)
-    for source, windows in evaluation.items():
-        report.evaluated(source, "dense", _evaluate(skeleton, windows, "dense", progress))
-    plan, sensitivity = decide(skeleton, family, config, calibration.tokens, options, progress)
-    progress.say(f"plan: {plan.why}")
-    report.planned(plan, sum(p.numel() for p in empty_model(config).parameters()))
+        return calibration, evaluation
 
-    writer = Writer(job.output, len(skeleton) + 1, options.overwrite)
-    with _whole_or_nothing(writer):
-
-        def save(index: int, state: State, results: BlockResult) -> None:
-            prefix = f"{family.blocks}.{index}."
-            writer.shard(index, {prefix + name: tensor for name, tensor in state.items()})
-            report.block(index, results)
-            progress.say(block_line(report.data))
-
-        prune_blocks(skeleton, family, config, calibration.tokens, options, plan, sensitivity, progress, save)
-        with progress.phase("save"):
-            write_rest(writer, job, skeleton, plan, tokenizer)
-        pruned = open_result(writer.partial, job, dtype)  # also without evaluation: what was written must load
-        for source, windows in evaluation.items():
-            report.evaluated(source, "pruned", _evaluate(pruned, windows, "pruned", progress))
+    def prune(self) -> dict[str, Any]:
+        job, skeleton, progress = self.job, self.skeleton, self.progress
+        report = Report(job, self.checkpoint, self.calibration, self.dtype, self.stored, self.processes.count)
+        for source, windows in self.evaluation.items():
+            report.evaluated(source, "dense", self._dense_perplexity(windows))
+        session = Session(
+            skeleton,
+            job.family,
+            job.config,
+            job.options,
+            self.calibration.tokens,
+            self.processes,
+            self.storage,
+            self.journal,
+            progress,
+        )
+        plan = decide(session)
+        progress.say(f"plan: {plan.why}")
+        report.planned(plan, sum(p.numel() for p in empty_model(job.config).parameters()))
+        writer = Writer(self.directory, len(skeleton) + 1)
+        blocks = PrunedBlocks(writer, self.journal, job.family.blocks, report, progress)
+        prune_blocks(session, plan, blocks.save, blocks.finished)
+        self._write(writer, plan)
+        # Also without evaluation: what was written must load. The index is there, the main process made it.
+        pruned = open_result(self.directory, job, self.dtype)
+        for source, windows in self.evaluation.items():
+            report.evaluated(source, "pruned", self._evaluate(pruned, windows, "pruned"))
+        for rescue in self.journal.rescued:
+            report.note(f"{rescue} and was made again")
         report.finished(job.output, writer.weight_bytes, progress.seconds)
-        writer.json(REPORT, report.data)
-        writer.text("README.md", model_card(report.data))
-        writer.finish()
-    return report.data
+        if self.workspace is not None:
+            writer.json(REPORT, report.data)
+            writer.text("README.md", model_card(report.data))
+            self.workspace.finish()
+        return self.processes.from_main(lambda: report.data)
 
+    def _write(self, writer: Writer, plan: Plan) -> None:
+        with self.progress.phase("save"):
+            if self.processes.main:
+                write_rest(writer, self.job, self.skeleton, plan, self.tokenizer)
+            self.processes.from_main(lambda: None)  # the others may read it now
 
-def _evaluate(skeleton: Skeleton, windows: Windows, which: str, progress: Progress) -> Perplexity:
-    title = f"perplexity, {which}, {Path(windows.source).name}"
-    with progress.phase("evaluate", len(skeleton), title) as step:
-        return perplexity_streamed(skeleton, windows, step)
+    def _dense_perplexity(self, windows: Windows) -> Perplexity:
+        """Perplexity of the dense model; an interrupted run may have measured it."""
+        name = f"dense-{windows.sha256[:16]}"
+        known = self.journal.read(name)
+        if known is None:
+            known = dataclasses.asdict(self._evaluate(self.skeleton, windows, "dense"))
+            self.journal.write(name, known)
+        return Perplexity(**known)
+
+    def _evaluate(self, skeleton: Skeleton, windows: Windows, which: str) -> Perplexity:
+        title = f"perplexity, {which}, {Path(windows.source).name}"
+        with self.progress.phase("evaluate", len(skeleton), title) as step:
+            return perplexity_streamed(skeleton, windows, step, self.processes, self.storage)
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     """The type of the checkpoint's largest tensor."""
     largest = max(checkpoint.names(), key=lambda name: torch.Size(checkpoint.shape(name)).numel())
-    return checkpoint.tensor(largest).dtype
+    return checkpoint.dtype(largest)
 
 
-@contextmanager
-def _whole_or_nothing(writer: Writer) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        writer.discard()
-        raise
+def _known(workspace: Workspace | None) -> Workspace:
+    assert workspace is not None
+    return workspace

@@ -3,26 +3,26 @@
 One forward and one backward pass over the dense model, block by block: block inputs are kept on the host, each block
 is loaded again and recomputed with gradients on the way back, so the device never holds more than one block. The
 windows are chosen so that all block inputs together are no larger than the calibration hidden states.
-Labels are the next tokens of the calibration text (the empirical Fisher matrix).
+Labels are drawn from the model's own predictions, which makes G the Fisher matrix; with the next tokens of the text,
+the empirical Fisher matrix, pruned models were worse.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .core.linalg import strips
 from .errors import NumericalError
-from .families import Site, linear
-from .skeleton import Skeleton, run_block
-from .stream import Stream, Taps
+from .families import linear
+from .session import Session
+from .skeleton import HEAD_TOKENS, Skeleton, run_block
+from .stream import Taps
 
 # Of the matrix, this share of its mean diagonal is added: a few thousand tokens do not fill a d x d matrix, and a
 # direction that was not seen is not free.
-FISHER_RIDGE = 0.3
-Sensitivity = dict[tuple[int, str], Tensor]
+FISHER_RIDGE = 0.1
 
 
 def gradient_windows(samples: int, blocks: int) -> int:
@@ -30,70 +30,104 @@ def gradient_windows(samples: int, blocks: int) -> int:
     return max(1, samples // blocks)
 
 
-def measure_sensitivity(
-    skeleton: Skeleton, tokens: Tensor, sites: tuple[Site, ...], matrix: bool, progress: Callable[[], None]
-) -> Sensitivity:
-    """G (d, d) float64 of every (block, site); tokens (N, T).
+def read_sensitivity(session: Session, index: int) -> dict[str, Tensor]:
+    """G (d, d) float64 of every site of a block, as `measure_sensitivity` left it; empty if there was no need.
 
-    matrix False gives tr(G) / d · I, one number per layer. Units: nats² per squared output unit and token. The loss
-    is the sum over a window's predicted tokens, so g at a position counts all later tokens it influences.
+    One number per layer (`scalar`) becomes tr(G) / d · I.
     """
-    stream = Stream(skeleton, tokens)
-    inputs: list[Tensor] = []
-    for i in range(len(skeleton)):
-        inputs.append(stream.states.clone())
-        stream.advance(i, skeleton.load_block(i, skeleton.block_state(i)))
-        progress()
-    gradient = stream.states
-    for rows in stream.rows():
-        gradient[rows] = _loss_gradient(skeleton, tokens[rows], stream.states[rows])
-    sensitivity: Sensitivity = {}
-    consumers = [site.consumer for site in sites]
-    for i in reversed(range(len(skeleton))):
-        block = skeleton.load_block(i, skeleton.block_state(i))
-        stream.states = inputs.pop()
-        sums: dict[str, Tensor] = {}
-        for rows, hidden, call in stream.batches(i):
-            hidden.requires_grad_(True)
-            with torch.enable_grad(), Taps(block, outputs=consumers) as taps:
-                output = run_block(block, hidden, call)
-                outputs = [taps.outputs[name] for name in consumers]
-                *at_outputs, at_input = torch.autograd.grad(
-                    output, [*outputs, hidden], gradient[rows].to(hidden.device)
-                )
-            for name, g in zip(consumers, at_outputs, strict=True):
-                g = g.flatten(0, -2).float()
-                outer = g.mT @ g if matrix else g.square().sum()
-                sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64, device=g.device)) + outer.double()
-            # Last: where a consumer's output is added to the residual stream, its gradient shares this memory.
-            gradient[rows] = at_input.cpu()
-        for site in sites:
-            mean = sums[site.consumer] / tokens.numel()
-            if not torch.isfinite(mean).all():
-                raise NumericalError(
-                    f"the loss gradient at {site.consumer} of block {i} overflows the type it is computed in; "
-                    "use --dtype float32 or bfloat16, or --sensitivity relative"
-                )
-            sensitivity[i, site.name] = _normalised(mean, block, site)
-        progress()
-    return sensitivity
+    if not session.options.needs_gradient:
+        return {}
+    device, block = session.skeleton.device, session.skeleton.blocks[index]
+    stored = session.journal.read_tensors(_name(index), device)
+    found = {}
+    for site in session.family.sites(session.config):
+        mean, d = stored[site.name].to(device, torch.float64), linear(block, site.consumer).out_features
+        if session.options.sensitivity == "scalar":
+            mean = torch.eye(d, dtype=torch.float64, device=device) * (mean / d)
+        else:
+            mean.diagonal().add_(FISHER_RIDGE * mean.diagonal().mean())
+        found[site.name] = mean
+    return found
 
 
-def _loss_gradient(skeleton: Skeleton, ids: Tensor, hidden: Tensor) -> Tensor:
-    """Gradient (B, T, d) of the summed next-token loss at the last block's output."""
-    gradients = []
-    for one, state in zip(ids, hidden, strict=True):  # one window at a time: logits are the largest tensor there is
-        state = state[None].to(skeleton.device).requires_grad_(True)
+def measure_sensitivity(session: Session) -> None:
+    """Leave G of every block and site in the journal, float32: a matrix (d, d), or its trace for `scalar`.
+
+    Units: nats² per squared output unit and token. The loss is the sum over a window's predicted tokens, so g at a
+    position counts all later tokens it influences. Raises `NumericalError` if a gradient overflows.
+    """
+    skeleton, options, processes = session.skeleton, session.options, session.processes
+    blocks = range(len(skeleton))
+    if all(session.journal.has(_name(i)) for i in blocks):
+        session.progress.say("sensitivity: measured by the interrupted run")
+        return
+    count = gradient_windows(session.tokens.shape[0], len(skeleton))
+    session.progress.say(f"gradient of the loss on {count} windows, labels drawn from the model's own predictions")
+    with session.progress.phase("sensitivity", 2 * len(skeleton)) as step:
+        stream = session.stream(count)
+        inputs: list[Tensor] = []
+        for i, state in skeleton.block_states(blocks):
+            inputs.append(stream.copy().states)
+            stream.advance(i, skeleton.load_block(i, state))
+            step()
+        gradient = stream.states
+        with skeleton.outer_weights():
+            for row, ids in enumerate(stream.tokens):
+                generator = torch.Generator().manual_seed(1_000_003 * options.seed + stream.first + row)
+                gradient[row] = _loss_gradient(skeleton, ids, stream.states[row], generator)
+        sites = session.family.sites(session.config)
+        consumers = [site.consumer for site in sites]
+        for i, state in skeleton.block_states(reversed(blocks)):
+            block = skeleton.load_block(i, state)
+            stream.states = inputs.pop()
+            sums: dict[str, Tensor] = {}
+            for name in consumers:
+                d = linear(block, name).out_features
+                shape = (d, d) if options.sensitivity == "fisher" else (1,)
+                sums[name] = torch.zeros(shape, dtype=torch.float64, device=skeleton.device)
+            for rows, hidden, call in stream.batches(i):
+                hidden.requires_grad_(True)
+                with torch.enable_grad(), Taps(block, outputs=consumers) as taps:
+                    output = run_block(block, hidden, call)
+                    outputs = [taps.outputs[name] for name in consumers]
+                    *at_outputs, at_input = torch.autograd.grad(
+                        output, [*outputs, hidden], gradient[rows].to(hidden.device)
+                    )
+                for name, g in zip(consumers, at_outputs, strict=True):
+                    g = g.flatten(0, -2).float()
+                    sums[name] += g.mT @ g if options.sensitivity == "fisher" else g.square().sum()
+                # Last: where a consumer's output is added to the residual stream, its gradient shares this memory.
+                gradient[rows] = at_input.cpu()
+            found = {}
+            for site in sites:
+                processes.sum(sums[site.consumer])
+                found[site.name] = (sums[site.consumer] / stream.windows.numel()).float().cpu()
+                if not torch.isfinite(found[site.name]).all():
+                    raise NumericalError(
+                        f"the loss gradient at {site.consumer} of block {i} overflows the type it is computed in; "
+                        "use --dtype float32 or bfloat16, or --sensitivity relative"
+                    )
+            session.journal.write_tensors(_name(i), found)
+            step()
+
+
+def _name(index: int) -> str:
+    return f"sensitivity-{index:05d}"
+
+
+def _loss_gradient(skeleton: Skeleton, ids: Tensor, hidden: Tensor, generator: torch.Generator) -> Tensor:
+    """Gradient (T, d), on the host, of a window's summed loss at the last block's output; ids (T,), hidden (T, d).
+
+    Labels are drawn on the CPU's random numbers, so that every device draws the same.
+    """
+    gradient = torch.zeros_like(hidden)
+    for part in strips(ids.shape[0] - 1, HEAD_TOKENS):  # logits are the largest tensor there is
+        state = hidden[None, part].to(skeleton.device).requires_grad_(True)
         with torch.enable_grad():
-            logits = skeleton.leave(one[None], state)[0, :-1].float()
-            loss = F.cross_entropy(logits, one[1:].to(skeleton.device), reduction="sum")
-            gradients.append(torch.autograd.grad(loss, state)[0].cpu())
-    return torch.cat(gradients)
-
-
-def _normalised(summed: Tensor, block: torch.nn.Module, site: Site) -> Tensor:
-    d = linear(block, site.consumer).out_features
-    if summed.dim() == 0:
-        return torch.eye(d, dtype=torch.float64, device=summed.device) * (summed / d)
-    summed.diagonal().add_(FISHER_RIDGE * summed.diagonal().mean())
-    return summed
+            logits = skeleton.leave(ids[None, part], state)[0].float()
+            draw = torch.rand(logits.shape[0], 1, generator=generator).to(logits.device)
+            below = logits.detach().softmax(-1).cumsum(-1)
+            labels = torch.searchsorted(below, draw).squeeze(1).clamp_max(logits.shape[-1] - 1)
+            loss = F.cross_entropy(logits, labels, reduction="sum")
+            gradient[part] = torch.autograd.grad(loss, state)[0][0].cpu()
+    return gradient

@@ -7,7 +7,9 @@ what every block is called with (masks, positions); blocks are then loaded and r
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +20,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from .checkpoint import Checkpoint
+
+# Logits of so many positions at once: with a vocabulary of 50,000 a whole window of them is larger than a block.
+HEAD_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -80,9 +85,10 @@ def run_block(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
 
 
 class Skeleton:
-    """The outer weights of a checkpoint on `device` in `dtype`, and its blocks on meta, loadable one at a time.
+    """The outer weights and the blocks of a checkpoint, all on meta, loadable to `device` in `dtype` when needed.
 
-    config: a transformers config; blocks_path: path of the decoder blocks in the causal-LM model.
+    config: a transformers config; blocks_path: path of the decoder blocks in the causal-LM model. `enter` and `leave`
+    need the outer weights: call them inside `with skeleton.outer_weights()`. Between, only blocks are in memory.
     """
 
     def __init__(self, config: Any, blocks_path: str, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype):
@@ -94,9 +100,7 @@ class Skeleton:
         self.blocks = list(self.model.get_submodule(blocks_path))
         inner = blocks_path + "."
         self.outer = [n for n in checkpoint.names() if n in shapes and n not in self.tied and not n.startswith(inner)]
-        for name in self.outer:
-            set_module_tensor_to_device(self.model, name, device, value=checkpoint.tensor(name), dtype=dtype)
-        self.model.tie_weights()
+        self._outer_users = 0
         self.recorders = [_Recorder(block) for block in self.blocks]
         _set_submodule(self.model, blocks_path, nn.ModuleList(self.recorders))
         for name, buffer in self.model.named_buffers():
@@ -107,6 +111,24 @@ class Skeleton:
     def __len__(self) -> int:
         return len(self.blocks)
 
+    @contextmanager
+    def outer_weights(self) -> Iterator[None]:
+        """Hold embeddings, final norm and head on the device."""
+        if not self._outer_users:
+            for name, tensor in self.checkpoint.tensors(self.outer):
+                set_module_tensor_to_device(self.model, name, self.device, value=tensor, dtype=self.dtype)
+            self.model.tie_weights()
+            self.model.requires_grad_(False)
+        self._outer_users += 1
+        try:
+            yield
+        finally:
+            self._outer_users -= 1
+            if not self._outer_users:
+                for name in self.outer:
+                    set_module_tensor_to_device(self.model, name, "meta")
+                self.model.tie_weights()
+
     def enter(self, ids: Tensor) -> tuple[Tensor, list[Call]]:
         """Token ids (B, T) to the hidden states before the first block (B, T, d) and the call of every block."""
         with torch.no_grad():
@@ -116,11 +138,26 @@ class Skeleton:
         return first, [recorder.call for recorder in self.recorders]
 
     def leave(self, ids: Tensor, hidden: Tensor) -> Tensor:
-        """Hidden states after the last block (B, T, d) to logits (B, T, vocabulary); differentiable in `hidden`."""
+        """Hidden states after the last block (B, T, d) to logits (B, T, vocabulary); differentiable in `hidden`.
+
+        What follows the blocks treats every position alone: T may be any part of a window.
+        """
         self.recorders[-1].output = hidden
         logits: Tensor = self.model(input_ids=ids.to(self.device), use_cache=False).logits
         self.recorders[-1].output = None
         return logits
+
+    def block_states(self, order: Iterable[int]) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """Blocks and their tensors in the given order; the next one is read while the caller works on this one."""
+        waiting = list(order)
+        with ThreadPoolExecutor(1, "read-block") as reader:
+            following = reader.submit(self.block_state, waiting[0]) if waiting else None
+            for here, index in enumerate(waiting):
+                assert following is not None
+                state = following.result()
+                following = reader.submit(self.block_state, waiting[here + 1]) if here + 1 < len(waiting) else None
+                yield index, state
+                del state
 
     def block_state(self, index: int) -> dict[str, Tensor]:
         """The tensors of a block, on the host in the dtype of the checkpoint."""

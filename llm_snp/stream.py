@@ -10,41 +10,48 @@ import torch
 from torch import Tensor, nn
 
 from .errors import UnsupportedModelError
+from .processes import Processes
 from .skeleton import Call, Skeleton, run_block
+from .storage import Storage
 
 # Tokens that go through a block at once.
 BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
 
 
 class Stream:
-    """The hidden states (N, T, d) of N windows before some block, on the host, in the dtype of the model.
+    """The hidden states (N, T, d) of this process's windows before some block, on the host, in the computing dtype.
 
-    tokens (N, T) long. Windows are unpadded and equally long, so what a block is called with depends only on the
-    number of windows in the batch; that is checked, and another model is refused with `UnsupportedModelError`.
+    windows (M, T) long: those of all processes; tokens (N, T): this process's share, from window `first` on. Windows
+    are unpadded and equally long, so what a block is called with depends only on the number of windows in the batch;
+    that is checked, and another model is refused with `UnsupportedModelError`.
     """
 
-    def __init__(self, skeleton: Skeleton, tokens: Tensor):
-        self.skeleton, self.tokens = skeleton, tokens
-        windows, length = tokens.shape
-        self.batch = max(1, BATCH_TOKENS.get(skeleton.device.type, 4096) // length)
+    def __init__(
+        self, skeleton: Skeleton, windows: Tensor, processes: Processes | None = None, storage: Storage | None = None
+    ):
+        self.skeleton, self.windows = skeleton, windows
+        self.processes = processes or Processes()
+        self.storage = storage or Storage()
+        share = self.processes.share(windows.shape[0])
+        self.first, self.tokens = share.start, windows[share.start : share.stop]
+        self.batch = max(1, BATCH_TOKENS.get(skeleton.device.type, 4096) // windows.shape[1])
         self.calls: dict[int, list[Call]] = {}
-        states: Tensor | None = None
-        for rows in self.rows():
-            hidden, calls = skeleton.enter(tokens[rows])
-            size = hidden.shape[0]
-            known = self.calls.setdefault(size, calls)
-            if not all(map(Call.same_as, known, calls)):
-                raise UnsupportedModelError("the arguments of this model's blocks depend on the text; cannot stream it")
-            if states is None:
-                states = torch.empty((windows, *hidden.shape[1:]), dtype=hidden.dtype)
-            states[rows] = hidden.cpu()
-        assert states is not None
-        self.states = states
+        with skeleton.outer_weights():
+            width = skeleton.enter(windows[:1, :1])[0].shape[-1]
+            self.states = self.storage.empty((*self.tokens.shape, width), skeleton.dtype)
+            for rows in self.rows():
+                hidden, calls = skeleton.enter(self.tokens[rows])
+                known = self.calls.setdefault(hidden.shape[0], calls)
+                if not all(map(Call.same_as, known, calls)):
+                    raise UnsupportedModelError(
+                        "the arguments of this model's blocks depend on the text; cannot stream it"
+                    )
+                self.states[rows] = hidden.cpu()
 
     def copy(self) -> Stream:
         """A second stream that starts where this one is."""
         other = copy.copy(self)
-        other.states = self.states.clone()
+        other.states = self.storage.empty(tuple(self.states.shape), self.states.dtype).copy_(self.states)
         return other
 
     def rows(self) -> Iterator[slice]:
@@ -55,7 +62,7 @@ class Stream:
     def batches(self, index: int) -> Iterator[tuple[slice, Tensor, Call]]:
         """For each batch: its windows, their hidden states (B, T, d) on the device, and the call of block `index`."""
         for rows in self.rows():
-            hidden = self.states[rows].to(self.skeleton.device)
+            hidden = self.states[rows].to(self.skeleton.device, non_blocking=True)
             yield rows, hidden, self.calls[hidden.shape[0]][index]
 
     @torch.no_grad()

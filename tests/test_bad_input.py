@@ -39,10 +39,11 @@ from pyarrow import parquet
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-import llm_snp.writer
+import llm_snp.files
 from llm_snp.data import calibration_windows
 from llm_snp.hub import load_tokenizer
-from llm_snp.writer import MARK, Writer
+from llm_snp.workspace import JOURNAL
+from llm_snp.writer import Writer
 
 # Options
 
@@ -604,7 +605,7 @@ def test_what_a_killed_run_left_is_replaced_but_nothing_else(shell: Shell, dense
     written(partial, {"notes.txt": "mine"})
     message = shell.refused(dense)
     assert message == f"{partial} is in the way and not from llm_snp; remove it, or give another --output"
-    (partial / MARK).touch()
+    (partial / JOURNAL).mkdir()
     assert shell.prune(dense)[0] == 0
     assert not partial.exists()
 
@@ -621,17 +622,17 @@ def second_shard_fails(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseExcepti
     """Make writing the second shard of every run fail."""
 
     def install(error: BaseException) -> None:
-        whole, count = llm_snp.writer.save_file, 0
+        whole, count = llm_snp.files.save_file, 0
 
         def save_file(tensors: Any, path: Any, metadata: Any) -> None:
             nonlocal count
-            count += 1
+            count += "model-" in Path(path).name
             if count == 2:
                 Path(path).write_bytes(b"half")
                 raise error
             whole(tensors, path, metadata=metadata)
 
-        monkeypatch.setattr(llm_snp.writer, "save_file", save_file)
+        monkeypatch.setattr(llm_snp.files, "save_file", save_file)
 
     return install
 
@@ -647,21 +648,27 @@ def second_shard_fails(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseExcepti
 def test_disk_full_while_writing(shell: Shell, dense: Path, second_shard_fails: Any, error: Exception) -> None:
     second_shard_fails(error)
     output = shell.directory / "new" / "folder" / "out"
-    message = shell.refused(dense, "--output", output)
-    assert message == f"{output}.partial cannot be written: the disk is full; free some space or give another --output"
+    code, out, err = shell.prune(dense, "--output", output)
+    assert (code, out) == (2, "")
+    shard = f"{output}.partial/model-00002-of-00004.safetensors"
+    assert err.startswith(f"llm_snp: {shard} cannot be written: the disk is full; free some space or give another ")
+    assert f"1 of 3 blocks are finished and kept in {output}.partial; go on with: " in err
+    assert err.endswith(" --resume\n")
+    assert not output.exists()
 
 
 def test_another_error_while_writing(shell: Shell, dense: Path, second_shard_fails: Any) -> None:
     second_shard_fails(OSError(errno.EIO, "Input/output error"))
     message = shell.refused(dense)
-    assert message == f"{shell.output}.partial cannot be written: Input/output error; give another --output"
+    shard = f"{shell.output}.partial/model-00002-of-00004.safetensors"
+    assert message == f"{shard} cannot be written: Input/output error; give another directory"
 
 
 def test_a_failed_run_keeps_the_earlier_result(shell: Shell, dense: Path, second_shard_fails: Any) -> None:
     assert shell.prune(dense)[0] == 0
     before = weight_files(shell.output)
     second_shard_fails(OSError(errno.ENOSPC, "No space left on device"))
-    shell.refused(dense, "--overwrite", "--seed", "1")
+    assert shell.prune(dense, "--overwrite", "--seed", "1")[0] == 2
     assert weight_files(shell.output) == before
 
 
@@ -711,8 +718,9 @@ def test_a_disk_that_is_really_full(shell: Shell, dense: Path, small_disk: Path)
     assert message.startswith("the result needs up to ")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("llm_snp.run.check_space", lambda *a: None)
-        message = shell.refused(dense, "--output", small_disk / "out", "--sparsity", "0.5")
-    assert "out.partial cannot be written: the disk is full" in message
+        code, _, message = shell.prune(dense, "--output", small_disk / "out", "--sparsity", "0.5")
+    assert code == 2
+    assert "cannot be written: the disk is full" in message
 
 
 @pytest.mark.parametrize("existing", [False, True])
@@ -724,18 +732,27 @@ def test_interrupted(shell: Shell, dense: Path, second_shard_fails: Any, existin
     second_shard_fails(KeyboardInterrupt())
     code, _, err = shell.prune(dense, "--overwrite", "--seed", "1")
     assert code == 130
-    assert err == "llm_snp: interrupted; nothing was left behind\n"
-    assert [path.name for path in shell.directory.iterdir()] == (["out"] if existing else [])
+    assert err.startswith(
+        f"llm_snp: interrupted; 1 of 3 blocks are finished and kept in {shell.output}.partial; go on "
+    )
+    assert sorted(path.name for path in shell.directory.iterdir()) == ["out", "out.partial"][not existing :]
     assert (weight_files(shell.output) if existing else {}) == before
 
 
-def test_a_bug_keeps_its_traceback_but_leaves_nothing(
+def test_interrupted_before_anything_is_finished(shell: Shell, dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llm_snp.run.decide", raising(KeyboardInterrupt()))
+    code, _, err = shell.prune(dense)
+    assert (code, err) == (130, "llm_snp: interrupted; nothing was left behind\n")
+    assert not list(shell.directory.iterdir())
+
+
+def test_a_bug_keeps_its_traceback_and_what_was_finished(
     shell: Shell, dense: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Writer, "index", raising(ZeroDivisionError()))
     with pytest.raises(ZeroDivisionError):
         shell.prune(dense)
-    assert not list(shell.directory.iterdir())
+    assert [path.name for path in shell.directory.iterdir()] == ["out.partial"]
 
 
 # Numbers

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .linalg import strips
+
 PANEL_COLUMNS = 128
 # Removed columns stay in the matrices, masked, until at most this share of the columns is left: copying the rest
 # together costs about as much as flushing a panel.
@@ -18,18 +20,22 @@ COMPACT_AT = 0.8
 STRIP_ROWS = 512
 
 
-def eliminate(inverse: Tensor, energy: Tensor, group: int = 1, panel: int = PANEL_COLUMNS) -> tuple[Tensor, Tensor]:
+def eliminate(
+    inverse: Tensor, energy: Tensor, group: int = 1, panel: int = PANEL_COLUMNS, overwrite: bool = False
+) -> tuple[Tensor, Tensor]:
     """Rank units by repeated removal of the cheapest one.
 
-    inverse  (m, m) H = (C + λI)⁻¹, symmetric positive definite
-    energy   (m, m) M = Wᵀ G W, symmetric positive semi-definite
-    group    g, the columns of a unit; unit i holds columns i·g .. (i+1)·g - 1, m = u·g
-    panel    columns whose updates are delayed together
+    inverse    (m, m) H = (C + λI)⁻¹, symmetric positive definite
+    energy     (m, m) M = Wᵀ G W, symmetric positive semi-definite
+    group      g, the columns of a unit; unit i holds columns i·g .. (i+1)·g - 1, m = u·g
+    panel      columns whose updates are delayed together
+    overwrite  work in the memory of inverse and energy, which must be contiguous, instead of in copies
 
     Returns `removed` (u,) in order of removal and `increments` (u,) ≥ 0: increments[j] is the output energy that
     removing removed[j] adds after the least-squares refit of the units still there. They sum to tr(M (C + λI)).
-    Neither input is modified.
     """
+    if not overwrite:
+        inverse, energy = (m.clone(memory_format=torch.contiguous_format) for m in (inverse, energy))
     units = inverse.shape[0] // group
     per_panel = max(1, panel // group)
     present = torch.arange(units, device=inverse.device)
@@ -49,11 +55,7 @@ def eliminate(inverse: Tensor, energy: Tensor, group: int = 1, panel: int = PANE
             present, gone = present[keep], gone[keep]
             columns = _columns(keep, group)
             k, hk, q = (rows.index_select(1, columns) for rows in (k, hk, q))
-            h = h[columns.view(-1, 1), columns]
-            e = e[columns.view(-1, 1), columns]
-        elif h is inverse:
-            # Rows are read one by one, and `torch.cholesky_inverse` gives columns.
-            h, e = (matrix.clone(memory_format=torch.contiguous_format) for matrix in (h, e))
+            h, e = _compacted(h, columns), _compacted(e, columns)
         _subtract_symmetric(h, hk, k)
         _subtract_symmetric(e, torch.cat([q, k]), torch.cat([k, q]))
     return torch.cat(removed), torch.cat(increments).clamp_min(0.0)
@@ -105,6 +107,17 @@ def _panel(h: Tensor, e: Tensor, gone: Tensor, g: int, steps: int) -> tuple[Tens
             qk = by_unit_k @ new_q.view(g, units, g).transpose(0, 1)
             diagonal_e -= qk + qk.mT
     return picked, cost, k, hk, q
+
+
+def _compacted(matrix: Tensor, columns: Tensor) -> Tensor:
+    """matrix (m, m) at `columns` (k,) ascending, (k, k), in the same memory.
+
+    Rows move forwards only: row i of the result ends where row i of the matrix, or an earlier one, ends.
+    """
+    k, memory = columns.numel(), matrix.view(-1)
+    for rows in strips(k, STRIP_ROWS):
+        memory[rows.start * k : rows.stop * k] = matrix[columns[rows].view(-1, 1), columns].view(-1)
+    return memory[: k * k].view(k, k)
 
 
 def _subtract_symmetric(matrix: Tensor, left: Tensor, right: Tensor) -> None:

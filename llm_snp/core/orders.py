@@ -7,21 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from ..errors import OptionError
 from .elimination import eliminate
-from .linalg import damped_cholesky, mean_diagonal, symmetric_power
+from .linalg import damped_cholesky, damped_inverse, mean_diagonal, symmetric_power
 
 
 @dataclass(frozen=True)
 class UnitStatistics:
     """What an order may look at.
 
-    covariance   (m, m) float64, centred and not damped
+    covariance   (m, m), centred and not damped; float64, or float32 for a wide site, and so is what is made of it
     mean         (m,) float64, E x
     weight       (d, m) float64: the consumer with every unit present, refitted to its target
     group        g, columns per unit; unit i holds columns i·g .. (i+1)·g - 1
@@ -46,7 +45,6 @@ class UnitStatistics:
     def units(self) -> int:
         return self.covariance.shape[0] // self.group
 
-    @cached_property
     def damped(self) -> Tensor:
         """C + λ I with the first damping for which C can be factorised, (m, m)."""
         _, used = damped_cholesky(self.covariance, self.damping)
@@ -54,17 +52,14 @@ class UnitStatistics:
         damped.diagonal().add_(used * mean_diagonal(self.covariance))
         return damped
 
-    @cached_property
     def inverse(self) -> Tensor:
-        """(C + λ I)⁻¹, (m, m)."""
-        factor, _ = damped_cholesky(self.covariance, self.damping)
-        return torch.cholesky_inverse(factor)
+        """(C + λ I)⁻¹, (m, m), contiguous; a matrix of the caller's own."""
+        return damped_inverse(self.covariance, self.damping)[0]
 
-    @cached_property
     def energy(self) -> Tensor:
-        """M = Wᵀ G W, (m, m)."""
+        """M = Wᵀ G W, (m, m), contiguous; a matrix of the caller's own."""
         weighted = self.weight if self.sensitivity is None else self.sensitivity @ self.weight
-        return self.weight.mT @ weighted
+        return self.weight.mT.to(self.covariance.dtype) @ weighted.to(self.covariance.dtype)
 
     def by_unit(self, columns: Tensor) -> Tensor:
         """Sum of columns (m,) over the columns of each unit, (u,)."""
@@ -87,7 +82,7 @@ def order_saw(s: UnitStatistics) -> Tensor:
 
 def order_zca(s: UnitStatistics) -> Tensor:
     """1 / ((C^-½)_ii)²: what is left of a unit after un-normalised ZCA (SNP-ZCA; arXiv 2405.17506)."""
-    return _descending(s.by_unit(symmetric_power(s.damped, -0.5).diagonal().pow(-2)))
+    return _descending(s.by_unit(symmetric_power(s.damped(), -0.5).diagonal().pow(-2)))
 
 
 def order_loo(s: UnitStatistics) -> Tensor:
@@ -97,8 +92,8 @@ def order_loo(s: UnitStatistics) -> Tensor:
     """
     g, u = s.group, s.units
     if g == 1:
-        return _descending(s.inverse.diagonal().reciprocal())
-    blocks = s.inverse.view(u, g, u, g).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+        return _descending(s.inverse().diagonal().reciprocal())
+    blocks = s.inverse().view(u, g, u, g).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
     return _descending(torch.linalg.inv(blocks).diagonal(dim1=-2, dim2=-1).sum(-1))
 
 
@@ -114,7 +109,7 @@ def order_leverage(s: UnitStatistics) -> Tensor:
     λ is the damping, but at least 0.01 of the mean diagonal: without a ridge every leverage is 1.
     """
     ridged = replace(s, damping=max(s.damping, 1e-2))
-    return _descending(ridged.by_unit((ridged.inverse * s.covariance).sum(0)))
+    return _descending(ridged.by_unit((ridged.inverse() * s.covariance).sum(0)))
 
 
 def order_greedy(s: UnitStatistics) -> Tensor:
@@ -122,7 +117,7 @@ def order_greedy(s: UnitStatistics) -> Tensor:
 
     ZipLM, arXiv 2302.04089), over all units at once by blocked updates: `elimination.eliminate`.
     """
-    removed, _ = eliminate(s.inverse, s.energy, s.group)
+    removed, _ = eliminate(s.inverse(), s.energy(), s.group, overwrite=True)
     return removed.flip(0)
 
 

@@ -46,11 +46,17 @@ def refit_all(moments: Moments, weight: Tensor, damping: float) -> tuple[Tensor,
     return weight + torch.cholesky_solve(residual.mT, lower).mT, used
 
 
+def output_energy(moments: Moments, weight: Tensor) -> float:
+    """E‖W (x - E x)‖² = tr(W C Wᵀ) of weight (d, m)."""
+    covariance = moments.covariance
+    return ((weight.to(covariance.dtype) @ covariance) * weight).sum().item()
+
+
 def lost_energy(moments: Moments, weight: Tensor, columns: Tensor, refit: Tensor) -> float:
     """E‖r + W x - W' x_K‖², centred: exact on the tokens of `moments`, whatever W' (d, k) is."""
     error = weight.clone()
     error[:, columns] -= refit
-    lost = ((error @ moments.covariance) * error).sum().item() + moments.residual_variance
+    lost = output_energy(moments, error) + moments.residual_variance
     residual = moments.residual_covariance
     if residual is not None:
         lost += 2.0 * (error * residual).sum().item()
@@ -68,7 +74,7 @@ def finish(
     moments: Moments, weight: Tensor, bias: Tensor | None, columns: Tensor, refit: Tensor, damping: float
 ) -> Pruned:
     """Bias and energies for a refitted weight (d, k·g) over `columns`; without a bias to refit it stays zero."""
-    total = ((weight @ moments.covariance) * weight).sum().item()
+    total = output_energy(moments, weight)
     lost = lost_energy(moments, weight, columns, refit)
     unrepaired = weight.new_zeros(weight.shape[0])
     new_bias = unrepaired if bias is None else refit_bias(moments, weight, bias, columns, refit)
@@ -85,12 +91,15 @@ def subspace_of_units(
     keep: int | None = None,
     nonnegative: bool = False,
     generator: torch.Generator | None = None,
+    sensitive_order: bool = False,
 ) -> Subspace:
-    """Order the units of a site by a criterion of `ORDERS` and factorise. weight (d, m): refitted, see `refit_all`."""
+    """Order the units of a site by a criterion of `ORDERS` and factorise. weight (d, m): refitted, see `refit_all`.
+
+    The sensitivity weighs the energies, and with `sensitive_order` what the criterion sees, too.
+    """
     covariance = moments.covariance
-    statistics = UnitStatistics(
-        covariance, moments.mean, weight, group, damping, sensitivity, keep, nonnegative, generator
-    )
+    seen = sensitivity if sensitive_order else None
+    statistics = UnitStatistics(covariance, moments.mean, weight, group, damping, seen, keep, nonnegative, generator)
     columns = unit_columns(ORDERS[order](statistics), group)
     return factorise(covariance, weight, columns, damping, sensitivity)
 
@@ -110,7 +119,7 @@ def without_repair(moments: Moments, subspace: Subspace, weight: Tensor, bias: T
     """
     columns = subspace.columns[:keep].flatten().sort().values
     refit = weight[:, columns]
-    total = ((weight @ moments.covariance) * weight).sum().item()
+    total = output_energy(moments, weight)
     lost = lost_energy(moments, weight, columns, refit)
     if bias is None:
         return Pruned(columns, refit, weight.new_zeros(weight.shape[0]), lost, total, 0.0)

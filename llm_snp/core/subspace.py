@@ -54,12 +54,12 @@ def unit_columns(order: Tensor, group: int) -> Tensor:
 def factorise(
     covariance: Tensor, weight: Tensor, columns: Tensor, damping: float, sensitivity: Tensor | None = None
 ) -> Subspace:
-    """Factorise covariance (m, m) float64 in the order of columns (u, g), for a consumer weight (d, m).
+    """Factorise covariance (m, m) in the order of columns (u, g), for a consumer weight (d, m).
 
-    Raises `NumericalError` if the covariance cannot be factorised with any damping.
+    The factor is float64 whatever the covariance is. Raises `NumericalError` if no damping makes it possible.
     """
     flat = columns.flatten()
-    lower, used = damped_cholesky(covariance[flat][:, flat], damping)
+    lower, used = damped_cholesky(covariance, damping, flat)
     u, g = columns.shape
     z = weight[:, flat] @ lower
     weighted = z if sensitivity is None else sensitivity @ z

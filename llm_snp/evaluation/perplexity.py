@@ -13,9 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..core.linalg import strips
 from ..data import Windows
 from ..errors import NumericalError
-from ..skeleton import Skeleton
+from ..processes import Processes
+from ..skeleton import HEAD_TOKENS, Skeleton
+from ..storage import Storage
 from ..stream import Stream
 
 
@@ -31,9 +34,9 @@ class Perplexity:
     source: str
 
 
-def window_nll(logits: Tensor, ids: Tensor) -> float:
-    """Summed negative log-likelihood in nats of ids (T,) under logits (T, V), from the second token on."""
-    nll = F.cross_entropy(logits[:-1].float(), ids[1:].to(logits.device), reduction="sum").item()
+def labels_nll(logits: Tensor, labels: Tensor) -> float:
+    """Summed negative log-likelihood in nats of labels (T,) under logits (T, V)."""
+    nll = F.cross_entropy(logits.float(), labels.to(logits.device), reduction="sum").item()
     if not math.isfinite(nll):
         raise NumericalError("the model's logits are not finite; use --dtype float32 or bfloat16")
     return nll
@@ -48,16 +51,26 @@ def _summed(nll: float, windows: Windows) -> Perplexity:
 
 
 @torch.no_grad()
-def perplexity_streamed(skeleton: Skeleton, windows: Windows, progress: Callable[[], None]) -> Perplexity:
-    """Perplexity of a checkpoint of which only one block is loaded at a time."""
-    stream = Stream(skeleton, windows.tokens)
-    for i in range(len(skeleton)):
-        stream.advance(i, skeleton.load_block(i, skeleton.block_state(i)))
+def perplexity_streamed(
+    skeleton: Skeleton,
+    windows: Windows,
+    progress: Callable[[], None],
+    processes: Processes | None = None,
+    storage: Storage | None = None,
+) -> Perplexity:
+    """Perplexity of a checkpoint of which only one block is loaded at a time; windows are shared between processes."""
+    stream = Stream(skeleton, windows.tokens, processes, storage)
+    for i, weights in skeleton.block_states(range(len(skeleton))):
+        stream.advance(i, skeleton.load_block(i, weights))
         progress()
-    nll = 0.0
-    for ids, state in zip(windows.tokens, stream.states, strict=True):
-        nll += window_nll(skeleton.leave(ids[None], state[None].to(skeleton.device))[0], ids)
-    return _summed(nll, windows)
+    nll = torch.zeros(1, dtype=torch.float64, device=skeleton.device)
+    with skeleton.outer_weights():
+        for ids, state in zip(stream.tokens, stream.states, strict=True):
+            for part in strips(ids.shape[0] - 1, HEAD_TOKENS):
+                logits = skeleton.leave(ids[None, part], state[None, part].to(skeleton.device))[0]
+                nll += labels_nll(logits, ids[part.start + 1 : part.stop + 1])
+    stream.processes.sum(nll)
+    return _summed(nll.item(), windows)
 
 
 @torch.no_grad()
@@ -65,6 +78,6 @@ def perplexity_loaded(model: Any, windows: Windows, progress: Callable[[], None]
     """Perplexity of any causal LM of transformers that is already loaded."""
     nll = 0.0
     for ids in windows.tokens:
-        nll += window_nll(model(input_ids=ids[None].to(model.device), use_cache=False).logits[0], ids)
+        nll += labels_nll(model(input_ids=ids[None].to(model.device), use_cache=False).logits[0, :-1], ids[1:])
         progress()
     return _summed(nll, windows)

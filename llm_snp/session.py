@@ -1,0 +1,36 @@
+"""What every pass over the model shares: the model, the windows, the options, and where things are kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from .config import PruneConfig
+from .families import Family
+from .journal import Journal
+from .processes import Processes
+from .progress import Progress
+from .skeleton import Skeleton
+from .storage import Storage
+from .stream import Stream
+
+
+@dataclass(frozen=True)
+class Session:
+    """skeleton: the dense model; tokens: all calibration windows (N, T), of which each process streams its share."""
+
+    skeleton: Skeleton
+    family: Family
+    config: Any
+    options: PruneConfig
+    tokens: Tensor
+    processes: Processes
+    storage: Storage
+    journal: Journal
+    progress: Progress
+
+    def stream(self, windows: int | None = None) -> Stream:
+        """The hidden states of this process's share of the first `windows` windows (all), before the first block."""
+        return Stream(self.skeleton, self.tokens[:windows], self.processes, self.storage)
