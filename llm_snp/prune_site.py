@@ -20,7 +20,6 @@ from .core.repair import (
     lost_energy,
     refit_all,
     refit_bias,
-    repair,
     subspace_of_units,
     without_repair,
 )
@@ -88,10 +87,14 @@ def prune_units(
             site.nonnegative,
             generator,
             options.sensitive_order,
+            energies=False,
         )
         if options.target == "none":
             return without_repair(moments, subspace, weight, bias, keep)
-        return repair(moments, subspace, weight, bias, refitted, keep)
+        columns, refit = truncate(subspace, refitted, keep)
+        damping = subspace.damping
+        del subspace, refitted  # the factor is the largest matrix there is
+        return finish(moments, weight, bias, columns, refit, damping)
 
     damping = choose_damping(options, moments, weight, bias, solve)
     pruned = solve(moments.all, damping)

@@ -22,8 +22,9 @@ def working_dtype(columns: int) -> torch.dtype:
     return torch.float64 if columns <= FLOAT64_COLUMNS else torch.float32
 
 
-def strips(rows: int, height: int = STRIP_ROWS) -> Iterator[slice]:
+def strips(rows: int, height: int | None = None) -> Iterator[slice]:
     """Slices that cover `rows` rows: what is done strip by strip needs no second matrix."""
+    height = height or STRIP_ROWS
     for start in range(0, rows, height):
         yield slice(start, min(start + height, rows))
 

@@ -186,12 +186,15 @@ class Moments:
 
     @property
     def residual_covariance(self) -> Tensor | None:
-        """R = E (r - E r)(x - E x)ᵀ, (d, m) float64; E r xᵀ if not centred."""
+        """R = E (r - E r)(x - E x)ᵀ, (d, m) in the type of the covariance; E r xᵀ if not centred."""
         if self.cross is None or self.residual is None:
             return None
-        mean_residual = self.residual / self.tokens
-        covariance = self.cross.double() / self.tokens - torch.outer(mean_residual, self.first / self.tokens)
-        return covariance if self.centred else covariance + torch.outer(mean_residual, self.mean)
+        mean_residual = (self.residual / self.tokens).to(self.cross.dtype)
+        subtracted = self.first / self.tokens
+        if not self.centred:
+            subtracted = subtracted - self.mean
+        covariance = self.cross / self.tokens
+        return covariance.addr_(mean_residual, subtracted.to(self.cross.dtype), alpha=-1.0)
 
     @property
     def residual_variance(self) -> float:

@@ -12,10 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .linalg import damped_cholesky
+from .linalg import damped_cholesky, strips
 from .moments import Moments
 from .orders import ORDERS, UnitStatistics
-from .subspace import Subspace, factorise, truncate, unit_columns
+from .subspace import Subspace, factorise, unit_columns
+
+# Products with a covariance are taken over so many rows of the weight at once.
+ROWS = 512
 
 
 @dataclass(frozen=True)
@@ -43,13 +46,19 @@ def refit_all(moments: Moments, weight: Tensor, damping: float) -> tuple[Tensor,
     if residual is None:
         return weight, damping
     lower, used = damped_cholesky(moments.covariance, damping)
-    return weight + torch.cholesky_solve(residual.mT, lower).mT, used
+    # R (L Lᵀ)⁻¹ by two triangular solves: `cholesky_solve` would copy the factor.
+    half = torch.linalg.solve_triangular(lower.mT, residual.double(), upper=True, left=False)
+    return torch.linalg.solve_triangular(lower, half, upper=False, left=False).add_(weight), used
 
 
 def output_energy(moments: Moments, weight: Tensor) -> float:
     """E‖W (x - E x)‖² = tr(W C Wᵀ) of weight (d, m)."""
     covariance = moments.covariance
-    return ((weight.to(covariance.dtype) @ covariance) * weight).sum().item()
+    energy = weight.new_zeros(())
+    for rows in strips(weight.shape[0], ROWS):
+        part = weight[rows].to(covariance.dtype)
+        energy += ((part @ covariance) * part).sum(dtype=torch.float64)
+    return energy.item()
 
 
 def lost_energy(moments: Moments, weight: Tensor, columns: Tensor, refit: Tensor) -> float:
@@ -92,24 +101,18 @@ def subspace_of_units(
     nonnegative: bool = False,
     generator: torch.Generator | None = None,
     sensitive_order: bool = False,
+    energies: bool = True,
 ) -> Subspace:
     """Order the units of a site by a criterion of `ORDERS` and factorise. weight (d, m): refitted, see `refit_all`.
 
-    The sensitivity weighs the energies, and with `sensitive_order` what the criterion sees, too.
+    The sensitivity weighs the energies, and with `sensitive_order` what the criterion sees, too. `energies` False
+    leaves them out: pruning to a known count does not need them.
     """
     covariance = moments.covariance
     seen = sensitivity if sensitive_order else None
     statistics = UnitStatistics(covariance, moments.mean, weight, group, damping, seen, keep, nonnegative, generator)
     columns = unit_columns(ORDERS[order](statistics), group)
-    return factorise(covariance, weight, columns, damping, sensitivity)
-
-
-def repair(
-    moments: Moments, subspace: Subspace, weight: Tensor, bias: Tensor | None, refitted: Tensor, keep: int
-) -> Pruned:
-    """Prune the consumer weight (d, m) to the first `keep` units of the subspace and refit it and its bias (d,)."""
-    columns, refit = truncate(subspace, refitted, keep)
-    return finish(moments, weight, bias, columns, refit, subspace.damping)
+    return factorise(covariance, weight if energies else None, columns, damping, sensitivity)
 
 
 def without_repair(moments: Moments, subspace: Subspace, weight: Tensor, bias: Tensor | None, keep: int) -> Pruned:

@@ -23,19 +23,20 @@ class Subspace:
     lower     (m, m) float64: Cholesky factor L of the permuted, damped covariance; its diagonal blocks times their
               transposes are the paper's D
     variance  (u,): tr D_i, the input variance of unit i that the units before it do not explain
-    energy    (u,): ε_i = tr(W̃_i G W̃_iᵀ D_i), the output energy lost with unit i
+    energy    (u,): ε_i = tr(W̃_i G W̃_iᵀ D_i), the output energy lost with unit i; None if it was not asked for
     damping   λ / mean diagonal that was used
     """
 
     columns: Tensor
     lower: Tensor
     variance: Tensor
-    energy: Tensor
+    energy: Tensor | None
     damping: float
 
     @property
     def loss_curve(self) -> Tensor:
         """(u+1,): entry k is the (damped) output energy lost when the first k units are kept and refitted."""
+        assert self.energy is not None
         tail = torch.cat([self.energy, self.energy.new_zeros(1)])
         return tail.flip(0).cumsum(0).flip(0)
 
@@ -52,18 +53,21 @@ def unit_columns(order: Tensor, group: int) -> Tensor:
 
 
 def factorise(
-    covariance: Tensor, weight: Tensor, columns: Tensor, damping: float, sensitivity: Tensor | None = None
+    covariance: Tensor, weight: Tensor | None, columns: Tensor, damping: float, sensitivity: Tensor | None = None
 ) -> Subspace:
     """Factorise covariance (m, m) in the order of columns (u, g), for a consumer weight (d, m).
 
+    Without a weight no energies are computed; they cost as much as the factorisation, and only curves need them.
     The factor is float64 whatever the covariance is. Raises `NumericalError` if no damping makes it possible.
     """
     flat = columns.flatten()
     lower, used = damped_cholesky(covariance, damping, flat)
     u, g = columns.shape
-    z = weight[:, flat] @ lower
-    weighted = z if sensitivity is None else sensitivity @ z
-    energy = (z * weighted).sum(0).view(u, g).sum(1).clamp_min(0.0)
+    energy = None
+    if weight is not None:
+        z = weight[:, flat] @ lower
+        weighted = z if sensitivity is None else sensitivity @ z
+        energy = (z * weighted).sum(0).view(u, g).sum(1).clamp_min(0.0)
     blocks = lower.view(u, g, u, g).diagonal(dim1=0, dim2=2)
     return Subspace(columns, lower, blocks.square().sum((0, 1)), energy, used)
 

@@ -6,7 +6,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from llm_snp.core.linalg import FIRST_RUNG, damped_cholesky, mean_diagonal, symmetric_power
+from llm_snp.core.linalg import (
+    FIRST_RUNG,
+    FLOAT64_COLUMNS,
+    damped_cholesky,
+    damped_inverse,
+    mean_diagonal,
+    mirror_lower,
+    strips,
+    symmetric_power,
+    working_dtype,
+)
 from llm_snp.errors import NumericalError
 
 
@@ -99,3 +109,43 @@ def test_symmetric_power_floors_rounding() -> None:
     assert torch.isfinite(inverse_root).all()
     limit = (c.diagonal().sum() * torch.finfo(torch.float64).eps).rsqrt()
     assert inverse_root.diagonal().max() < 10 * limit
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_cholesky_in_an_order_works_on_a_copy(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llm_snp.core.linalg.STRIP_ROWS", 7)
+    c = positive(20).to(dtype)
+    before, order = c.clone(), torch.randperm(20, generator=torch.Generator().manual_seed(3))
+    factor, used = damped_cholesky(c, 1e-3, order)
+    assert torch.equal(c, before)
+    damped = c.double()[order][:, order]
+    damped.diagonal().add_(used * mean_diagonal(c))
+    assert factor.dtype == torch.float64
+    torch.testing.assert_close(factor @ factor.mT, damped, rtol=1e-12, atol=1e-12)
+    assert torch.equal(factor, factor.tril())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_damped_inverse(dtype: torch.dtype) -> None:
+    c = positive(20).to(dtype)
+    inverse, used = damped_inverse(c, 1e-3)
+    damped = c.double()
+    damped.diagonal().add_(used * mean_diagonal(c))
+    assert inverse.dtype == dtype
+    assert inverse.is_contiguous()
+    torch.testing.assert_close(inverse.double(), torch.linalg.inv(damped), rtol=1e-5, atol=1e-6)
+
+
+def test_wide_sites_are_float32() -> None:
+    assert working_dtype(FLOAT64_COLUMNS) == torch.float64
+    assert working_dtype(FLOAT64_COLUMNS + 1) == torch.float32
+
+
+@pytest.mark.parametrize("size", [1, 5, 12, 13])
+def test_mirror_and_strips(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [i for rows in strips(size, 5) for i in range(rows.start, rows.stop)] == list(range(size))
+    matrix = torch.randn(size, size, generator=torch.Generator().manual_seed(0))
+    expected = matrix.tril() + matrix.tril(-1).mT
+    monkeypatch.setattr("llm_snp.core.linalg.STRIP_ROWS", 5)
+    mirror_lower(matrix)
+    assert torch.equal(matrix, expected)

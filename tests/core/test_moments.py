@@ -187,3 +187,47 @@ def test_input_is_not_modified() -> None:
     collect(x, r)
     assert torch.equal(x, before_x)
     assert torch.equal(r, before_r)
+
+
+@pytest.mark.parametrize("centred", [True, False])
+@pytest.mark.parametrize("columns", [4, 4096])
+def test_strips_and_wide_sites(monkeypatch: pytest.MonkeyPatch, centred: bool, columns: int) -> None:
+    """Products strip by strip, in float64 and in the float32 of wide sites, against all at once."""
+    monkeypatch.setattr("llm_snp.core.linalg.STRIP_ROWS", 5)
+    monkeypatch.setattr("llm_snp.core.linalg.FLOAT64_COLUMNS", columns)
+    x, r = data(offset=3.0)
+    moments = collect(x, r, centred=centred)
+    assert moments.covariance.dtype == (torch.float32 if columns < M else torch.float64)
+    exact = x.double() - (x.double().mean(0) if centred else 0.0)
+    target = r.double() - (r.double().mean(0) if centred else 0.0)
+    torch.testing.assert_close(moments.covariance.double(), exact.T @ exact / N, atol=1e-5, rtol=1e-5)
+    assert moments.residual_covariance is not None
+    torch.testing.assert_close(moments.residual_covariance.double(), target.T @ exact / N, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("centred", [True, False])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_tokens_may_follow_after_the_covariance_was_asked_for(centred: bool, groups: int) -> None:
+    x, r = data(offset=3.0)
+    asked = Moments.like(x[:64], r[:64], groups, centred)
+    for rows in (slice(0, 64), slice(64, 71), slice(71, N)):
+        asked.add(x[rows], r[rows])
+        assert torch.isfinite(asked.covariance).all()
+    whole = collect(x, r, groups, centred)
+    torch.testing.assert_close(asked.covariance, whole.covariance, atol=1e-10, rtol=1e-10)
+    merged = asked.merge(asked.empty())
+    torch.testing.assert_close(merged.covariance, whole.covariance, atol=1e-10, rtol=1e-10)
+    assert asked.covariance.data_ptr() == asked.second.data_ptr()
+
+
+def test_reduce_sums_what_other_processes_have() -> None:
+    """Three processes with the same tokens: twice more of every sum."""
+    x, r = data()
+    moments, once = collect(x, r), collect(x, r)
+    assert torch.isfinite(moments.covariance).all()
+    moments.reduce(lambda tensor: tensor.mul_(3))  # type: ignore[arg-type, return-value]
+    assert moments.tokens == 3 * N
+    torch.testing.assert_close(moments.covariance, once.covariance)
+    torch.testing.assert_close(moments.mean, once.mean)
+    torch.testing.assert_close(moments.residual_covariance, once.residual_covariance)
+    assert moments.residual_variance == pytest.approx(once.residual_variance)

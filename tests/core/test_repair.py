@@ -11,13 +11,14 @@ from llm_snp.core.moments import Moments
 from llm_snp.core.orders import ORDERS
 from llm_snp.core.repair import (
     Pruned,
+    finish,
     lost_energy,
     refit_all,
     refit_bias,
-    repair,
     subspace_of_units,
     without_repair,
 )
+from llm_snp.core.subspace import Subspace, truncate
 
 N, M, D = 260, 12, 4
 
@@ -49,6 +50,12 @@ def problem(n: int = N, m: int = M, seed: int = 0) -> tuple[Tensor, Tensor, Tens
     return x, residual, normal(D, m), normal(D)
 
 
+def repaired(
+    moments: Moments, subspace: Subspace, weight: Tensor, bias: Tensor | None, refitted: Tensor, keep: int
+) -> Pruned:
+    return finish(moments, weight, bias, *truncate(subspace, refitted, keep), subspace.damping)
+
+
 def prune(
     moments: Moments,
     weight: Tensor,
@@ -62,7 +69,7 @@ def prune(
     refitted, _ = refit_all(moments, weight, damping)
     generator = torch.Generator().manual_seed(0)
     subspace = subspace_of_units(moments, refitted, order, group, damping, None, keep, nonnegative, generator)
-    return repair(moments, subspace, weight, bias, refitted, keep)
+    return repaired(moments, subspace, weight, bias, refitted, keep)
 
 
 def output(x: Tensor, pruned: Pruned) -> Tensor:
@@ -164,15 +171,15 @@ def test_repair_beats_no_repair_and_no_repair_changes_nothing() -> None:
     for keep in (3, 7, 11):
         subspace = subspace_of_units(moments, weight, "energy", 1, 0.0)
         bare = without_repair(moments, subspace, weight, bias, keep)
-        repaired = repair(moments, subspace, weight, bias, weight, keep)
-        assert torch.equal(bare.columns, repaired.columns)
+        result = repaired(moments, subspace, weight, bias, weight, keep)
+        assert torch.equal(bare.columns, result.columns)
         assert torch.equal(bare.weight, weight[:, bare.columns])
         assert torch.equal(bare.bias, bias)
         error = x @ weight.mT + bias - output(x, bare)
         # Nothing corrects the mean here, so it counts: the second moment of the error, not its variance.
         assert bare.lost == pytest.approx(error.square().sum(1).mean().item(), rel=1e-9)
-        assert bare.total == pytest.approx(repaired.total)
-        assert repaired.lost < bare.lost
+        assert bare.total == pytest.approx(result.total)
+        assert result.lost < bare.lost
 
 
 @pytest.mark.parametrize("damping", [0.0, 1e-4])
