@@ -87,6 +87,7 @@ def prune_blocks(
                     dense_stream.advance(i, skeleton.load_block(i, dense_state))
             if not last:
                 stream.advance(i, block)
+            del block  # or it would live on while the next one is pruned
             step()
 
 
@@ -137,9 +138,10 @@ class _BlockPruner:
         elif by_direction:  # what the whole heads give on the pruned stream
             reference = Reference(self.dense, None)
         moments = site_moments(self.index, self.block, self.stream, site, reference, hold_out=options.damping == "auto")
-        del reference
+        # Solving works on the tensors alone, and needs the memory.
+        del reference, self.block
         if last:
-            self.dense = None  # not needed any more, and solving needs the memory
+            self.dense = None
 
         def solve() -> SiteResult:
             if unit == "dims":
@@ -147,7 +149,7 @@ class _BlockPruner:
             seed = options.seed + 1_000_003 * self.index + sum(map(ord, site.name))
             return prune_units(self.state, site, moments, keep, options, g, seed)
 
-        result = solve() if self.session.processes.main else None
+        result = self.session.processes.on_main(solve)
         loss = self.session.processes.from_main(lambda: _loss(result))
         self.done[unit] = keep
         self._load(self._from_main(None if result is None else result.state))
@@ -158,9 +160,10 @@ class _BlockPruner:
         attention = self.session.family.attention(self.session.config)
         found = block_moments(self.index, self.block, self.stream, (site,), attention)
         values, queries, keys = (found[name] for name in (site.name, attention.query, attention.key))
-        state = None
-        if self.session.processes.main:
-            state = narrow_heads(self.state, site, attention, values, queries, keys, rank, self.session.options, g)
+        options = self.session.options
+        state = self.session.processes.on_main(
+            lambda: narrow_heads(self.state, site, attention, values, queries, keys, rank, options, g)
+        )
         self.done["dims"] = rank
         self._load(self._from_main(state))
 

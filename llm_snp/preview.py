@@ -12,6 +12,7 @@ from .hub import config_dtype
 from .job import Job, open_job, resolve_dtype
 from .plan import Plan, empty_curves, make_plan
 from .skeleton import empty_model
+from .storage import check_offload
 from .workspace import check_output
 
 
@@ -27,18 +28,21 @@ class Preview:
     dtype: torch.dtype
 
 
-def preview(options: PruneConfig) -> Preview:
-    """The plan without weights. Raises `SnpError`."""
+def preview(options: PruneConfig, device: torch.device | None = None) -> Preview:
+    """The plan without weights; `device`: estimate for this one, whether it is there or not. Raises `SnpError`."""
+    options.validate()
+    check_offload(options.offload)
     job = open_job(options, weights=False)
     if not options.resume:
         check_output(job.output, options.overwrite)
     family, config, options = job.family, job.config, job.options
-    dtype = resolve_dtype(options.dtype, job.device, config_dtype(config))
+    device = device or job.device
+    dtype = resolve_dtype(options.dtype, device, config_dtype(config))
     model = empty_model(config)
     blocks = list(model.get_submodule(family.blocks))
     plan = make_plan(family, config, blocks, options, empty_curves(family, config, blocks, options), "uniform")
     parameters = sum(p.numel() for p in model.parameters())
-    needed = estimate(model, family, config, options, job.length, dtype, job.device, 1 - plan.removed / parameters)
+    needed = estimate(model, family, config, options, job.length, dtype, device, 1 - plan.removed / parameters)
     return Preview(job, plan, options.measures, parameters, needed, dtype)
 
 
@@ -55,6 +59,7 @@ def preview_text(p: Preview) -> str:
     for i, kept in enumerate(plan.kept):
         counts = "  ".join(f"{unit} {k}/{units[i, unit]}" for unit, k in kept.items())
         lines.append(f"block {i + 1:>3}/{len(plan.kept)}  {counts}")
+    work = p.estimate.operations
     on_device = "" if p.job.device.type == "cpu" else f"{p.estimate.device / 1e9:.2f} GB on the device, "
     lines += [
         "",
@@ -63,6 +68,8 @@ def preview_text(p: Preview) -> str:
         f"windows     {options.samples} of {p.job.length} tokens, computed in {str(p.dtype).removeprefix('torch.')} "
         f"on {p.job.device}",
         f"peak memory about {on_device}{p.estimate.host / 1e9:.2f} GB on the host, beside Python and its libraries",
-        f"disk        about {p.estimate.disk / 1e9:.3f} GB for {p.job.output}",
+        f"disk        about {p.estimate.disk / 1e9:.3f} GB for {p.job.output} and what --resume needs",
+        f"work        {sum(work.values()):.2g} floating-point operations: "
+        + ", ".join(f"{name} {value / sum(work.values()):.0%}" for name, value in work.items() if value),
     ]
     return "\n".join(lines)

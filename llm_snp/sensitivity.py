@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .core.linalg import strips
+from .core.stopwatch import timed
 from .errors import NumericalError
 from .families import linear
 from .session import Session
@@ -90,12 +91,14 @@ def measure_sensitivity(session: Session) -> None:
                 with torch.enable_grad(), Taps(block, outputs=consumers) as taps:
                     output = run_block(block, hidden, call)
                     outputs = [taps.outputs[name] for name in consumers]
-                    *at_outputs, at_input = torch.autograd.grad(
-                        output, [*outputs, hidden], gradient[rows].to(hidden.device)
-                    )
-                for name, g in zip(consumers, at_outputs, strict=True):
-                    g = g.flatten(0, -2).float()
-                    sums[name] += g.mT @ g if options.sensitivity == "fisher" else g.square().sum()
+                    with timed("backward"):
+                        *at_outputs, at_input = torch.autograd.grad(
+                            output, [*outputs, hidden], gradient[rows].to(hidden.device)
+                        )
+                with timed("moments"):
+                    for name, g in zip(consumers, at_outputs, strict=True):
+                        g = g.flatten(0, -2).float()
+                        sums[name] += g.mT @ g if options.sensitivity == "fisher" else g.square().sum()
                 # Last: where a consumer's output is added to the residual stream, its gradient shares this memory.
                 gradient[rows] = at_input.cpu()
             found = {}

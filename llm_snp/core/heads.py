@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .linalg import damped_cholesky, mean_diagonal, symmetric_power
+from .stopwatch import timed
 
 
 def damp_heads(covariance: Tensor, damping: float) -> tuple[Tensor, float]:
@@ -26,6 +27,7 @@ def damp_heads(covariance: Tensor, damping: float) -> tuple[Tensor, float]:
     return damped, damping
 
 
+@timed("subspace")
 def value_basis(covariance: Tensor, weight: Tensor, damping: float, sensitivity: Tensor | None = None) -> Tensor:
     """Orthonormal bases (h, w, w) of the value spaces, rows by how much they matter for the block's output.
 
@@ -44,6 +46,7 @@ def value_basis(covariance: Tensor, weight: Tensor, damping: float, sensitivity:
     return orthonormal.mT
 
 
+@timed("subspace")
 def score_basis(query: Tensor, key: Tensor, damping: float) -> tuple[Tensor, Tensor, Tensor]:
     """Transforms (h, w, w) of query and key whose first r rows give the best rank-r scores in mean square.
 

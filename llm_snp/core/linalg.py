@@ -13,6 +13,8 @@ from ..errors import NumericalError
 # and sums that are good to 1e-6 of their diagonal, a thousandth of the default damping. Factors are always float64.
 FLOAT64_COLUMNS = 4096
 STRIP_ROWS = 1024
+# Of a weight (d, m) so many rows at once are multiplied and solved for.
+ROWS = 512
 # Each failed attempt multiplies the damping by ten, from the asked one (or the first rung) up to 1.
 FIRST_RUNG = 1e-10
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .linalg import mirror_lower, strips, working_dtype
+from .stopwatch import timed
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -77,6 +78,7 @@ class Moments:
             centred=self.centred,
         )
 
+    @timed("moments")
     def add(self, x: Tensor, residual: Tensor | None = None) -> None:
         """Add a batch: x (n, m) and, if these moments hold a cross moment, residual (n, d)."""
         self._as_sums()

@@ -12,14 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .linalg import damped_cholesky, strips
+from .linalg import ROWS, damped_cholesky, strips
 from .moments import Moments
 from .orders import ORDERS, UnitStatistics
+from .stopwatch import timed
 from .subspace import Subspace, factorise, unit_columns
-
-# Products with a covariance are taken over so many rows of the weight at once.
-ROWS = 512
-
 
 @dataclass(frozen=True)
 class Pruned:
@@ -40,6 +37,7 @@ class Pruned:
     damping: float
 
 
+@timed("repair")
 def refit_all(moments: Moments, weight: Tensor, damping: float) -> tuple[Tensor, float]:
     """W* (d, m), the consumer refitted to its target with all inputs present, and the damping that was needed."""
     residual = moments.residual_covariance
@@ -47,8 +45,11 @@ def refit_all(moments: Moments, weight: Tensor, damping: float) -> tuple[Tensor,
         return weight, damping
     lower, used = damped_cholesky(moments.covariance, damping)
     # R (L Lᵀ)⁻¹ by two triangular solves: `cholesky_solve` would copy the factor.
-    half = torch.linalg.solve_triangular(lower.mT, residual.double(), upper=True, left=False)
-    return torch.linalg.solve_triangular(lower, half, upper=False, left=False).add_(weight), used
+    refitted = weight.clone()
+    for rows in strips(weight.shape[0], ROWS):
+        half = torch.linalg.solve_triangular(lower.mT, residual[rows].double(), upper=True, left=False)
+        refitted[rows] += torch.linalg.solve_triangular(lower, half, upper=False, left=False)
+    return refitted, used
 
 
 def output_energy(moments: Moments, weight: Tensor) -> float:
@@ -79,6 +80,7 @@ def refit_bias(moments: Moments, weight: Tensor, bias: Tensor, columns: Tensor, 
     return repaired if moments.mean_residual is None else repaired + moments.mean_residual
 
 
+@timed("repair")
 def finish(
     moments: Moments, weight: Tensor, bias: Tensor | None, columns: Tensor, refit: Tensor, damping: float
 ) -> Pruned:
@@ -111,7 +113,8 @@ def subspace_of_units(
     covariance = moments.covariance
     seen = sensitivity if sensitive_order else None
     statistics = UnitStatistics(covariance, moments.mean, weight, group, damping, seen, keep, nonnegative, generator)
-    columns = unit_columns(ORDERS[order](statistics), group)
+    with timed("order"):
+        columns = unit_columns(ORDERS[order](statistics), group)
     return factorise(covariance, weight if energies else None, columns, damping, sensitivity)
 
 

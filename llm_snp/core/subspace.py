@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .linalg import damped_cholesky
+from .linalg import ROWS, damped_cholesky, strips
+from .stopwatch import timed
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ def unit_columns(order: Tensor, group: int) -> Tensor:
     return order.view(-1, 1) * group + torch.arange(group, device=order.device)
 
 
+@timed("subspace")
 def factorise(
     covariance: Tensor, weight: Tensor | None, columns: Tensor, damping: float, sensitivity: Tensor | None = None
 ) -> Subspace:
@@ -72,17 +74,21 @@ def factorise(
     return Subspace(columns, lower, blocks.square().sum((0, 1)), energy, used)
 
 
+@timed("repair")
 def truncate(subspace: Subspace, weight: Tensor, keep: int) -> tuple[Tensor, Tensor]:
     """Keep the first `keep` units and fold the rest into them by least squares.
 
-    W' = W_K + W_P L_PK L_KK⁻¹ (METHOD, section 2): one triangular solve with d right-hand sides, no inverse.
+    W' = W_K + W_P L_PK L_KK⁻¹ (METHOD, section 2): a triangular solve with d right-hand sides, no inverse. The rows of
+    a weight do not know of each other: taken some at a time, they need no copy of the whole.
     weight (d, m). Returns the kept columns (k·g,) ascending and the refitted weight (d, k·g) in that order.
     """
     flat, k = subspace.columns.flatten(), keep * subspace.columns.shape[1]
     kept, pruned = flat[:k], flat[k:]
-    refit = weight[:, kept]
-    if k < flat.numel():
-        folded = weight[:, pruned] @ subspace.lower[k:, :k]
-        refit = refit + torch.linalg.solve_triangular(subspace.lower[:k, :k], folded, upper=False, left=False)
     ascending = torch.argsort(kept)
-    return kept[ascending], refit[:, ascending]
+    refit = weight.new_empty(weight.shape[0], k)
+    for rows in strips(weight.shape[0], ROWS):
+        part = weight[rows]
+        folded = part[:, pruned] @ subspace.lower[k:, :k]
+        folded = torch.linalg.solve_triangular(subspace.lower[:k, :k], folded, upper=False, left=False)
+        refit[rows] = part[:, kept].add_(folded)[:, ascending]
+    return kept[ascending], refit

@@ -231,3 +231,23 @@ def test_reduce_sums_what_other_processes_have() -> None:
     torch.testing.assert_close(moments.mean, once.mean)
     torch.testing.assert_close(moments.residual_covariance, once.residual_covariance)
     assert moments.residual_variance == pytest.approx(once.residual_variance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("centred", [True, False])
+def test_what_matrix_units_are_given(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, centred: bool) -> None:
+    """16-bit numbers are multiplied as they are, exactly, and summed in fp32: here by a stand-in on the CPU."""
+
+    def product(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
+        assert a.dtype == b.dtype == dtype
+        return (a.double() @ b.double()).to(out_dtype)
+
+    monkeypatch.setattr("llm_snp.core.moments._by_matrix_units", lambda x: x.dtype == dtype)
+    monkeypatch.setattr(torch, "mm", product)
+    x, r = (t.to(dtype) for t in data(offset=2.0))
+    moments = collect(x, r, centred=centred)
+    exact = x.double() - (x.double().mean(0) if centred else 0.0)
+    target = r.double() - (r.double().mean(0) if centred else 0.0)
+    assert not moments.shift.any()
+    torch.testing.assert_close(moments.covariance, exact.T @ exact / N, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(moments.residual_covariance, target.T @ exact / N, atol=1e-4, rtol=1e-5)
