@@ -20,8 +20,11 @@ from llm_snp.hub import EMBEDDED
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import memory  # noqa: E402
 import perplexity  # noqa: E402
 import quality  # noqa: E402
+import shapes  # noqa: E402
+import speed  # noqa: E402
 
 WORDS = ("the", "of", "and", "a", "small", "river", "city", "was", "born", "in", "north", "year", "house", "music")
 
@@ -269,3 +272,53 @@ def test_quality_refuses_in_one_line(
     assert captured.out == ""
     assert captured.err.count("\n") == 1
     assert reason in captured.err
+
+
+@pytest.fixture
+def tiny_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shapes, "SHAPES", {})
+    for module in (memory, speed):
+        monkeypatch.setattr(module, "SHAPES", {"tiny": shapes.Shape(3, 32, 128, 4, 2048, 64)})
+
+
+SMALL = ["--samples", "6", "--sequence-length", "32"]
+
+
+def test_speed_reports_every_phase(tiny_shape: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert speed.main(["tiny", *SMALL, "--blocks", "2", "--runs", "2", "--json", str(tmp_path / "speed.json")]) == 0
+    printed = capsys.readouterr().out
+    data = json.loads((tmp_path / "speed.json").read_text())
+    assert (data["blocks"], len(data["runs"])) == (2, 2)
+    phases = {"load", "forward", "backward", "moments", "order", "subspace", "repair", "save"}
+    assert phases | {"rest", "whole"} == set(data["seconds"])
+    for run in data["runs"]:
+        assert sum(seconds for name, seconds in run.items() if name != "whole") == pytest.approx(run["whole"])
+        assert all(seconds >= 0.0 for seconds in run.values())
+    assert set(data["operations"]) <= phases
+    assert all(rate > 1e6 for rate in data["rates"].values())
+    for name in phases:
+        assert f"\n{name} " in printed
+    assert "outside forward, backward and moments: " in printed
+
+
+def test_memory_compares_the_dry_run_with_a_real_one(
+    tiny_shape: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = ["--json", str(tmp_path / "memory.json"), "--markdown", str(tmp_path / "memory.md")]
+    assert memory.main(["--measure", "tiny", *SMALL, *files]) == 0
+    row = json.loads((tmp_path / "memory.json").read_text())["shapes"]["tiny"]
+    assert row["measured"]["peak_bytes"] > 1e8
+    assert row["measured"]["removed"] == pytest.approx(0.3, abs=0.02)
+    assert row["cpu"]["device"] == 0 < row["cuda"]["device"]
+    assert "| tiny | " in (tmp_path / "memory.md").read_text()
+    assert "tiny" in capsys.readouterr().out
+
+
+def test_a_checkpoint_of_a_shape_is_one_that_transformers_loads(tmp_path: Path) -> None:
+    shape = shapes.Shape(2, 32, 128, 4, 2048, 64)
+    shapes.make_checkpoint(tmp_path, shape, torch.bfloat16)
+    model, info = OPTForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert model.config.ffn_dim == 128
+    assert model.dtype == torch.bfloat16
+    assert shapes.SHAPES["opt-1.3b"].hidden * 4 == shapes.SHAPES["opt-1.3b"].ffn
