@@ -39,6 +39,7 @@ class Checkpoint:
         self.directory = Path(directory)
         self._legacy: dict[str, dict[str, Tensor]] = {}  # files that cannot be mapped are read once, as a whole
         self._where: dict[str, tuple[str, str]] = {}  # name in the model -> (file, key in the file)
+        self._stamps: dict[str, tuple[int, int]] = {}  # file -> its size and time when it was first opened
         listed = self._files()
         self.files = [self.directory / file for file in listed]
         renames = list(renames)
@@ -79,13 +80,20 @@ class Checkpoint:
         )
 
     def _open(self, file: str) -> Any:
+        """The tensors of a file by their key. Raises `CheckpointError`, also if it is not the file it was before."""
         path = self.directory / file
         if file in self._legacy:
             return self._legacy[file]
         try:
+            found = path.stat()
+            stamp = (found.st_size, found.st_mtime_ns)
+            if self._stamps.setdefault(file, stamp) != stamp:
+                raise CheckpointError(f"{path} has changed since it was first read; put back the file as it was")
             if path.suffix == ".safetensors":
                 return safe_open(path, framework="pt")
             tensors, mapped = _read_pickled(path)
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{path} is gone; download it again") from error
         except (SafetensorError, EOFError, RuntimeError, ValueError, OSError) as error:
             reason = next(iter(str(error).strip().splitlines()), "the file ends too early")
             raise CheckpointError(f"{path} cannot be read, it may be truncated: {reason}; download it again") from error

@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,7 @@ CHUNK = 1 << 24
 
 def write_text(path: Path, content: str) -> None:
     """Write a text file: temporary name, fsync, rename."""
-    with disk(path):
-        temporary = _temporary(path)
+    with disk(path), _temporary(path) as temporary:
         temporary.write_text(content, encoding="utf-8")
         _settle(temporary, path)
 
@@ -35,8 +34,7 @@ def write_json(path: Path, content: Any) -> None:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file: temporary name, fsync, rename."""
-    with disk(path):
-        temporary = _temporary(path)
+    with disk(path), _temporary(path) as temporary:
         save_file(_unshared(tensors), temporary, metadata={"format": "pt"})
         # safetensors makes files that only their owner can read; this is what the umask asks for.
         temporary.chmod(path.parent.stat().st_mode & 0o666)
@@ -51,6 +49,11 @@ def digest(*paths: Path) -> str:
             while chunk := file.read(CHUNK):
                 found.update(chunk)
     return found.hexdigest()
+
+
+def digest_of_json(content: Any) -> str:
+    """The same for what is written as JSON: equal for what was written and what is read back."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(content).encode())
 
 
 @contextmanager
@@ -72,8 +75,16 @@ def disk(path: Path) -> Iterator[None]:
         raise OutputError(f"{path} cannot be written: {reason}; give another directory") from error
 
 
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}")
+@contextmanager
+def _temporary(path: Path) -> Iterator[Path]:
+    """The name to write under first. After an error the file goes: half a shard takes the room of what comes next."""
+    temporary = path.with_name(f".{path.name}")
+    try:
+        yield temporary
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
 
 
 def _settle(temporary: Path, final: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import tempfile
 from dataclasses import dataclass
@@ -25,15 +26,16 @@ class Storage:
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """An uninitialised host tensor. Raises `DiskFullError` if the offload directory has no room for it.
 
-        The file loses its name at once: whatever ends the process, nothing is left behind. Its blocks are reserved
-        first, because a mapping that finds the disk full later dies without an error message.
+        The file never has a name: whatever ends the process, nothing is left behind. Its blocks are reserved first,
+        because a mapping that finds the disk full later dies without an error message.
         """
         size = prod(shape) * dtype.itemsize
         if self.offload is None or not size:
             return torch.empty(shape, dtype=dtype, pin_memory=self.pinned)
-        with disk(self.offload), tempfile.NamedTemporaryFile(prefix="llm-snp-", dir=self.offload) as file:
+        with disk(self.offload), tempfile.TemporaryFile(prefix="llm-snp-", dir=self.offload) as file:
             os.posix_fallocate(file.fileno(), 0, size)
-            return torch.from_file(file.name, shared=True, size=prod(shape), dtype=dtype).view(shape)
+            mapped = mmap.mmap(file.fileno(), size)  # holds the file as long as the tensor lives
+        return torch.frombuffer(mapped, dtype=dtype).view(shape)
 
 
 def check_offload(directory: str | None) -> Path | None:
