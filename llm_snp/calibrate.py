@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .core.moments import Moments
 from .errors import NumericalError
 from .families import Attention, Site, linear
 from .prune_site import SiteMoments
-from .skeleton import run_block
+from .skeleton import Call, run_block
 from .stream import Stream, Taps
 
 # --damping auto holds out one window in so many, and at least one.
@@ -45,21 +45,8 @@ def site_moments(
     layer = linear(block, site.consumer)
     fit: Moments | None = None
     held: Moments | None = None
-    wanted = [site.consumer, site.stream]
     for rows, hidden, call in stream.batches(index):
-        with Taps(block, inputs=wanted, outputs=[site.consumer]) as taps:
-            run_block(block, hidden, call)
-        residual = None
-        if reference is not None:
-            other = hidden if reference.stream is None else reference.stream.states[rows].to(hidden.device)
-            with Taps(reference.block, inputs=wanted, outputs=[site.consumer]) as dense:
-                output = run_block(reference.block, other, call)
-            residual = dense.output(site.consumer).float() - taps.output(site.consumer).float()
-            if reference.residual:
-                residual += dense.input(site.stream).float() - taps.input(site.stream).float()
-            if reference.advance and reference.stream is not None:
-                reference.stream.states[rows] = output.cpu()
-        x = taps.input(site.consumer)
+        x, residual = _read(block, site, rows, hidden, call, reference)
         if fit is None:
             fit = Moments.like(x, residual, centred=layer.bias is not None)
             stream.processes.same(fit.shift)
@@ -73,12 +60,33 @@ def site_moments(
         for moments, choice in ((fit, ~token_out), (held, token_out)):
             if choice.any():
                 moments.add(x[choice], None if residual is None else residual[choice])
+    del x, residual, hidden  # solving follows, and needs the memory
     assert fit is not None
     fit.reduce(stream.processes.sum)
     if held is not None:
         held.reduce(stream.processes.sum)
     check_finite(fit, index, site.consumer)
     return SiteMoments(fit, held)
+
+
+def _read(
+    block: nn.Module, site: Site, rows: slice, hidden: Tensor, call: Call, reference: Reference | None
+) -> tuple[Tensor, Tensor | None]:
+    """What a site's consumer reads in a batch (n, m), and the residual (n, d) if there is a reference."""
+    wanted = [site.consumer, site.stream]
+    with Taps(block, inputs=wanted, outputs=[site.consumer]) as taps:
+        run_block(block, hidden, call)
+    if reference is None:
+        return taps.input(site.consumer), None
+    other = hidden if reference.stream is None else reference.stream.states[rows].to(hidden.device)
+    with Taps(reference.block, inputs=wanted, outputs=[site.consumer]) as dense:
+        output = run_block(reference.block, other, call)
+    residual = dense.output(site.consumer).float() - taps.output(site.consumer).float()
+    if reference.residual:
+        residual += dense.input(site.stream).float() - taps.input(site.stream).float()
+    if reference.advance and reference.stream is not None:
+        reference.stream.states[rows] = output.cpu()
+    return taps.input(site.consumer), residual
 
 
 @torch.no_grad()
@@ -115,6 +123,7 @@ def block_moments(
             found[name].add(taps.output(name))
         if advance:
             stream.states[rows] = output.cpu()
+    del taps, output, x  # solving follows, and needs the memory
     layers = {site.name: site.consumer for site in sites}
     for name, moments in found.items():
         moments.reduce(stream.processes.sum)

@@ -70,10 +70,10 @@ def prune_units(
     seed: int,
 ) -> SiteResult:
     """Keep `keep` whole units of a site of a block and repair its consumer."""
-    weight, bias = linear_weights(state, site.consumer, moments.fit.first.device)
+    device = moments.fit.first.device
 
     def solve(moments: Moments, damping: float) -> Pruned:
-        refitted, damping = refit_all(moments, weight, damping)
+        refitted, damping = refit_all(moments, linear_weights(state, site.consumer, device)[0], damping)
         assert options.order is not None
         generator = torch.Generator().manual_seed(seed)
         subspace = subspace_of_units(
@@ -90,13 +90,13 @@ def prune_units(
             energies=False,
         )
         if options.target == "none":
-            return without_repair(moments, subspace, weight, bias, keep)
+            return without_repair(moments, subspace, *linear_weights(state, site.consumer, device), keep)
         columns, refit = truncate(subspace, refitted, keep)
         damping = subspace.damping
-        del subspace, refitted  # the factor is the largest matrix there is
-        return finish(moments, weight, bias, columns, refit, damping)
+        del subspace, refitted  # the largest matrices there are
+        return finish(moments, *linear_weights(state, site.consumer, device), columns, refit, damping)
 
-    damping = choose_damping(options, moments, weight, bias, solve)
+    damping = choose_damping(options, moments, linear_weights(state, site.consumer, device), solve)
     pruned = solve(moments.all, damping)
     new = dict(state)
     columns = pruned.columns.cpu()
@@ -104,21 +104,24 @@ def prune_units(
         for suffix in ("weight", "bias"):
             if f"{name}.{suffix}" in new:
                 new[f"{name}.{suffix}"] = new[f"{name}.{suffix}"][columns].contiguous()
-    store(new, site.consumer, pruned.weight, None if bias is None else pruned.bias)
+    store(new, site.consumer, pruned.weight, pruned.bias if f"{site.consumer}.bias" in state else None)
     return SiteResult(new, pruned.lost, pruned.total, pruned.damping)
 
 
 def choose_damping(
     options: PruneConfig,
     moments: SiteMoments,
-    weight: Tensor,
-    bias: Tensor | None,
+    layer: tuple[Tensor, Tensor | None],
     solve: Callable[[Moments, float], Pruned],
 ) -> float:
-    """The damping asked for, or for `auto` the one of a grid whose repair errs least on the held-out windows."""
+    """The damping asked for, or for `auto` the one of a grid whose repair errs least on the held-out windows.
+
+    layer: weight (d, m) and bias (d,) of the consumer before pruning.
+    """
     if moments.held is None:
         assert not isinstance(options.damping, str)
         return options.damping
+    weight, bias = layer
     errors = []
     for damping in DAMPING_GRID:
         pruned = solve(moments.fit, damping)
@@ -144,7 +147,7 @@ def refit_consumer(state: State, site: Site, moments: SiteMoments, options: Prun
         refit, damping = (weight, 0.0) if options.target == "none" else refit_all(moments, weight, damping)
         return finish(moments, weight, bias, everything, refit, damping)
 
-    damping = choose_damping(options, moments, weight, bias, solve)
+    damping = choose_damping(options, moments, (weight, bias), solve)
     pruned = solve(moments.all, damping)
     new = dict(state)
     store(new, site.consumer, pruned.weight, None if bias is None else pruned.bias)

@@ -15,7 +15,7 @@ from .skeleton import Call, Skeleton, run_block
 from .storage import Storage
 
 # Tokens that go through a block at once.
-BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
+BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 
 
 class Stream:

@@ -18,6 +18,7 @@ from .orders import ORDERS, UnitStatistics
 from .stopwatch import timed
 from .subspace import Subspace, factorise, unit_columns
 
+
 @dataclass(frozen=True)
 class Pruned:
     """A consumer after pruning.
