@@ -85,10 +85,14 @@ def _ordered(matrix: Tensor, order: Tensor | None) -> Tensor:
 
 
 def damped_inverse(covariance: Tensor, damping: float) -> tuple[Tensor, float]:
-    """(covariance + λ I)⁻¹ in the type of covariance (m, m), contiguous, and the damping that was needed."""
+    """(covariance + λ I)⁻¹ in the type of covariance (m, m), contiguous, and the damping that was needed.
+
+    The factor is float64; of a wide site the inverse made of it is float32, twice as fast, and only ranks units.
+    """
     factor, used = damped_cholesky(covariance, damping)
+    factor = factor.to(covariance.dtype)
     torch.cholesky_inverse(factor, out=factor)
-    return factor.mT.to(covariance.dtype), used
+    return factor.mT, used
 
 
 def symmetric_power(matrix: Tensor, exponent: float) -> Tensor:
