@@ -62,8 +62,8 @@ class Interrupted(KeyboardInterrupt):
     """Ctrl-C, with a sentence on what is left and how to go on."""
 
 
-# After these a run can be gone on with: what it had finished is kept.
-RESUMABLE = (DiskFullError, ProcessError, DeviceMemoryError)
+# Once their cause is gone the same command can go on: what it had finished is kept.
+RESUMABLE = (OutputError, CheckpointError, ProcessError, DeviceMemoryError)
 
 
 def choose(value: str, known: Iterable[str], what: str) -> str:

@@ -43,15 +43,17 @@ def measured_curves(session: Session, curves: list[SiteCurve]) -> list[SiteCurve
     with_dims = options.attention != "heads"
     by_site = {(curve.block, curve.site): curve for curve in curves}
     known = _measured_before(session, curves)
-    if len(known) == len(skeleton):
+    missing = [i for i in range(len(skeleton)) if i not in known]
+    if not missing:
         session.progress.say("curves: measured by the interrupted run")
         return [curve for i in range(len(skeleton)) for curve in known[i]]
-    with session.progress.phase("measure", len(skeleton)) as step:
+    upto = missing[-1] + 1
+    with session.progress.phase("measure", upto) as step:
         stream = session.stream()
         mine: list[SiteCurve] = []
         waiting: list[Callable[[], SiteCurve]] = []
         group: list[int] = []
-        for i, state in skeleton.block_states(range(len(skeleton))):
+        for i, state in skeleton.block_states(range(upto)):
             block = skeleton.load_block(i, state)
             if i in known:
                 stream.advance(i, block)
@@ -78,7 +80,7 @@ def measured_curves(session: Session, curves: list[SiteCurve]) -> list[SiteCurve
                         )
                     mine.append(min(choices, key=lambda c: _loss_at_share(c, options.sparsity)))
             del moments, block, sensitivity, sample
-            if len(group) == processes.count or i + 1 == len(skeleton):
+            if len(group) == processes.count or i + 1 == upto:
                 while waiting:
                     mine.append(waiting.pop()())
                 for curve in processes.gather(mine):

@@ -21,6 +21,8 @@ from .report import Report, block_line
 from .skeleton import Skeleton
 from .writer import TOKENIZER_FILES, Writer
 
+KEPT = "kept"
+
 
 class PrunedBlocks:
     """The blocks of the result, each a shard that is finished once its hash is in the journal."""
@@ -28,18 +30,20 @@ class PrunedBlocks:
     def __init__(self, writer: Writer, journal: Journal, blocks: str, report: Report, progress: Progress):
         self.writer, self.journal, self.blocks = writer, journal, blocks
         self.report, self.progress = report, progress
-        self._as_before = True  # as long as blocks that are made again come out as they were
 
     def finished(self, index: int) -> tuple[State, BlockLoss] | None:
         """A block that an interrupted run has finished, or None if it has not, or its file is not what it was."""
-        record = self.journal.read(_name(index)) if self._as_before else None
+        record = self.journal.read(_name(index))
         if record is None:
+            return None
+        file = self.writer.path(index).name
+        if record[KEPT] != self._kept[index]:  # curves that were measured again on another device are not the same
+            self.journal.rescue(f"{file} was pruned by another plan")
             return None
         processes = self.journal.processes
         tensors = self.writer.adopt(index, record[DIGEST]) if processes.main else None
         if not processes.from_main(lambda: tensors is not None):
-            self.journal.rescued.append(f"block {index}: its file was gone or damaged after the interruption")
-            self.progress.say(f"block {index}: its file is gone or damaged; it is made again")
+            self.journal.rescue(f"{file} was gone or damaged")
             return None
         state = processes.tensors_from_main(tensors, torch.device("cpu"))
         losses = {site: SiteLoss(**loss) for site, loss in record["losses"].items()}
@@ -47,20 +51,31 @@ class PrunedBlocks:
         return {name.removeprefix(self._prefix(index)): tensor for name, tensor in state.items()}, losses
 
     def save(self, index: int, state: State, losses: BlockLoss) -> None:
-        """Write a block that has just been pruned."""
+        """Write a block that has just been pruned.
+
+        Later blocks were fitted to what an interrupted run had here: if this is not it, they are made again as well.
+        """
         before = self.journal.read(_name(index))
         if self.journal.processes.main:
             found = self.writer.shard(index, {self._prefix(index) + name: tensor for name, tensor in state.items()})
-            record = {DIGEST: found, "losses": {site: dataclasses.asdict(loss) for site, loss in losses.items()}}
+            if before is None or before[DIGEST] != found:
+                self.journal.forget(_name(later) for later in range(index + 1, len(self._kept)))
+            record = {
+                DIGEST: found,
+                KEPT: self._kept[index],
+                "losses": {site: dataclasses.asdict(loss) for site, loss in losses.items()},
+            }
             self.journal.write(_name(index), record)
-        now = self.journal.read(_name(index))
-        assert now is not None
-        self._as_before = self._as_before and (before is None or before[DIGEST] == now[DIGEST])
         self._tell(index, losses)
 
     def _tell(self, index: int, losses: BlockLoss, remark: str = "") -> None:
         self.report.block(index, losses)
         self.progress.say(block_line(self.report.data) + remark)
+
+    @property
+    def _kept(self) -> list[dict[str, int]]:
+        """The plan: how much of each block stays."""
+        return self.report.data["plan"]["kept"]  # type: ignore[no-any-return]
 
     def _prefix(self, index: int) -> str:
         return f"{self.blocks}.{index}."

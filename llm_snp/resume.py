@@ -14,60 +14,81 @@ from . import __version__
 from .checkpoint import Checkpoint
 from .config import PruneConfig
 from .data import Windows
-from .errors import RESUMABLE, DeviceMemoryError, Interrupted, SnpError
+from .errors import RESUMABLE, CheckpointError, DeviceMemoryError, Interrupted, ResumeError, SnpError
 from .files import digest
 from .job import Job
 from .report import command_line
 from .workspace import JOURNAL, REPORT, Workspace, is_result, tidy
 from .writer import TOKENIZER_FILES
 
-# Options that do not change the result, or whose effect is compared by content (model, calibration text, dtype).
-FREE = frozenset(
-    "model output calibration evaluate revision device dtype overwrite resume offload quiet".split()  # noqa: SIM905
-)
+# Options that do not change the result.
+FREE = frozenset(("output", "device", "overwrite", "resume", "offload", "quiet"))
+# Options of which an unfinished run compares what they lead to: the model's files, windows of text, a type.
+BY_CONTENT = frozenset(("model", "revision", "calibration", "evaluate", "dtype"))
 
 
 def settings(options: PruneConfig, dtype: torch.dtype) -> dict[str, Any]:
     """The options that decide the result, by the name of their flag, and the version that reads them."""
     fields = {
-        f"--{f.name.replace('_', '-')}": getattr(options, f.name)
-        for f in dataclasses.fields(options)
-        if f.name not in FREE
+        _flag(f.name): getattr(options, f.name) for f in dataclasses.fields(options) if f.name not in FREE | BY_CONTENT
     }
     return {"llm_snp": __version__, **fields, "--dtype": str(dtype).removeprefix("torch.")}
 
 
 def model_identity(job: Job, checkpoint: Checkpoint) -> dict[str, str]:
-    """Hashes of everything that is read of the dense model."""
+    """Hashes of everything that is read of the dense model. Raises `CheckpointError` if it cannot be read."""
     tokenizer = [job.directory / name for name in TOKENIZER_FILES if (job.directory / name).is_file()]
-    return {
-        "the model's config.json": digest(job.directory / "config.json"),
-        "the model's tokenizer": digest(*tokenizer),
-        "the model's weights": digest(*checkpoint.files),
-    }
+    try:
+        return {
+            "the hash of the model's config.json": digest(job.directory / "config.json"),
+            "the hash of the model's tokenizer": digest(*tokenizer),
+            "the hash of the model's weights": digest(*checkpoint.files),
+        }
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or job.directory} cannot be read: {error.strerror}") from error
 
 
 def calibration_identity(calibration: Windows) -> dict[str, str]:
     """The token windows, whatever the text they were drawn from was called."""
-    return {"the calibration text (sha256 of its windows)": calibration.sha256}
+    return {"the hash of the calibration text's windows": calibration.sha256}
 
 
 def finished_before(job: Job) -> dict[str, Any] | None:
-    """The report of a result that is already there and was asked for with the same options, for --resume."""
-    output = job.output.resolve()
-    if not job.options.resume or job.options.overwrite or not is_result(output):
+    """The report of a result that is already there and was asked for with the same options, for --resume.
+
+    Raises `ResumeError` naming the first option that is another one. With --overwrite an earlier result is to be
+    replaced, unless the run that is gone on with has made it and was killed before it had tidied up.
+    """
+    options, output = job.options, job.output.resolve()
+    untidy = (output / JOURNAL).exists()
+    tidy(output)
+    if not options.resume or not is_result(output) or (options.overwrite and not untidy):
         return None
-    if (output / JOURNAL).exists():  # killed between giving the directory its name and tidying up
-        tidy(output)
     report: dict[str, Any] = json.loads((output / REPORT).read_text(encoding="utf-8"))
-    now = json.loads(json.dumps(dataclasses.asdict(job.options)))
-    same = [name for name in now if name not in FREE or name == "model"]
-    return report if all(report["options"].get(name) == now[name] for name in same) else None
+    now = {"llm_snp": __version__, **json.loads(json.dumps(dataclasses.asdict(options)))}
+    earlier = {"llm_snp": report["versions"]["llm_snp"], **report["options"]}
+    for name in now:
+        if name not in FREE and earlier.get(name) != now[name]:
+            if options.overwrite:
+                return None
+            raise ResumeError(
+                f"--resume: {job.output} is finished, and {_flag(name)} is {now[name]!r} now and was "
+                f"{earlier.get(name)!r} there; give another --output, or --overwrite"
+            )
+    return report
+
+
+def _flag(name: str) -> str:
+    """The option as the command line has it."""
+    return {"model": "the model", "llm_snp": "llm_snp"}.get(name, f"--{name.replace('_', '-')}")
 
 
 @contextmanager
 def kept_for_resume(workspace: Workspace | None, blocks: int) -> Iterator[None]:
-    """Whatever ends the run early, leave what can be gone on with and say so, or nothing at all."""
+    """Whatever ends the run early, leave what can be gone on with and say so, or nothing at all.
+
+    What an earlier run has left is never removed here: a wrong option must not cost what took days.
+    """
     try:
         yield
     except BaseException as error:
@@ -76,27 +97,40 @@ def kept_for_resume(workspace: Workspace | None, blocks: int) -> Iterator[None]:
                 f"the device ran out of memory ({str(error).splitlines()[0]}); use --device cpu or a shorter "
                 "--sequence-length; --dry-run tells what a run needs"
             )
-        worth = workspace is not None and (not isinstance(error, SnpError) or isinstance(error, RESUMABLE))
-        left = _left(workspace, blocks) if worth and workspace is not None else ""
+        left = "" if workspace is None else _left(workspace, blocks)
+        # The same command can go on from here; after a ResumeError another one can, as its own sentence says.
+        resumable = not isinstance(error, SnpError) or isinstance(error, RESUMABLE)
         if workspace is not None:
-            if left:
+            if workspace.resumed or (left and (resumable or isinstance(error, ResumeError))):
                 workspace.keep()
             else:
                 workspace.discard()
+                left = ""
         if isinstance(error, KeyboardInterrupt):
-            raise Interrupted(f"interrupted; {left}" if left else "interrupted; nothing was left behind") from error
-        if left and isinstance(error, SnpError):
+            raise Interrupted(f"interrupted; {left or 'nothing was left behind'}") from error
+        if left and resumable and isinstance(error, SnpError):
             raise type(error)(f"{error}; {left}") from error
         raise error
 
 
 def _left(workspace: Workspace, blocks: int) -> str:
     """What an unfinished run has to show, and how to go on; empty if there is nothing."""
-    finished = workspace.finished_blocks
-    measured = len(list(workspace.journal.glob("curves-*.json")))
-    if not finished and not measured:
+
+    def count(pattern: str) -> int:
+        return len(list(workspace.journal.glob(pattern)))
+
+    if workspace.finished:
+        return f"{workspace.output} is finished all the same"
+    if workspace.finished_blocks:
+        what = f"{workspace.finished_blocks} of {blocks} blocks are finished"
+    elif measured := count("curves-*.json"):
+        what = f"{measured} of {blocks} blocks are measured"
+    elif count("sensitivity-*.json") == blocks:
+        what = "the sensitivity of all blocks is measured"
+    elif count("dense-*.json"):
+        what = "the dense model is evaluated"
+    else:
         return ""
-    what = f"{finished} of {blocks} blocks are finished" if finished else f"{measured} of {blocks} blocks are measured"
     return f"{what} and kept in {workspace.directory}; go on with: {_again()}"
 
 

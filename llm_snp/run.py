@@ -38,6 +38,7 @@ def run(options: PruneConfig) -> dict[str, Any]:
     on with by `resume` is then kept beside the output; otherwise nothing is left behind.
     """
     options.validate()
+    offload = check_offload(options.offload)
     processes = Processes(cpu=options.device == "cpu" or not torch.cuda.is_available())
     progress = Progress(options.quiet or not processes.main)
     with progress.phase("load"):
@@ -48,7 +49,7 @@ def run(options: PruneConfig) -> dict[str, Any]:
             return earlier
         workspace = Workspace(job.output, options.overwrite, options.resume) if processes.main else None
     with kept_for_resume(workspace, job.config.num_hidden_layers):
-        report = _Run(job, processes, progress, workspace).prune()
+        report = _Run(job, Storage(offload, job.device.type == "cuda"), processes, progress, workspace).prune()
     processes.leave()
     return report
 
@@ -56,21 +57,23 @@ def run(options: PruneConfig) -> dict[str, Any]:
 class _Run:
     """The parts of one run. Only the main process has the workspace, and writes."""
 
-    def __init__(self, job: Job, processes: Processes, progress: Progress, workspace: Workspace | None):
-        self.job, self.processes, self.progress, self.workspace = job, processes, progress, workspace
+    def __init__(
+        self, job: Job, storage: Storage, processes: Processes, progress: Progress, workspace: Workspace | None
+    ):
+        self.job, self.storage, self.processes, self.progress = job, storage, processes, progress
+        self.workspace = workspace
         self.directory = processes.from_main(lambda: _known(workspace).directory)
-        self.journal = Journal(processes.from_main(lambda: _known(workspace).journal), processes)
-        options = job.options
-        self.storage = Storage(check_offload(options.offload), pinned=job.device.type == "cuda")
+        self.journal = Journal(processes.from_main(lambda: _known(workspace).journal), processes, progress)
         with progress.phase("load"):
             self.checkpoint = Checkpoint(job.directory, job.family.renames)
             self.stored = stored_dtype(self.checkpoint)
-            self.dtype = resolve_dtype(options.dtype, job.device, self.stored)
-            self.journal.expect("settings", settings(options, self.dtype))
+            self.dtype = resolve_dtype(job.options.dtype, job.device, self.stored)
+            self.journal.expect("settings", settings(job.options, self.dtype))
             self.journal.expect("model", processes.from_main(lambda: model_identity(job, self.checkpoint)))
             self.tokenizer = load_tokenizer(job.directory)
             if workspace is not None:
-                check_space(job.output, sum(file.stat().st_size for file in self.checkpoint.files))
+                whole = sum(file.stat().st_size for file in self.checkpoint.files)
+                check_space(job.output, whole - workspace.written_bytes)
             self.skeleton = Skeleton(job.config, job.family.blocks, self.checkpoint, job.device, self.dtype)
         with progress.phase("text"):
             self.calibration, self.evaluation = processes.from_main(self._read_text)
@@ -113,7 +116,7 @@ class _Run:
         for source, windows in self.evaluation.items():
             report.evaluated(source, "pruned", self._evaluate(pruned, windows, "pruned"))
         for rescue in self.journal.rescued:
-            report.note(f"{rescue} and was made again")
+            report.note(rescue)
         report.finished(job.output, writer.weight_bytes, progress.seconds)
         if self.workspace is not None:
             writer.json(REPORT, report.data)
@@ -134,7 +137,7 @@ class _Run:
         if known is None:
             known = dataclasses.asdict(self._evaluate(self.skeleton, windows, "dense"))
             self.journal.write(name, known)
-        return Perplexity(**known)
+        return Perplexity(**known | {"source": windows.source})  # the same text may have another name by now
 
     def _evaluate(self, skeleton: Skeleton, windows: Windows, which: str) -> Perplexity:
         title = f"perplexity, {which}, {Path(windows.source).name}"

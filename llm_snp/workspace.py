@@ -37,27 +37,49 @@ class Workspace:
         self.output = output.resolve()
         self.directory = self.output.with_name(self.output.name + PARTIAL)
         self.journal = self.directory / JOURNAL
+        self.resumed = False  # whether there is something of an interrupted run to go on with
+        self.finished = False  # whether the result has its name
         self._overwrite = overwrite
         check_output(output, overwrite)
+        missing = (self.directory, *self.directory.parents)
+        self._made = [path for path in missing if not path.exists()]
+        self._lock = FileLock(self.journal / LOCK, blocking=False)
         with disk(self.directory):
-            missing = (self.directory, *self.directory.parents)
-            self._made = [path for path in missing if not path.exists()]
-            self.journal.mkdir(parents=True, exist_ok=True)
-            self._lock = FileLock(self.journal / LOCK, blocking=False)
             try:
-                self._lock.acquire()
-            except Timeout as error:
-                raise OutputError(
-                    f"another run{_owner(self.journal)} is writing to {self.directory}; wait for it, or give another "
-                    "--output"
-                ) from error
-            (self.journal / OWNER).write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
-        if self.finished_blocks and not (resume or overwrite):
-            self.keep()
+                self.journal.mkdir(parents=True, exist_ok=True)
+                self._acquire()
+                self._take_over(resume)
+            except BaseException:
+                # What was there before stays.
+                if self.directory in self._made:
+                    self.discard()
+                else:
+                    self.keep()
+                raise
+
+    def _acquire(self) -> None:
+        try:
+            self._lock.acquire()
+        except Timeout as error:
+            self._made = []  # the other run was quicker to make them
+            raise OutputError(
+                f"another run{_owner(self.journal)} is writing to {self.directory}; wait for it, or give another "
+                "--output"
+            ) from error
+
+    def _take_over(self, resume: bool) -> None:
+        """What an interrupted run left: go on with it, refuse to throw it away, or throw it away."""
+        if not self.output.exists() and _aside(self.output).exists():
+            # That run was killed while the result was about to take the place of an earlier one.
+            os.rename(_aside(self.output), self.output)
+            check_output(self.output, self._overwrite)
+        if self.finished_blocks and not (resume or self._overwrite):
             raise OutputError(
                 f"{self.directory} holds {self.finished_blocks} finished blocks of an interrupted run; add --resume "
                 "to go on with it, or --overwrite to start anew"
             )
+        self.resumed = resume and any(self.journal.glob("*.json"))
+        (self.journal / OWNER).write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
         if not resume:
             self._empty()
 
@@ -66,29 +88,35 @@ class Workspace:
         """How many blocks this run, or the one that was interrupted, has finished."""
         return len(list(self.journal.glob(BLOCKS)))
 
+    @property
+    def written_bytes(self) -> int:
+        """What the weights take that are there already."""
+        return sum(path.stat().st_size for path in self.directory.glob("*.safetensors"))
+
     def _empty(self) -> None:
-        with disk(self.directory):
-            for path in (*self.directory.iterdir(), *self.journal.iterdir()):
-                if path in (self.journal, self.journal / LOCK, self.journal / OWNER):
-                    continue
-                if path.is_dir():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink()
+        for path in (*self.directory.iterdir(), *self.journal.iterdir()):
+            if path in (self.journal, self.journal / LOCK, self.journal / OWNER):
+                continue
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
     def finish(self) -> None:
         """Give the directory its name, in place of an earlier result."""
         check_output(self.output, self._overwrite)  # another run may have been quicker
         old = _aside(self.output)
+        _check_aside(old)
         with disk(self.output):
-            if self.output.exists():
-                os.rename(self.output, old)
             try:
+                if self.output.exists():
+                    os.rename(self.output, old)
                 os.rename(self.directory, self.output)
             except BaseException:
-                if old.exists():
+                if old.exists() and not self.output.exists():
                     os.rename(old, self.output)
                 raise
+        self.finished = True
         tidy(self.output)
         self._lock.release()
 
@@ -125,18 +153,22 @@ def check_output(output: Path, overwrite: bool) -> None:
             raise OutputError(f"--output {output} cannot be made: {parent} is a file; give another directory")
         if not os.access(parent, os.W_OK):
             raise OutputError(f"--output {output} cannot be made: {parent} is not writable; give another directory")
-        if not resolved.exists():
-            return
-        if not resolved.is_dir():
+        if resolved.exists() and not resolved.is_dir():
             raise OutputError(f"--output {output} is a file; give a directory")
-        if not any(resolved.iterdir()):
-            return
-        if not is_result(resolved):
-            raise OutputError(f"--output {output} is not empty and no result of llm_snp; give another directory")
-        if not overwrite:
-            raise OutputError(f"--output {output} holds an earlier result; give another directory, or --overwrite")
-        if _aside(resolved).exists():
-            raise OutputError(f"{_aside(resolved)} is in the way; it may be a still earlier result: move or remove it")
+        if resolved.exists() and any(resolved.iterdir()):
+            if not is_result(resolved):
+                raise OutputError(f"--output {output} is not empty and no result of llm_snp; give another directory")
+            if not overwrite:
+                raise OutputError(f"--output {output} holds an earlier result; give another directory, or --overwrite")
+        # A run that was killed within `finish` leaves one, which the next run puts back or removes.
+        killed = (resolved / JOURNAL).exists() if resolved.exists() else partial.exists()
+        if not killed:
+            _check_aside(_aside(resolved))
+
+
+def _check_aside(aside: Path) -> None:
+    if aside.exists():
+        raise OutputError(f"{aside} is in the way; it may be a still earlier result: move or remove it")
 
 
 def is_result(directory: Path) -> bool:

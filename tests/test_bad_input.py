@@ -659,9 +659,12 @@ def test_disk_full_while_writing(shell: Shell, dense: Path, second_shard_fails: 
 
 def test_another_error_while_writing(shell: Shell, dense: Path, second_shard_fails: Any) -> None:
     second_shard_fails(OSError(errno.EIO, "Input/output error"))
-    message = shell.refused(dense)
+    code, out, err = shell.prune(dense)
+    assert (code, out) == (2, "")
     shard = f"{shell.output}.partial/model-00002-of-00004.safetensors"
-    assert message == f"{shard} cannot be written: Input/output error; give another directory"
+    assert err.startswith(f"llm_snp: {shard} cannot be written: Input/output error; give another directory; 1 of 3 ")
+    assert sorted(path.name for path in shell.directory.iterdir()) == ["out.partial"]
+    assert not list((shell.directory / "out.partial").glob(".model-*"))
 
 
 def test_a_failed_run_keeps_the_earlier_result(shell: Shell, dense: Path, second_shard_fails: Any) -> None:
@@ -684,9 +687,16 @@ def test_a_result_that_cannot_get_its_name_keeps_the_earlier_one(
             raise OSError(errno.EIO, "Input/output error")
         rename(source, target)
 
-    monkeypatch.setattr(os, "rename", fail)
-    shell.refused(dense, "--overwrite", "--seed", "1")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", fail)
+        code, _, err = shell.prune(dense, "--overwrite", "--seed", "1")
+    assert code == 2
+    assert err.startswith(f"llm_snp: {shell.output} cannot be written: Input/output error; give another directory; 3 ")
     assert weight_files(shell.output) == before
+    assert sorted(path.name for path in shell.directory.iterdir()) == ["out", "out.partial"]
+    assert shell.prune(dense, "--overwrite", "--seed", "1", "--resume")[0] == 0
+    assert weight_files(shell.output) != before
+    assert [path.name for path in shell.directory.iterdir()] == ["out"]
 
 
 def test_too_little_space_is_noticed_before_anything_is_computed(
