@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import platform
 import resource
 import shlex
@@ -154,6 +155,10 @@ def command_line() -> str:
     """The command as it can be typed again."""
     program = Path(sys.argv[0])
     head = ["python", "-m", "llm_snp"] if program.name == "__main__.py" else [program.name]
+    processes, here = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    if processes > 1 and program.name == "__main__.py":
+        nodes = ["--nnodes", str(processes // here)] if processes > here else []
+        head = ["torchrun", *nodes, "--nproc-per-node", str(here), "-m", "llm_snp"]
     return shlex.join([*head, *sys.argv[1:]])
 
 

@@ -16,6 +16,7 @@ from conftest import BLOCKS, LENGTH, SAMPLES, Shell, load
 import llm_snp
 from llm_snp import cli
 from llm_snp.config import METHODS, PruneConfig
+from llm_snp.report import command_line
 
 
 def test_help_lists_every_option(capsys: pytest.CaptureFixture[str]) -> None:
@@ -176,3 +177,23 @@ def test_from_python(dense: Path, text: Path, tmp_path: Path) -> None:
         llm_snp.prune(str(dense), 2)
     with pytest.raises(TypeError, match="sparsty"):
         llm_snp.prune(str(dense), sparsty=0.2)
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, "python -m llm_snp model --sparsity 0.3"),
+        ({"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8"}, "torchrun --nproc-per-node 8 -m llm_snp model --sparsity 0.3"),
+        (
+            {"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"},
+            "torchrun --nnodes 2 --nproc-per-node 8 -m llm_snp model --sparsity 0.3",
+        ),
+    ],
+)
+def test_the_command_can_be_typed_again(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], expected: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["/somewhere/llm_snp/__main__.py", "model", "--sparsity", "0.3"])
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert command_line() == expected
