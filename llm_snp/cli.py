@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from . import __version__
+from .allocator import give_back_freed_memory
 from .config import PruneConfig
 from .errors import OptionError, SnpError
 
@@ -87,29 +88,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options, dry_run = parse(arguments)
         options.validate()
-        _calm_libraries(options.quiet)
+        _calm_libraries(options.quiet or bool(_process()))
+        give_back_freed_memory()
         from .preview import preview, preview_text
         from .report import summary
         from .run import run
 
         if dry_run:
-            print(preview_text(preview(options)))
+            if not _process():
+                print(preview_text(preview(options)))
         else:
             report = run(options)
             if not _process():
                 print(summary(report))
     except SnpError as error:
-        print(f"llm_snp{_process()}: {' '.join(str(error).split())}", file=sys.stderr)
+        if not error.from_main:
+            print(f"llm_snp{_process()}: {' '.join(str(error).split())}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt as error:
-        print(f"llm_snp{_process()}: {str(error) or 'interrupted'}", file=sys.stderr)
+        # What is left behind only the main process knows.
+        print(f"llm_snp{_process()}: {(not _process() and str(error)) or 'interrupted'}", file=sys.stderr)
         return INTERRUPTED
     return 0
 
 
 def _process() -> str:
     """Which process speaks, where it is not the main one."""
-    index = os.environ.get("RANK", "0")
+    index = os.environ.get("RANK", "0") if os.environ.get("WORLD_SIZE", "1") != "1" else "0"
     return "" if index == "0" else f" (process {index})"
 
 

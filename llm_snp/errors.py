@@ -13,6 +13,8 @@ from collections.abc import Iterable
 class SnpError(Exception):
     """Base of every error that has its cause outside llm_snp."""
 
+    from_main = False  # whether it was raised on the main process, which says it, and sent to this one
+
 
 class OptionError(SnpError):
     """An option has a value that cannot be used."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -20,15 +20,38 @@ from .core.repair import subspace_of_units
 from .core.subspace import Subspace
 from .families import Attention, Site, linear
 from .plan import dims_curve
+from .processes import Processes
 from .prune_site import linear_weights, value_subspace
 from .sensitivity import read_sensitivity
 from .session import Session
 from .skeleton import Call, run_block
-from .stream import Taps
+from .stream import Stream, Taps
 
-# The cost of truncated scores cannot be read off moments (a softmax lies behind them): it is measured on one batch
-# at the ranks that divide the head into so many parts, and between them follows the tail of the singular values.
+# The cost of truncated scores cannot be read off moments (a softmax lies behind them): it is measured on a batch of
+# windows, at the ranks that divide the head into so many parts; between them it follows the tail of singular values.
 SCORE_PARTS = 4
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """Windows to measure scores on: the first `batch` of all processes, so that it does not matter how many there are.
+
+    hidden (B, T, d) before the block, of this process's first batch, and the block's call; of their tokens the first
+    `tokens` belong to the sample, which has `of` tokens in all processes together.
+    """
+
+    hidden: Tensor
+    call: Call
+    tokens: int
+    of: int
+
+    @classmethod
+    def of_stream(cls, stream: Stream, index: int) -> _Sample:
+        _, hidden, call = next(stream.batches(index))
+        count, length = stream.windows.shape
+        tokens = max(0, min(hidden.shape[0], stream.batch - stream.first)) * length
+        # On the CPU the batch is a view of the stream, which is about to move on.
+        return cls(hidden.clone(), call, tokens, min(count, stream.batch) * length)
 
 
 def measured_curves(session: Session, curves: list[SiteCurve]) -> list[SiteCurve]:
@@ -59,7 +82,7 @@ def measured_curves(session: Session, curves: list[SiteCurve]) -> list[SiteCurve
                 stream.advance(i, block)
                 step()
                 continue
-            sample = next(stream.batches(i)) if with_dims and processes.main else None
+            sample = _Sample.of_stream(stream, i) if with_dims else None
             moments = block_moments(i, block, stream, sites, attention if with_dims else None, advance=True)
             sensitivity = read_sensitivity(session, i)
             group.append(i)
@@ -69,15 +92,18 @@ def measured_curves(session: Session, curves: list[SiteCurve]) -> list[SiteCurve
                 if site.name != attention.site:
                     if processes.index == len(group) - 1:
                         waiting.append(partial(_unit_curve, curve, weight, site, moments[site.name], options, g))
-                elif processes.main:
+                    continue
+                costs = None
+                if sample is not None:
+                    costs = _score_costs(block, weight, site, attention, moments, options, g, sample, processes)
+                if processes.main:
                     choices = []
                     if curve.unit != "dims":
                         choices.append(_unit_curve(curve, weight, site, moments[site.name], options, g))
-                    if sample is not None:
+                    if costs is not None:
                         dims = curve if curve.unit == "dims" else dims_curve(curve, attention, options)
-                        choices.append(
-                            _dims_curve(dims, block, weight, site, attention, moments, options, g, *sample[1:])
-                        )
+                        values = moments[site.name].covariance
+                        choices.append(_dims_curve(dims, weight, attention, values, options, g, costs))
                     mine.append(min(choices, key=lambda c: _loss_at_share(c, options.sparsity)))
             del moments, block, sensitivity, sample
             if len(group) == processes.count or i + 1 == upto:
@@ -162,6 +188,20 @@ def _unit_curve(
 
 def _dims_curve(
     curve: SiteCurve,
+    weight: Tensor,
+    attention: Attention,
+    covariance: Tensor,
+    options: PruneConfig,
+    g: Tensor | None,
+    score_costs: Tensor,
+) -> SiteCurve:
+    """Value path: exact, from the subspace of directions. Scores: measured, see `_score_costs`."""
+    damping = options.curve_damping
+    _, _, subspace = value_subspace(covariance, weight, attention.heads, damping, g, options.sensitive_order)
+    return _with_curves(curve, subspace, score_costs, options)
+
+
+def _score_costs(
     block: nn.Module,
     weight: Tensor,
     site: Site,
@@ -169,32 +209,39 @@ def _dims_curve(
     moments: dict[str, Moments],
     options: PruneConfig,
     g: Tensor | None,
-    hidden: Tensor,
-    call: Call,
-) -> SiteCurve:
-    """Value path: exact, from the subspace of directions. Scores: measured at a few ranks."""
-    w, damping = attention.head_dim, options.curve_damping
-    covariance = moments[site.name].covariance
-    _, _, subspace = value_subspace(covariance, weight, attention.heads, damping, g, options.sensitive_order)
+    sample: _Sample,
+    processes: Processes,
+) -> Tensor:
+    """What truncating the scores to each rank adds to the output error, (w+1,); all processes take part."""
+    w = attention.head_dim
     query, key, power = head_space.score_basis(
-        moments[attention.query].uncentred, moments[attention.key].covariance, damping
+        moments[attention.query].uncentred, moments[attention.key].covariance, options.curve_damping
     )
     tail = torch.cat([power.sum(0), power.new_zeros(1)]).flip(0).cumsum(0).flip(0)
-    per_power = torch.zeros_like(tail)
     ranks = sorted({max(1, w * j // SCORE_PARTS) for j in range(1, SCORE_PARTS)})
-    reference = _consumer_input(block, site, hidden, call)
-    projections = [linear(block, name) for name in (attention.query, attention.key)]
-    dense = [(layer.weight, layer.bias) for layer in projections]
-    for rank in ranks:
-        for layer, saved, transform in zip(projections, dense, (query, key), strict=True):
-            _set_rows(layer, saved, transform, rank)
-        error = (_consumer_input(block, site, hidden, call) - reference).double() @ weight.mT
-        error -= error.mean(0)
-        weighted = error if g is None else error @ g
-        per_power[rank] = (error * weighted).sum(1).mean() / tail[rank].clamp_min(torch.finfo(tail.dtype).tiny)
-    for layer, saved in zip(projections, dense, strict=True):
-        layer.weight, layer.bias = saved
-    return _with_curves(curve, subspace, tail * _between(per_power, ranks), options)
+    first = weight.new_zeros(len(ranks), weight.shape[0])
+    second = weight.new_zeros(len(ranks))
+    if sample.tokens:
+        reference = _consumer_input(block, site, sample)
+        projections = [linear(block, name) for name in (attention.query, attention.key)]
+        dense = [(layer.weight, layer.bias) for layer in projections]
+        for j, rank in enumerate(ranks):
+            for layer, saved, transform in zip(projections, dense, (query, key), strict=True):
+                _set_rows(layer, saved, transform, rank)
+            error = (_consumer_input(block, site, sample) - reference).double() @ weight.mT
+            first[j] = error.sum(0)
+            second[j] = (error * (error if g is None else error @ g)).sum()
+        for layer, saved in zip(projections, dense, strict=True):
+            layer.weight, layer.bias = saved
+    processes.sum(first)
+    processes.sum(second)
+    # The mean error is no loss: the bias takes it.
+    mean = first / sample.of
+    costs = second / sample.of - (mean * (mean if g is None else mean @ g)).sum(1)
+    per_power = torch.zeros_like(tail)
+    for rank, cost in zip(ranks, costs.clamp_min(0.0), strict=True):
+        per_power[rank] = cost / tail[rank].clamp_min(torch.finfo(tail.dtype).tiny)
+    return tail * _between(per_power, ranks)
 
 
 def _set_rows(layer: Any, saved: tuple[Tensor, Tensor | None], transform: Tensor, rank: int) -> None:
@@ -209,11 +256,11 @@ def _set_rows(layer: Any, saved: tuple[Tensor, Tensor | None], transform: Tensor
 
 
 @torch.no_grad()
-def _consumer_input(block: nn.Module, site: Site, hidden: Tensor, call: Call) -> Tensor:
-    """What the consumer reads when the block runs on hidden (B, T, d), (B·T, m) float32."""
+def _consumer_input(block: nn.Module, site: Site, sample: _Sample) -> Tensor:
+    """What the consumer reads of the sample's tokens of this process, (tokens, m) float32."""
     with Taps(block, inputs=[site.consumer]) as taps:
-        run_block(block, hidden, call)
-    return taps.input(site.consumer).float()
+        run_block(block, sample.hidden, sample.call)
+    return taps.input(site.consumer)[: sample.tokens].float()
 
 
 def _between(values: Tensor, ranks: list[int]) -> Tensor:

@@ -25,10 +25,15 @@ KEPT = "kept"
 
 
 class PrunedBlocks:
-    """The blocks of the result, each a shard that is finished once its hash is in the journal."""
+    """The blocks of the result, each a shard that is finished once its hash is in the journal.
 
-    def __init__(self, writer: Writer, journal: Journal, blocks: str, report: Report, progress: Progress):
-        self.writer, self.journal, self.blocks = writer, journal, blocks
+    blocks: their path in the model; device: by way of which tensors travel between processes.
+    """
+
+    def __init__(
+        self, writer: Writer, journal: Journal, blocks: str, device: torch.device, report: Report, progress: Progress
+    ):
+        self.writer, self.journal, self.blocks, self.device = writer, journal, blocks, device
         self.report, self.progress = report, progress
 
     def finished(self, index: int) -> tuple[State, BlockLoss] | None:
@@ -41,11 +46,11 @@ class PrunedBlocks:
             self.journal.rescue(f"{file} was pruned by another plan")
             return None
         processes = self.journal.processes
-        tensors = self.writer.adopt(index, record[DIGEST]) if processes.main else None
+        tensors = processes.on_main(lambda: self.writer.adopt(index, record[DIGEST]))
         if not processes.from_main(lambda: tensors is not None):
             self.journal.rescue(f"{file} was gone or damaged")
             return None
-        state = processes.tensors_from_main(tensors, torch.device("cpu"))
+        state = processes.tensors_from_main(tensors, self.device)
         losses = {site: SiteLoss(**loss) for site, loss in record["losses"].items()}
         self._tell(index, losses, " (finished before)")
         return {name.removeprefix(self._prefix(index)): tensor for name, tensor in state.items()}, losses
@@ -56,7 +61,8 @@ class PrunedBlocks:
         Later blocks were fitted to what an interrupted run had here: if this is not it, they are made again as well.
         """
         before = self.journal.read(_name(index))
-        if self.journal.processes.main:
+
+        def write() -> None:
             found = self.writer.shard(index, {self._prefix(index) + name: tensor for name, tensor in state.items()})
             if before is None or before[DIGEST] != found:
                 self.journal.forget(_name(later) for later in range(index + 1, len(self._kept)))
@@ -66,6 +72,8 @@ class PrunedBlocks:
                 "losses": {site: dataclasses.asdict(loss) for site, loss in losses.items()},
             }
             self.journal.write(_name(index), record)
+
+        self.journal.processes.on_main(write)
         self._tell(index, losses)
 
     def _tell(self, index: int, losses: BlockLoss, remark: str = "") -> None:

@@ -12,6 +12,7 @@ from .card import model_card
 from .checkpoint import Checkpoint
 from .config import PruneConfig
 from .data import Windows
+from .errors import OptionError
 from .evaluation.perplexity import Perplexity, perplexity_streamed
 from .executor import decide, prune_blocks
 from .hub import load_tokenizer
@@ -39,19 +40,32 @@ def run(options: PruneConfig) -> dict[str, Any]:
     """
     options.validate()
     offload = check_offload(options.offload)
-    processes = Processes(cpu=options.device == "cpu" or not torch.cuda.is_available())
-    progress = Progress(options.quiet or not processes.main)
-    with progress.phase("load"):
-        job = open_job(options, weights=True, local_index=processes.local_index)
-        earlier = processes.from_main(lambda: finished_before(job))
-        if earlier is not None:
-            progress.say(f"{job.output} is finished already")
-            return earlier
-        workspace = Workspace(job.output, options.overwrite, options.resume) if processes.main else None
-    with kept_for_resume(workspace, job.config.num_hidden_layers):
-        report = _Run(job, Storage(offload, job.device.type == "cuda"), processes, progress, workspace).prune()
-    processes.leave()
-    return report
+    with Processes(cpu=options.device == "cpu" or not torch.cuda.is_available()) as processes:
+        check_processes(options, processes.count)
+        progress = Progress(options.quiet or not processes.main)
+        with progress.phase("load"):
+            job = open_job(options, weights=True, local_index=processes.local_index)
+            earlier = processes.from_main(lambda: finished_before(job))
+            if earlier is not None:
+                progress.say(f"{job.output} is finished already")
+                return earlier
+            workspace = processes.on_main(lambda: Workspace(job.output, options.overwrite, options.resume))
+        with kept_for_resume(workspace, job.config.num_hidden_layers):
+            return _Run(job, Storage(offload, job.device.type == "cuda"), processes, progress, workspace).prune()
+
+
+def check_processes(options: PruneConfig, count: int) -> None:
+    """Raise `OptionError` if `count` processes cannot share the work."""
+    if options.samples < count:
+        raise OptionError(
+            f"--samples is {options.samples}, but each of the {count} processes needs a calibration window; give "
+            "more --samples, or start fewer processes"
+        )
+    if count > 1 and options.device.startswith("cuda:"):
+        raise OptionError(
+            f"--device {options.device} is one GPU, but there are {count} processes, which take one each; leave it "
+            "out, and choose GPUs with CUDA_VISIBLE_DEVICES"
+        )
 
 
 class _Run:
@@ -71,13 +85,16 @@ class _Run:
             self.journal.expect("settings", settings(job.options, self.dtype))
             self.journal.expect("model", processes.from_main(lambda: model_identity(job, self.checkpoint)))
             self.tokenizer = load_tokenizer(job.directory)
-            if workspace is not None:
-                whole = sum(file.stat().st_size for file in self.checkpoint.files)
-                check_space(job.output, whole - workspace.written_bytes)
+            processes.on_main(self._check_space)
             self.skeleton = Skeleton(job.config, job.family.blocks, self.checkpoint, job.device, self.dtype)
         with progress.phase("text"):
             self.calibration, self.evaluation = processes.from_main(self._read_text)
             self.journal.expect("calibration", calibration_identity(self.calibration))
+
+    def _check_space(self) -> None:
+        """The result is no larger than the dense model; what an interrupted run has written is there already."""
+        whole = sum(file.stat().st_size for file in self.checkpoint.files)
+        check_space(self.job.output, whole - _known(self.workspace).written_bytes)
 
     def _read_text(self) -> tuple[Windows, dict[str, Windows]]:
         job, options = self.job, self.job.options
@@ -108,27 +125,29 @@ class _Run:
         progress.say(f"plan: {plan.why}")
         report.planned(plan, sum(p.numel() for p in empty_model(job.config).parameters()))
         writer = Writer(self.directory, len(skeleton) + 1)
-        blocks = PrunedBlocks(writer, self.journal, job.family.blocks, report, progress)
+        blocks = PrunedBlocks(writer, self.journal, job.family.blocks, job.device, report, progress)
         prune_blocks(session, plan, blocks.save, blocks.finished)
         self._write(writer, plan)
-        # Also without evaluation: what was written must load. The index is there, the main process made it.
-        pruned = open_result(self.directory, job, self.dtype)
+        if not self.evaluation:  # what was written must load all the same
+            self.processes.on_main(lambda: open_result(self.directory, job, self.dtype))
         for source, windows in self.evaluation.items():
+            pruned = open_result(self.directory, job, self.dtype)
             report.evaluated(source, "pruned", self._evaluate(pruned, windows, "pruned"))
         for rescue in self.journal.rescued:
             report.note(rescue)
         report.finished(job.output, writer.weight_bytes, progress.seconds)
-        if self.workspace is not None:
-            writer.json(REPORT, report.data)
-            writer.text("README.md", model_card(report.data))
-            self.workspace.finish()
-        return self.processes.from_main(lambda: report.data)
+        return self.processes.from_main(lambda: self._finish(writer, report))
 
     def _write(self, writer: Writer, plan: Plan) -> None:
+        """Write what is not a block; when this returns, all processes may read the result."""
         with self.progress.phase("save"):
-            if self.processes.main:
-                write_rest(writer, self.job, self.skeleton, plan, self.tokenizer)
-            self.processes.from_main(lambda: None)  # the others may read it now
+            self.processes.on_main(lambda: write_rest(writer, self.job, self.skeleton, plan, self.tokenizer))
+
+    def _finish(self, writer: Writer, report: Report) -> dict[str, Any]:
+        writer.json(REPORT, report.data)
+        writer.text("README.md", model_card(report.data))
+        _known(self.workspace).finish()
+        return report.data
 
     def _dense_perplexity(self, windows: Windows) -> Perplexity:
         """Perplexity of the dense model; an interrupted run may have measured it."""
