@@ -97,7 +97,7 @@ class Journal:
                     "with --resume"
                 ) from error
 
-        return self.processes.tensors_from_main(load() if self.processes.main else None, device)
+        return self.processes.tensors_from_main(self.processes.on_main(load), device)
 
     def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         if self.processes.main:

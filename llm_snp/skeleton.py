@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from .checkpoint import Checkpoint
+from .core.stopwatch import timed
 
 # Logits of so many positions at once: with a vocabulary of 50,000 a whole window of them is larger than a block.
 HEAD_TOKENS = 512
@@ -78,6 +79,7 @@ class _Recorder(nn.Module):
         return (result,) if self.returns_tuple else result
 
 
+@timed("forward")
 def run_block(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
     """hidden (B, T, d) through one block, (B, T, d)."""
     output = block(hidden, *call.args, **call.kwargs)
@@ -154,7 +156,8 @@ class Skeleton:
             following = reader.submit(self.block_state, waiting[0]) if waiting else None
             for here, index in enumerate(waiting):
                 assert following is not None
-                state = following.result()
+                with timed("load"):
+                    state = following.result()
                 following = reader.submit(self.block_state, waiting[here + 1]) if here + 1 < len(waiting) else None
                 yield index, state
                 del state
@@ -163,6 +166,7 @@ class Skeleton:
         """The tensors of a block, on the host in the dtype of the checkpoint."""
         return self.checkpoint.block(f"{self.blocks_path}.{index}")
 
+    @timed("load")
     def load_block(
         self, index: int, state: Mapping[str, Tensor], narrow: Callable[[nn.Module], None] | None = None
     ) -> nn.Module:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
+from .core.stopwatch import timed
 from .files import digest, disk, write_json, write_tensors, write_text
 
 # Of the dense model these go along unchanged; weights, config and card are written anew.
@@ -43,6 +44,7 @@ class Writer:
         """Of shard `number` (from 0)."""
         return self.directory / f"model-{number + 1:05d}-of-{self._shards:05d}.safetensors"
 
+    @timed("save")
     def shard(self, number: int, tensors: Mapping[str, Tensor]) -> str:
         """Write shard `number` with tensors named as in the model; returns a hash of the file."""
         path = self.path(number)
