@@ -27,31 +27,36 @@ from .session import Session
 from .skeleton import Call, run_block
 from .stream import Stream, Taps
 
-# The cost of truncated scores cannot be read off moments (a softmax lies behind them): it is measured on a batch of
-# windows, at the ranks that divide the head into so many parts; between them it follows the tail of singular values.
+# The cost of truncated scores cannot be read off moments (a softmax lies behind them): it is measured on windows of
+# so many tokens, at the ranks that divide the head into so many parts; between them it follows the tail of the squared
+# singular values.
+SCORE_TOKENS = 4096
 SCORE_PARTS = 4
 
 
 @dataclass(frozen=True)
 class _Sample:
-    """Windows to measure scores on: the first `batch` of all processes, so that it does not matter how many there are.
+    """Windows to measure scores on: the first few of all processes, whatever their number and the device's batch.
 
-    hidden (B, T, d) before the block, of this process's first batch, and the block's call; of their tokens the first
-    `tokens` belong to the sample, which has `of` tokens in all processes together.
+    batches: hidden states (B, T, d) before the block, how many of their tokens belong to the sample, and the block's
+    call, on this process; of: tokens of the sample in all processes together.
     """
 
-    hidden: Tensor
-    call: Call
-    tokens: int
+    batches: list[tuple[Tensor, int, Call]]
     of: int
 
     @classmethod
     def of_stream(cls, stream: Stream, index: int) -> _Sample:
-        _, hidden, call = next(stream.batches(index))
         count, length = stream.windows.shape
-        tokens = max(0, min(hidden.shape[0], stream.batch - stream.first)) * length
-        # On the CPU the batch is a view of the stream, which is about to move on.
-        return cls(hidden.clone(), call, tokens, min(count, stream.batch) * length)
+        windows = min(count, max(1, SCORE_TOKENS // length))
+        batches = []
+        for rows, hidden, call in stream.batches(index):
+            inside = windows - stream.first - rows.start
+            if inside <= 0:
+                break
+            # On the CPU the batch is a view of the stream, which is about to move on.
+            batches.append((hidden.clone(), min(inside, hidden.shape[0]) * length, call))
+        return cls(batches, windows * length)
 
 
 def measured_curves(session: Session, curves: list[SiteCurve]) -> list[SiteCurve]:
@@ -221,7 +226,7 @@ def _score_costs(
     ranks = sorted({max(1, w * j // SCORE_PARTS) for j in range(1, SCORE_PARTS)})
     first = weight.new_zeros(len(ranks), weight.shape[0])
     second = weight.new_zeros(len(ranks))
-    if sample.tokens:
+    if sample.batches:
         reference = _consumer_input(block, site, sample)
         projections = [linear(block, name) for name in (attention.query, attention.key)]
         dense = [(layer.weight, layer.bias) for layer in projections]
@@ -258,9 +263,12 @@ def _set_rows(layer: Any, saved: tuple[Tensor, Tensor | None], transform: Tensor
 @torch.no_grad()
 def _consumer_input(block: nn.Module, site: Site, sample: _Sample) -> Tensor:
     """What the consumer reads of the sample's tokens of this process, (tokens, m) float32."""
-    with Taps(block, inputs=[site.consumer]) as taps:
-        run_block(block, sample.hidden, sample.call)
-    return taps.input(site.consumer)[: sample.tokens].float()
+    found = []
+    for hidden, tokens, call in sample.batches:
+        with Taps(block, inputs=[site.consumer]) as taps:
+            run_block(block, hidden, call)
+        found.append(taps.input(site.consumer)[:tokens].float())
+    return torch.cat(found)
 
 
 def _between(values: Tensor, ranks: list[int]) -> Tensor:
