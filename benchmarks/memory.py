@@ -23,10 +23,9 @@ from typing import Any
 
 import torch
 from perplexity import aligned, check_files, provenance, write_json
-from shapes import SHAPES, make_checkpoint, make_config, make_text
+from shapes import SHAPES, make_checkpoint, make_config, make_text, run_options
 
 from llm_snp.cli import BAD_INPUT
-from llm_snp.config import PruneConfig
 from llm_snp.errors import SnpError
 from llm_snp.preview import preview
 
@@ -38,29 +37,16 @@ def estimated(name: str, args: argparse.Namespace, folder: Path, device: str) ->
     """The dry run's figures for one shape; `cuda` is estimated without there being one."""
     directory = folder / name
     make_config(directory, SHAPES[name], torch.float16, args.blocks)
-    p = preview(options(directory, args, folder), torch.device(device))
+    p = preview(run_options(folder, name, args), torch.device(device))
     e = p.estimate
     return {"device": e.device, "host": e.host, "disk": e.disk, "operations": e.operations, "parameters": p.parameters}
-
-
-def options(directory: Path, args: argparse.Namespace, folder: Path) -> PruneConfig:
-    return PruneConfig(
-        str(directory),
-        args.sparsity,
-        str(folder / "pruned"),
-        calibration=str(folder / "text.txt"),
-        samples=args.samples,
-        sequence_length=args.sequence_length,
-        method=args.method,
-        evaluate=(),
-    )
 
 
 def measured(name: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Make the checkpoint, prune it in a process of its own, and read the peak from its report."""
     directory, output = folder / name, folder / "pruned"
     make_checkpoint(directory, SHAPES[name], torch.float16, args.blocks)
-    o = options(directory, args, folder)
+    o = run_options(folder, name, args)
     command = [sys.executable, "-m", "llm_snp", str(directory), "--sparsity", str(o.sparsity), "--output", str(output)]
     command += ["--calibration", str(o.calibration), "--samples", str(o.samples), "--method", o.method, "--overwrite"]
     command += ["--sequence-length", str(o.sequence_length), "--device", "cpu", "--no-evaluate", "--quiet"]

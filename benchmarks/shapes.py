@@ -5,6 +5,7 @@ Nothing is downloaded. The tokenizer is that of the embedded model; the vocabula
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
 import shutil
@@ -15,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import OPTConfig
 
+from llm_snp.config import PruneConfig
 from llm_snp.hub import EMBEDDED
 from llm_snp.skeleton import empty_model
 
@@ -82,6 +84,22 @@ def make_checkpoint(
         else:
             tensors[name] = (0.02 * torch.randn(parameter.shape, generator=generator)).to(dtype)
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def run_options(folder: Path, shape: str, args: argparse.Namespace) -> PruneConfig:
+    """Options of a run on `folder`/<shape> with the text of `make_text`, from the arguments that benchmarks share."""
+    return PruneConfig(
+        str(folder / shape),
+        args.sparsity,
+        str(folder / "pruned"),
+        calibration=str(folder / "text.txt"),
+        samples=args.samples,
+        sequence_length=args.sequence_length,
+        method=args.method,
+        evaluate=(),
+        overwrite=True,
+        quiet=True,
+    )
 
 
 def make_text(file: Path, tokens: int, seed: int = 0) -> None:

@@ -12,6 +12,7 @@ in the computing type, what solves (`order`, `subspace`, `repair`) with float64 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import statistics
 import sys
 import time
@@ -22,7 +23,7 @@ from typing import Any
 
 import torch
 from perplexity import aligned, check_files, provenance, write_json
-from shapes import SHAPES, make_checkpoint, make_text
+from shapes import SHAPES, make_checkpoint, make_text, run_options
 from transformers.utils import logging
 
 from llm_snp.cli import BAD_INPUT
@@ -67,20 +68,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         folder = Path(temporary)
         make_checkpoint(folder / args.shape, SHAPES[args.shape], getattr(torch, args.stored), args.blocks)
         make_text(folder / "text.txt", 2 * args.samples * args.sequence_length)
-        options = PruneConfig(
-            str(folder / args.shape),
-            args.sparsity,
-            str(folder / "pruned"),
-            calibration=str(folder / "text.txt"),
-            samples=args.samples,
-            sequence_length=args.sequence_length,
-            method=args.method,
-            device=args.device,
-            dtype=args.dtype,
-            evaluate=(),
-            overwrite=True,
-            quiet=True,
-        )
+        options = dataclasses.replace(run_options(folder, args.shape, args), device=args.device, dtype=args.dtype)
         p = preview(options)
         rates = {"computing": matrix_rate(p.job.device, p.dtype), "float64": matrix_rate(p.job.device, torch.float64)}
         runs = [once(options) for _ in range(args.runs)]

@@ -219,6 +219,29 @@ def test_computing_in_half_precision(prune: Prune, dense: Path, tmp_path: Path, 
         assert (logits(model, ids) - whole).square().mean() < 0.5 * whole.square().mean()
 
 
+@pytest.mark.parametrize("computed", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16])
+def test_outliers_in_sixteen_bits(
+    prune: Prune, tmp_path: Path, ids: torch.Tensor, stored: torch.dtype, computed: str
+) -> None:
+    """A neuron and a residual channel a thousand times larger than the others, as large models have them."""
+    model = tiny_opt(dtype=torch.float32)
+    with torch.no_grad():
+        for block in model.model.decoder.layers:
+            block.fc1.bias[3] += 1000.0
+            block.fc2.weight[:, 3] /= 1000.0
+            block.fc2.bias[5] += 50.0
+    dense = save(model.to(stored), tmp_path / "dense")
+    report = prune(dense, tmp_path / "out", dtype=computed, samples=24)
+    whole, pruned = logits(load(dense), ids), logits(load(tmp_path / "out"), ids)
+    assert torch.isfinite(pruned).all()
+    # Sixteen bits compute the outliers' products to a hundredth or so; what is lost is not that.
+    assert (pruned - whole).square().mean() < 0.5 * whole.var()
+    assert all(
+        site["damping"] in (None, 1e-3) for block in report["blocks"] for site in (block["attention"], block["mlp"])
+    )
+
+
 @pytest.mark.parametrize("attention", ATTENTION_MODES)
 def test_round_to(prune: Prune, dense: Path, tmp_path: Path, attention: str) -> None:
     report = prune(dense, tmp_path / "out", 0.5, round_to=4, attention=attention)
