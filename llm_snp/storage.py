@@ -33,7 +33,10 @@ class Storage:
         if self.offload is None or not size:
             return torch.empty(shape, dtype=dtype, pin_memory=self.pinned)
         with disk(self.offload), tempfile.TemporaryFile(prefix="llm-snp-", dir=self.offload) as file:
-            os.posix_fallocate(file.fileno(), 0, size)
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
+            else:  # macOS cannot reserve
+                file.truncate(size)
             mapped = mmap.mmap(file.fileno(), size)  # holds the file as long as the tensor lives
         return torch.frombuffer(mapped, dtype=dtype).view(shape)
 
