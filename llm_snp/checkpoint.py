@@ -39,12 +39,14 @@ class Checkpoint:
         self.directory = Path(directory)
         self._legacy: dict[str, dict[str, Tensor]] = {}  # files that cannot be mapped are read once, as a whole
         self._where: dict[str, tuple[str, str]] = {}  # name in the model -> (file, key in the file)
+        self._facts: dict[str, tuple[tuple[int, ...], Any]] = {}  # name in the model -> (shape, type)
         self._stamps: dict[str, tuple[int, int]] = {}  # file -> its size and time when it was first opened
         listed = self._files()
         self.files = [self.directory / file for file in listed]
         renames = list(renames)
         for file, keys in listed.items():
-            present = self._open(file).keys()
+            handle = self._open(file)
+            present = handle.keys()
             for key in present if keys is None else keys:
                 if key not in present:
                     raise CheckpointError(f"{self.directory / file} has no tensor {key!r}, which the index expects")
@@ -54,6 +56,7 @@ class Checkpoint:
                 if name in self._where:
                     raise CheckpointError(f"{self.directory} has {name} twice, as {self._where[name][1]} and as {key}")
                 self._where[name] = (file, key)
+                self._facts[name] = _facts(handle, key)
         if not self._where:
             raise CheckpointError(f"{self.directory} has weight files ({_some(list(listed))}), but no tensor in them")
 
@@ -107,18 +110,11 @@ class Checkpoint:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, without reading it."""
-        file, key = self._where[name]
-        handle = self._open(file)
-        return tuple(handle[key].shape if isinstance(handle, dict) else handle.get_slice(key).get_shape())
+        return self._facts[name][0]
 
     def dtype(self, name: str) -> torch.dtype:
         """Type of a tensor, without reading it. Raises `CheckpointError` if it is not floating-point."""
-        file, key = self._where[name]
-        handle = self._open(file)
-        if isinstance(handle, dict):
-            return self._checked(name, handle[key].dtype)
-        found = handle.get_slice(key).get_dtype()
-        return self._checked(name, WEIGHT_TYPES.get(found, found))
+        return self._checked(name, self._facts[name][1])
 
     def _checked(self, name: str, dtype: Any) -> torch.dtype:
         if dtype in WEIGHT_TYPES.values():
@@ -178,7 +174,7 @@ class Checkpoint:
         for name, source in tied.items():
             # A checkpoint may have stored only the other half of the pair.
             if source not in present and name in present:
-                self._where[source] = self._where.pop(name)
+                self._where[source], self._facts[source] = self._where.pop(name), self._facts.pop(name)
                 present = set(self._where)
             elif source in present and name in present and not torch.equal(self.tensor(name), self.tensor(source)):
                 raise CheckpointError(
@@ -233,6 +229,14 @@ def _read_pickled(path: Path) -> tuple[dict[str, Tensor], bool]:
             f"{path} is not the state dict of a model: expected tensors by name; save model.state_dict()"
         )
     return loaded, zipped
+
+
+def _facts(handle: Any, key: str) -> tuple[tuple[int, ...], Any]:
+    """Shape and type of a tensor in an open file; safetensors' own name for a type that is none of a weight."""
+    if isinstance(handle, dict):
+        return tuple(handle[key].shape), handle[key].dtype
+    found = handle.get_slice(key)
+    return tuple(found.get_shape()), WEIGHT_TYPES.get(found.get_dtype(), found.get_dtype())
 
 
 def _tensors(names: list[str]) -> str:
