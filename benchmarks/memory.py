@@ -5,8 +5,8 @@
         --json memory.json --markdown memory.md
 
 Checkpoints have random weights in fp16. Each is made on disk (in --work), pruned by `python -m llm_snp` in a process
-of its own, and removed; the peak is what the system counted for that process (ru_maxrss), interpreter and libraries
-included. `--blocks N` makes them N blocks deep only, for a quick look.
+of its own, and removed; the peak is what the system counted for that process, interpreter and libraries included.
+`--blocks N` makes them N blocks deep only, for a quick look.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ from perplexity import aligned, check_files, provenance, write_json
 from shapes import SHAPES, make_checkpoint, make_config, make_text, run_options
 
 from llm_snp.cli import BAD_INPUT
+from llm_snp.core.allocation import ALLOCATIONS
 from llm_snp.errors import SnpError
 from llm_snp.preview import preview
 
 # What a process that has only imported everything takes is measured, too: the estimate is without it.
-IMPORTS = "import resource, llm_snp.run; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+IMPORTS = "import llm_snp.run; from llm_snp.report import peak_host_bytes; print(peak_host_bytes())"
 
 
 def estimated(name: str, args: argparse.Namespace, folder: Path, device: str) -> dict[str, Any]:
@@ -49,6 +50,7 @@ def measured(name: str, args: argparse.Namespace, folder: Path) -> dict[str, Any
     o = run_options(folder, name, args)
     command = [sys.executable, "-m", "llm_snp", str(directory), "--sparsity", str(o.sparsity), "--output", str(output)]
     command += ["--calibration", str(o.calibration), "--samples", str(o.samples), "--method", o.method, "--overwrite"]
+    command += ["--allocation", o.allocation] if o.allocation else []
     command += ["--sequence-length", str(o.sequence_length), "--device", "cpu", "--no-evaluate", "--quiet"]
     start = time.perf_counter()
     subprocess.run(command, check=True)
@@ -87,11 +89,12 @@ def table(data: dict[str, Any]) -> list[list[str]]:
 def markdown(data: dict[str, Any]) -> str:
     lines = table(data)
     rule = ["---", *["---:" for _ in lines[0][1:]]]
+    by = f" --allocation {data['allocation']}" if data["allocation"] else ""
     depth = f", {data['blocks']} blocks of each" if data["blocks"] else ""
     body = [
         "# What a run needs",
         "",
-        f"`--method {data['method']} --sparsity {data['sparsity']:g}` with {data['samples']} windows of "
+        f"`--method {data['method']}{by} --sparsity {data['sparsity']:g}` with {data['samples']} windows of "
         f"{data['sequence_length']} tokens, fp16 checkpoints with random weights{depth}: computed by `--dry-run`, and "
         "the peak resident size of the process where it was measured (CPU, computing in float32). Host memory "
         f"includes {data['imports'] / 1e9:.2f} GB of interpreter and libraries; without evaluation.",
@@ -112,6 +115,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--sequence-length", type=int, default=2048, metavar="T", help="tokens per window (default: 2048)")
     p.add_argument("--sparsity", type=float, default=0.3, metavar="S", help="share to remove (default: 0.3)")
     p.add_argument("--method", default="best", help="preset (default: best)")
+    p.add_argument("--allocation", choices=ALLOCATIONS, help="instead of the preset's; uniform needs no measuring pass")
     p.add_argument("--blocks", type=int, metavar="N", help="make the models N blocks deep only")
     p.add_argument("--work", type=Path, metavar="DIR", help="where checkpoints are made (default: a temporary folder)")
     p.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
@@ -130,6 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             imports = int(subprocess.run([sys.executable, "-c", IMPORTS], check=True, capture_output=True).stdout)
             data = provenance(__file__, arguments) | {
                 "method": args.method,
+                "allocation": args.allocation,
                 "sparsity": args.sparsity,
                 "samples": args.samples,
                 "sequence_length": args.sequence_length,

@@ -96,6 +96,7 @@ def run_options(folder: Path, shape: str, args: argparse.Namespace) -> PruneConf
         samples=args.samples,
         sequence_length=args.sequence_length,
         method=args.method,
+        allocation=args.allocation,
         evaluate=(),
         overwrite=True,
         quiet=True,

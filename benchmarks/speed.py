@@ -28,6 +28,7 @@ from transformers.utils import logging
 
 from llm_snp.cli import BAD_INPUT
 from llm_snp.config import DTYPES, METHODS, PruneConfig
+from llm_snp.core.allocation import ALLOCATIONS
 from llm_snp.core.stopwatch import Stopwatch
 from llm_snp.errors import SnpError
 from llm_snp.preview import preview
@@ -132,6 +133,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--sequence-length", type=int, default=2048, metavar="T", help="tokens per window (default: 2048)")
     p.add_argument("--sparsity", type=float, default=0.3, metavar="S", help="share to remove (default: 0.3)")
     p.add_argument("--method", default="best", choices=METHODS, help="preset (default: best)")
+    p.add_argument("--allocation", choices=ALLOCATIONS, help="instead of the preset's")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:i (default: auto)")
     p.add_argument("--dtype", default="auto", choices=DTYPES, help="type to compute in (default: auto)")
     p.add_argument("--stored", default="float16", choices=DTYPES[1:], help="type of the checkpoint (default: float16)")

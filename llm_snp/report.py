@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import platform
+import re
 import resource
 import shlex
 import sys
@@ -133,11 +134,24 @@ class Report:
         self.data["model"]["bytes_pruned"] = weight_bytes
         self.data["output"] = str(output)
         self.data["seconds"] = {name: round(value, 3) for name, value in seconds.items()}
-        scale = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB elsewhere
         self.data["peak_memory"] = {
-            "host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale,
+            "host_bytes": peak_host_bytes(),
             "device_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
         }
+
+
+def peak_host_bytes() -> int:
+    """The largest resident size of this process so far.
+
+    On Linux the program's own (VmHWM): `ru_maxrss` begins with that of the process that started it.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        found = re.search(r"^VmHWM:\s+(\d+) kB$", status.read_text(), re.MULTILINE)
+        if found:
+            return int(found[1]) * 1024
+    scale = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
 
 def versions() -> dict[str, str]:

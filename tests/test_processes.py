@@ -50,6 +50,8 @@ def work(
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     os.chdir(directory)
     torch.set_num_threads(1)
+    # A shell that starts the tests in the background has them ignore Ctrl-C, and every process after them.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv = ["llm_snp", *arguments]
     before(rank)
     sys.exit(cli.main(arguments) if arguments else 0)

@@ -344,7 +344,14 @@ def test_interrupted_and_the_command_it_prints(runs: Runs) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{python}:{os.environ['PATH']}"}
     arguments = [sys.executable, "-m", "llm_snp", *runs.arguments("--no-evaluate", "--method", "snp")]
     process = subprocess.Popen(
-        arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+        arguments,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        start_new_session=True,
+        # A shell that starts the tests in the background has them ignore Ctrl-C, and every process after them.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     until(lambda: (runs.journal / "block-00000.json").exists() or process.poll() is not None)
     process.send_signal(signal.SIGINT)
