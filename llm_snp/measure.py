@@ -70,7 +70,7 @@ def measured_curves(session: Session, curves: list[SiteCurve]) -> list[SiteCurve
     sites, attention = session.family.sites(session.config), session.family.attention(session.config)
     with_dims = options.attention != "heads"
     by_site = {(curve.block, curve.site): curve for curve in curves}
-    known = _measured_before(session, curves)
+    known = _measured_before(session)
     missing = [i for i in range(len(skeleton)) if i not in known]
     if not missing:
         session.progress.say("curves: measured by the interrupted run")
@@ -124,7 +124,7 @@ def measured_curves(session: Session, curves: list[SiteCurve]) -> list[SiteCurve
     return [curve for i in range(len(skeleton)) for curve in known[i]]
 
 
-def _measured_before(session: Session, curves: list[SiteCurve]) -> dict[int, list[SiteCurve]]:
+def _measured_before(session: Session) -> dict[int, list[SiteCurve]]:
     """Block -> its curves, for the blocks whose curves an interrupted run left in the journal."""
     found = {}
     for i in range(len(session.skeleton)):

@@ -96,7 +96,7 @@ def _name(index: int) -> str:
 def write_rest(writer: Writer, job: Job, skeleton: Skeleton, plan: Plan, tokenizer: Any) -> None:
     """Everything but the blocks: outer weights, config, tokenizer, modelling file; the index last."""
     family, config, checkpoint = job.family, job.config, skeleton.checkpoint
-    writer.shard(len(skeleton), {name: checkpoint.tensor(name) for name in skeleton.outer})
+    writer.shard(len(skeleton), dict(checkpoint.tensors(skeleton.outer)))
     widths = [family.widths(config, kept) for kept in plan.kept]
     stock = family.stock_fields(config, widths)
     own = ("model_type", "architectures", "auto_map")  # what the result has of its own, or does not have
