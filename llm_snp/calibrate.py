@@ -73,7 +73,10 @@ def _read(
     block: nn.Module, site: Site, rows: slice, hidden: Tensor, call: Call, reference: Reference | None
 ) -> tuple[Tensor, Tensor | None]:
     """What a site's consumer reads in a batch (n, m), and the residual (n, d) if there is a reference."""
-    wanted = [site.consumer, site.stream]
+    wanted = [site.consumer]
+    if reference is not None and reference.residual:
+        assert site.stream is not None
+        wanted.append(site.stream)
     with Taps(block, inputs=wanted, outputs=[site.consumer]) as taps:
         run_block(block, hidden, call)
     if reference is None:
@@ -83,7 +86,7 @@ def _read(
         output = run_block(reference.block, other, call)
     residual = dense.output(site.consumer).float() - taps.output(site.consumer).float()
     if reference.residual:
-        residual += dense.input(site.stream).float() - taps.input(site.stream).float()
+        residual += dense.input(wanted[1]).float() - taps.input(wanted[1]).float()
     if reference.advance and reference.stream is not None:
         reference.stream.states[rows] = output.cpu()
     return taps.input(site.consumer), residual

@@ -13,7 +13,7 @@ import torch
 
 from .config import PruneConfig
 from .core.linalg import working_dtype
-from .families import Family, Site, linear
+from .families import ATTENTION, Family, Site, linear
 from .sensitivity import gradient_windows
 from .skeleton import HEAD_TOKENS
 from .stream import BATCH_TOKENS
@@ -54,7 +54,6 @@ class _Sizes:
 
     sites: tuple[Site, ...]
     outputs: dict[str, int]
-    attention: str
     blocks: int
     block: int
     tokens: int
@@ -73,7 +72,7 @@ def estimate(
     kept_share: float,
 ) -> Estimate:
     """Estimate peaks and work. model: on meta; length: tokens per window; kept_share: of all parameters."""
-    sites = family.sites(config)
+    sites = family.prunable(config, options.attention)
     blocks = model.get_submodule(family.blocks)
     size, stored = dtype.itemsize, 2
     per_block = sum(p.numel() for p in blocks[0].parameters())
@@ -88,7 +87,7 @@ def estimate(
     batch = max(BATCH_TOKENS.get(device.type, 4096), length)
     activations = size * batch * (HIDDEN_COPIES * d + 2 * m) + FLOAT32 * batch * m
     moments = working * (m * m + (d * m if follows_dense else 0))
-    live_blocks = 2 if follows_dense or options.attention != "heads" else 1
+    live_blocks = 2 if follows_dense or options.directions else 1
     measuring = live_blocks * per_block * size + moments + activations
     matrices = WORKING_MATRICES.get(options.order or "", 1)
     solving = per_block * size + moments + max(matrices * working * m * m, FLOAT64 * m * m) + 4 * FLOAT64 * d * m
@@ -111,7 +110,6 @@ def estimate(
     sizes = _Sizes(
         sites,
         outputs,
-        family.attention(config).site,
         len(blocks),
         family.linear_parameters(blocks[0], config),
         options.samples * length,
@@ -124,7 +122,7 @@ def estimate(
 def operations(sizes: _Sizes, options: PruneConfig) -> dict[str, float]:
     """Floating-point operations of each phase, as `core.stopwatch` names them."""
     follows_dense = options.target in ("dense", "residual")
-    dims = options.attention != "heads"
+    dims = options.directions
     # Attention counts every pair of positions: that is what a kernel without a causal shortcut computes.
     once = sizes.tokens * (2.0 * sizes.block + 4.0 * sizes.length * sizes.hidden)
     passes = 0.0  # of all tokens through a block
@@ -143,7 +141,7 @@ def operations(sizes: _Sizes, options: PruneConfig) -> dict[str, float]:
             found["moments"] += 2 * share * sizes.tokens * sum(d * d for d in sizes.outputs.values())
     for site in sizes.sites:
         m, d = float(site.units * site.group), float(sizes.outputs[site.name])
-        by_direction = site.name == sizes.attention and dims
+        by_direction = site.name == ATTENTION and dims
         collected = options.measures + (options.sparsity > 0) * (1 + by_direction)
         found["moments"] += collected * sizes.tokens * m * m
         found["moments"] += follows_dense * 2 * sizes.tokens * d * m

@@ -82,7 +82,8 @@ def prune_blocks(
                 block = pruner.block
                 del pruner
             else:
-                block = skeleton.load_block(i, done[0], partial(family.narrow, **family.widths(config, plan.kept[i])))
+                widths = family.widths(config, plan.kept[i])
+                block = skeleton.load_block(i, done[0], partial(family.pruned_class.narrow, **widths))
                 if dense_stream is not None and not last:
                     dense_stream.advance(i, skeleton.load_block(i, dense_state))
             if not last:
@@ -111,7 +112,7 @@ class _BlockPruner:
         self.dense = self.session.skeleton.load_block(self.index, state)
         self._load(state)
         losses: BlockLoss = {}
-        sites = self.session.family.sites(self.session.config)
+        sites = self.session.sites
         for site in sites:
             losses[site.name] = self._prune(site, last=site is sites[-1])
         return losses
@@ -121,7 +122,7 @@ class _BlockPruner:
         self.state = state
         family = self.session.family
         widths = family.widths(self.session.config, self.done)
-        self.block = self.session.skeleton.load_block(self.index, state, partial(family.narrow, **widths))
+        self.block = self.session.skeleton.load_block(self.index, state, partial(family.pruned_class.narrow, **widths))
 
     def _prune(self, site: Site, last: bool) -> SiteLoss:
         options = self.session.options
@@ -134,7 +135,8 @@ class _BlockPruner:
         reference = None
         assert self.dense is not None
         if self.dense_stream is not None:
-            reference = Reference(self.dense, self.dense_stream, options.target == "residual", advance=last)
+            residual = options.target == "residual" and site.stream is not None
+            reference = Reference(self.dense, self.dense_stream, residual, advance=last)
         elif by_direction:  # what the whole heads give on the pruned stream
             reference = Reference(self.dense, None)
         moments = site_moments(self.index, self.block, self.stream, site, reference, hold_out=options.damping == "auto")
@@ -158,6 +160,7 @@ class _BlockPruner:
     def _narrow_heads(self, site: Site, rank: int, g: Tensor | None) -> None:
         """Cut the heads to `rank` directions, chosen on the pruned stream."""
         attention = self.session.family.attention(self.session.config)
+        assert attention is not None
         found = block_moments(self.index, self.block, self.stream, (site,), attention)
         values, queries, keys = (found[name] for name in (site.name, attention.query, attention.key))
         options = self.session.options

@@ -18,7 +18,7 @@ from .core.allocation import SiteCurve
 from .core.moments import Moments
 from .core.repair import subspace_of_units
 from .core.subspace import Subspace
-from .families import Attention, Site, linear
+from .families import ATTENTION, Attention, Site, linear
 from .plan import dims_curve
 from .processes import Processes
 from .prune_site import linear_weights, value_subspace
@@ -67,8 +67,8 @@ def measured_curves(session: Session, curves: list[SiteCurve]) -> list[SiteCurve
     interrupted run is not measured again.
     """
     skeleton, options, processes = session.skeleton, session.options, session.processes
-    sites, attention = session.family.sites(session.config), session.family.attention(session.config)
-    with_dims = options.attention != "heads"
+    sites = session.sites
+    attention = session.family.attention(session.config) if options.directions else None
     by_site = {(curve.block, curve.site): curve for curve in curves}
     known = _measured_before(session)
     missing = [i for i in range(len(skeleton)) if i not in known]
@@ -87,29 +87,29 @@ def measured_curves(session: Session, curves: list[SiteCurve]) -> list[SiteCurve
                 stream.advance(i, block)
                 step()
                 continue
-            sample = _Sample.of_stream(stream, i) if with_dims else None
-            moments = block_moments(i, block, stream, sites, attention if with_dims else None, advance=True)
+            sample = None if attention is None else _Sample.of_stream(stream, i)
+            moments = block_moments(i, block, stream, sites, attention, advance=True)
             sensitivity = read_sensitivity(session, i)
             group.append(i)
             for site in sites:
                 curve, g = by_site[i, site.name], sensitivity.get(site.name)
                 weight, _ = linear_weights(state, site.consumer, skeleton.device)
-                if site.name != attention.site:
+                if site.name != ATTENTION:
                     if processes.index == len(group) - 1:
                         waiting.append(partial(_unit_curve, curve, weight, site, moments[site.name], options, g))
                     continue
                 costs = None
-                if sample is not None:
+                if sample is not None and attention is not None:
                     costs = _score_costs(block, weight, site, attention, moments, options, g, sample, processes)
                 if processes.main:
                     choices = []
                     if curve.unit != "dims":
                         choices.append(_unit_curve(curve, weight, site, moments[site.name], options, g))
-                    if costs is not None:
+                    if costs is not None and attention is not None:
                         dims = curve if curve.unit == "dims" else dims_curve(curve, attention, options)
                         values = moments[site.name].covariance
                         choices.append(_dims_curve(dims, weight, attention, values, options, g, costs))
-                    mine.append(min(choices, key=lambda c: _loss_at_share(c, options.sparsity)))
+                    mine.append(_better(choices, options.sparsity))
             del moments, block, sensitivity, sample
             if len(group) == processes.count or i + 1 == upto:
                 while waiting:
@@ -148,6 +148,14 @@ def _to_json(curve: SiteCurve) -> dict[str, Any]:
 def _from_json(entry: dict[str, Any]) -> SiteCurve:
     values = {name: torch.tensor(entry[name], dtype=torch.float64) for name in ("variance", "loss")}
     return SiteCurve(**(entry | values))
+
+
+def _better(choices: list[SiteCurve], share: float) -> SiteCurve:
+    """Of heads and dims, those that lose less where a share of the site goes; only one of them may be able to."""
+    able = [curve for curve in choices if curve.removable >= share * curve.units * curve.cost]
+    if not able:
+        return max(choices, key=lambda curve: curve.removable)
+    return min(able, key=lambda curve: _loss_at_share(curve, share))
 
 
 def _loss_at_share(curve: SiteCurve, share: float) -> float:

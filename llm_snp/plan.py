@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from .config import PruneConfig
 from .core.allocation import ALLOCATIONS, SiteCurve, allocate
 from .core.orders import NEEDS_NONNEGATIVE
 from .errors import OptionError
-from .families import Attention, Family
+from .families import ATTENTION, Attention, Family
 
 # Attention kernels want head dimensions that are multiples of 8; more would forbid pruning heads of 64.
 HEAD_DIM_MULTIPLE = 8
@@ -60,11 +61,11 @@ class Plan:
 
 def check_order(family: Family, config: Any, options: PruneConfig) -> None:
     """Raise `OptionError` if the order cannot rank the units of some site, before anything is loaded."""
-    attention = family.attention(config)
-    for site in family.sites(config):
-        by_direction = site.name == attention.site and options.attention == "dims"
+    for site in family.prunable(config, options.attention):
+        by_direction = site.name == ATTENTION and options.attention == "dims"
         if options.order in NEEDS_NONNEGATIVE and not (site.nonnegative or by_direction):
-            remedy = "--attention dims" if site.name == attention.site else "another order, such as greedy"
+            directions = site.name == ATTENTION and family.attention(config) is not None
+            remedy = "--attention dims" if directions else "another order, such as greedy"
             raise OptionError(
                 f"--order {options.order} needs activations that cannot be negative, and the {site.unit} of this "
                 f"model's {site.name} layers can be; choose {remedy}"
@@ -76,10 +77,10 @@ def empty_curves(family: Family, config: Any, blocks: Sequence[nn.Module], optio
     attention = family.attention(config)
     curves = []
     for i, block in enumerate(blocks):
-        for site in family.sites(config):
+        for site in family.prunable(config, options.attention):
             multiple = min(options.round_to, site.units) if site.unit == "neurons" else 1
             curve = SiteCurve(i, site.name, site.unit, site.units, family.unit_cost(block, site), multiple)
-            if site.name == attention.site and options.attention == "dims":
+            if site.name == ATTENTION and attention is not None and options.attention == "dims":
                 curve = dims_curve(curve, attention, options)
             curves.append(curve)
     return curves
@@ -97,21 +98,54 @@ def dims_curve(heads: SiteCurve, attention: Attention, options: PruneConfig) -> 
     )
 
 
+def check_budget(family: Family, config: Any, blocks: Sequence[nn.Module], options: PruneConfig) -> None:
+    """Raise `OptionError` if no plan can meet the budget, before anything is measured."""
+    attention = family.attention(config)
+    most = 0
+    for curve in empty_curves(family, config, blocks, options):
+        choices = [curve]
+        if curve.unit != "dims" and curve.site == ATTENTION and attention is not None and options.directions:
+            choices.append(dims_curve(curve, attention, options))
+        most += max(choice.removable for choice in choices)
+    _check_removable(options, most, sum(family.linear_parameters(block, config) for block in blocks))
+
+
+def _check_removable(options: PruneConfig, most: int, base: int) -> None:
+    """most: parameters that can go; base: all linear ones of the blocks."""
+    if options.sparsity * base > most:
+        raise OptionError(
+            f"--sparsity {options.sparsity:g} would leave a block empty; with one unit left everywhere at most "
+            f"{int(1000 * most / base) / 1000:g} can be removed from this model{_with(options)}: lower it"
+        )
+
+
 def make_plan(
     family: Family, config: Any, blocks: Sequence[nn.Module], options: PruneConfig, curves: Sequence[SiteCurve], by: str
 ) -> Plan:
     """Allocate the budget over `curves` with allocation `by`. Raises `OptionError` if that cannot be met."""
     base = sum(family.linear_parameters(block, config) for block in blocks)
     asked = options.sparsity * base
-    most = sum(curve.removable for curve in curves)
-    if asked > most:
-        raise OptionError(
-            f"--sparsity {options.sparsity:g} would leave a block empty; with one unit left everywhere at most "
-            f"{int(1000 * most / base) / 1000:g} can be removed from this model: lower it"
-        )
-    counts = allocate(by, curves, asked)
+    _check_removable(options, sum(curve.removable for curve in curves), base)
+    if options.format == "stock":
+        alike = allocate(by, _alike(curves), asked)
+        counts = alike * len(blocks)
+    else:
+        counts = allocate(by, curves, asked)
     kept: list[dict[str, int]] = [{} for _ in blocks]
     for curve, count in zip(curves, counts, strict=True):
         kept[curve.block][curve.unit] = count
     removed = sum((curve.units - count) * curve.cost for curve, count in zip(curves, counts, strict=True))
     return Plan(tuple(kept), tuple(curves), by, asked, removed, base)
+
+
+def _alike(curves: Sequence[SiteCurve]) -> list[SiteCurve]:
+    """The sites of the first block, each for those of all blocks: one config field says how wide all of them are."""
+    blocks = 1 + max(curve.block for curve in curves)
+    return [dataclasses.replace(curve, cost=curve.cost * blocks) for curve in curves if curve.block == 0]
+
+
+def _with(options: PruneConfig) -> str:
+    """What narrows the choice of what can be removed."""
+    if options.format == "stock":
+        return " with --format stock"
+    return f" with --attention {options.attention}" if options.attention == "none" else ""

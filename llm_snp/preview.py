@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import torch
 
 from .config import PruneConfig
+from .device import resolve_dtype
 from .estimate import Estimate, estimate
 from .hub import config_dtype
-from .job import Job, open_job, resolve_dtype
+from .job import Job, open_job
 from .plan import Plan, empty_curves, make_plan
-from .skeleton import empty_model
+from .skeleton import empty_model, linear_blocks
 from .storage import check_offload
 from .workspace import check_output
 
@@ -39,9 +40,9 @@ def preview(options: PruneConfig, device: torch.device | None = None) -> Preview
     device = device or job.device
     dtype = resolve_dtype(options.dtype, device, config_dtype(config))
     model = empty_model(config)
-    blocks = list(model.get_submodule(family.blocks))
-    plan = make_plan(family, config, blocks, options, empty_curves(family, config, blocks, options), "uniform")
     parameters = sum(p.numel() for p in model.parameters())
+    blocks, _ = linear_blocks(model, family.blocks)
+    plan = make_plan(family, config, blocks, options, empty_curves(family, config, blocks, options), "uniform")
     needed = estimate(model, family, config, options, job.length, dtype, device, 1 - plan.removed / parameters)
     return Preview(job, plan, options.measures, parameters, needed, dtype)
 

@@ -100,10 +100,11 @@ def prune_units(
     pruned = solve(moments.all, damping)
     new = dict(state)
     columns = pruned.columns.cpu()
-    for name in site.producers:
+    for name in site.layers[:-1]:
+        rows = site.rows_left(name, new[f"{name}.weight"].shape[0], columns)
         for suffix in ("weight", "bias"):
             if f"{name}.{suffix}" in new:
-                new[f"{name}.{suffix}"] = new[f"{name}.{suffix}"][columns].contiguous()
+                new[f"{name}.{suffix}"] = new[f"{name}.{suffix}"][rows].contiguous()
     store(new, site.consumer, pruned.weight, pruned.bias if f"{site.consumer}.bias" in state else None)
     return SiteResult(new, pruned.lost, pruned.total, pruned.damping)
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from .modeling_snp import SnpOPTConfig, SnpOPTForCausalLM
+from .families import FAMILIES
 
 
 def register_auto_classes() -> None:
-    """Register every class of `modeling_snp`; doing it again is harmless."""
-    AutoConfig.register(SnpOPTConfig.model_type, SnpOPTConfig, exist_ok=True)
-    AutoModelForCausalLM.register(SnpOPTConfig, SnpOPTForCausalLM, exist_ok=True)
+    """Register the pruned classes of all families; doing it again is harmless."""
+    for family in FAMILIES.values():
+        config_class = family.pruned_class.config_class
+        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+        AutoModel.register(config_class, family.pruned_class.base_class, exist_ok=True)
+        AutoModelForCausalLM.register(config_class, family.pruned_class, exist_ok=True)

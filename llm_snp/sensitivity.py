@@ -41,7 +41,7 @@ def read_sensitivity(session: Session, index: int) -> dict[str, Tensor]:
     device, block = session.skeleton.device, session.skeleton.blocks[index]
     stored = session.journal.read_tensors(_name(index), device)
     found = {}
-    for site in session.family.sites(session.config):
+    for site in session.sites:
         mean, d = stored[site.name].to(device, torch.float64), linear(block, site.consumer).out_features
         if session.options.sensitivity == "scalar":
             mean = torch.eye(d, dtype=torch.float64, device=device) * (mean / d)
@@ -76,7 +76,7 @@ def measure_sensitivity(session: Session) -> None:
             for row, ids in enumerate(stream.tokens):
                 generator = torch.Generator().manual_seed(1_000_003 * options.seed + stream.first + row)
                 gradient[row] = _loss_gradient(skeleton, ids, stream.states[row], generator)
-        sites = session.family.sites(session.config)
+        sites = session.sites
         consumers = [site.consumer for site in sites]
         for i, state in skeleton.block_states(reversed(blocks)):
             block = skeleton.load_block(i, state)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from .config import PruneConfig
-from .families import Family
+from .families import Family, Site
 from .journal import Journal
 from .processes import Processes
 from .progress import Progress
@@ -30,6 +30,11 @@ class Session:
     storage: Storage
     journal: Journal
     progress: Progress
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """What is pruned in each block, in this order."""
+        return self.family.prunable(self.config, self.options.attention)
 
     def stream(self, windows: int | None = None) -> Stream:
         """The hidden states of this process's share of the first `windows` windows (all), before the first block."""

@@ -18,6 +18,7 @@ from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from .checkpoint import Checkpoint
 from .core.stopwatch import timed
@@ -99,7 +100,7 @@ class Skeleton:
         self.model: Any = empty_model(config)
         shapes, self.tied, harmless = expected_tensors(self.model)
         checkpoint.audit(shapes, self.tied, harmless)
-        self.blocks = list(self.model.get_submodule(blocks_path))
+        self.blocks, self._transposed = linear_blocks(self.model, blocks_path)
         inner = blocks_path + "."
         self.outer = [n for n in checkpoint.names() if n in shapes and n not in self.tied and not n.startswith(inner)]
         self._outer_users = 0
@@ -163,8 +164,12 @@ class Skeleton:
                 del state
 
     def block_state(self, index: int) -> dict[str, Tensor]:
-        """The tensors of a block, on the host in the dtype of the checkpoint."""
-        return self.checkpoint.block(f"{self.blocks_path}.{index}")
+        """The tensors of a block, on the host in the dtype of the checkpoint, linear weights as (out, in)."""
+        return self.turn(self.checkpoint.block(f"{self.blocks_path}.{index}"))
+
+    def turn(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A block's tensors from the orientation of the checkpoint to (out, in), or back."""
+        return {name: tensor.mT.contiguous() if name in self._transposed else tensor for name, tensor in state.items()}
 
     @timed("load")
     def load_block(
@@ -185,6 +190,21 @@ def empty_model(config: Any) -> Any:
         model = AutoModelForCausalLM.from_config(config)
     model.tie_weights()
     return model
+
+
+def linear_blocks(model: nn.Module, path: str) -> tuple[list[nn.Module], frozenset[str]]:
+    """The decoder blocks of an empty model with linear layers only, and the weights that are stored transposed.
+
+    GPT-2 has `Conv1D` layers, which are linear layers with weights (in, out).
+    """
+    blocks: list[nn.Module] = list(model.get_submodule(path))  # type: ignore[call-overload]
+    transposed: set[str] = set()
+    for block in blocks:
+        for name, layer in list(block.named_modules()):
+            if isinstance(layer, Conv1D):
+                _set_submodule(block, name, nn.Linear(layer.nx, layer.nf, layer.bias is not None, device="meta"))
+                transposed.add(f"{name}.weight")
+    return blocks, frozenset(transposed)
 
 
 def expected_tensors(model: nn.Module) -> tuple[dict[str, tuple[int, ...]], dict[str, str], list[str]]:

@@ -24,7 +24,7 @@ from llm_snp.checkpoint import Checkpoint
 from llm_snp.data import calibration_windows, documents, evaluation_windows, self_written
 from llm_snp.errors import CorpusError
 from llm_snp.evaluation.perplexity import perplexity_loaded, perplexity_streamed
-from llm_snp.families import OPT
+from llm_snp.families import FAMILIES
 from llm_snp.hub import load_config
 from llm_snp.skeleton import Skeleton
 
@@ -183,7 +183,9 @@ def test_perplexity_is_that_of_the_protocol(dense: Path, held_out: Path, tokeniz
         if len(losses) > 300:
             break
     windows = data.Windows(windows.tokens[: len(losses) // (LENGTH - 1)], "some", "", 0, 0)
-    skeleton = Skeleton(load_config(dense), OPT.blocks, Checkpoint(dense), torch.device("cpu"), torch.float32)
+    skeleton = Skeleton(
+        load_config(dense), FAMILIES["opt"].blocks, Checkpoint(dense), torch.device("cpu"), torch.float32
+    )
     for found in (
         perplexity_loaded(model, windows, lambda: None),
         perplexity_streamed(skeleton, windows, lambda: None),

@@ -28,7 +28,7 @@ def test_cost_of_a_unit_is_what_narrowing_removes(dense: Path, mode: str) -> Non
     for curve in empty_curves(family, config, [block], PruneConfig(attention=mode)):
         for left in (1, curve.units - 1):
             narrowed = copy.deepcopy(block)
-            family.narrow(narrowed, **family.widths(config, {curve.unit: left}))
+            family.pruned_class.narrow(narrowed, **family.widths(config, {curve.unit: left}))
             assert parameters(block) - parameters(narrowed) == (curve.units - left) * curve.cost
 
 

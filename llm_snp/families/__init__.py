@@ -5,26 +5,67 @@
 
 from __future__ import annotations
 
+import importlib
+
 from ..errors import UnsupportedModelError
-from .base import Attention, Family, Site, linear
-from .opt import OPT
+from .base import ATTENTION, MLP, Attention, Family, Rows, Site, linear
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (OPT,)}
+__all__ = ["ATTENTION", "FAMILIES", "MLP", "Attention", "Family", "Rows", "Site", "family_of", "linear"]
 
-__all__ = ["FAMILIES", "Attention", "Family", "Site", "family_of", "linear"]
+# model_type -> the file of this folder that describes it.
+FILES = {
+    "opt": "opt",
+    "llama": "llama",
+    "mistral": "mistral",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "gemma": "gemma",
+    "gemma2": "gemma2",
+    "gemma3_text": "gemma3",
+    "phi": "phi",
+    "phi3": "phi3",
+    "gpt2": "gpt2",
+    "gpt_neox": "gpt_neox",
+    "falcon": "falcon",
+    "olmo": "olmo",
+}
+# What is asked for and cannot be had, with the reason.
+REASONS = {
+    "mixtral": "which experts read a token depends on the text, and their layers are stored as one",
+    "qwen2_moe": "which experts read a token depends on the text, and their layers are stored as one",
+    "qwen3_moe": "which experts read a token depends on the text, and their layers are stored as one",
+    "gemma3": "it is the model for images and text; save its language model by itself, as gemma3_text",
+    "olmo2": "its norms of queries and keys go over all heads together, so that no head can go alone",
+    "olmo3": "its norms of queries and keys go over all heads together, so that no head can go alone",
+}
+
+
+def _families() -> dict[str, Family]:
+    """Those that the installed transformers has."""
+    found = {}
+    for model_type, file in FILES.items():
+        try:
+            module = importlib.import_module(f".{file}", __name__)
+        except ImportError:  # a younger model than this transformers
+            continue
+        found[model_type] = getattr(module, file.upper())
+    return found
+
+
+FAMILIES = _families()
 
 
 def family_of(config: object) -> Family:
     """The family of a transformers config. Raises `UnsupportedModelError` with the list of families otherwise."""
     model_type = getattr(config, "model_type", "unknown")
-    pruned = {family.pruned_model_type: family for family in FAMILIES.values()}
-    if model_type in pruned:
+    if model_type in {family.pruned_model_type for family in FAMILIES.values()}:
         raise UnsupportedModelError(
             f"this checkpoint is already pruned (model type {model_type!r}); prune the dense model to another size"
         )
     if model_type not in FAMILIES:
+        reason = f": {REASONS[model_type]}" if model_type in REASONS else ""
         raise UnsupportedModelError(
-            f"models of type {model_type!r} cannot be pruned yet; supported: {', '.join(sorted(FAMILIES))}"
+            f"models of type {model_type!r} cannot be pruned{reason}; supported: {', '.join(sorted(FAMILIES))}"
         )
     FAMILIES[model_type].check(config)
     return FAMILIES[model_type]

@@ -6,13 +6,29 @@ linear layer that reads it. A *site* is one consumer with its producers in one d
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
 
 from ..errors import UnsupportedModelError
+
+ATTENTION, MLP = "attention", "mlp"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a linear layer that make the units of a site: unit i has those from `start + i * per_unit` on.
+
+    Rows that belong to no unit stay. A fused layer (gate and up, or query, key and value in one) has several of these.
+    """
+
+    layer: str
+    per_unit: int = 1
+    start: int = 0
 
 
 @dataclass(frozen=True)
@@ -20,11 +36,13 @@ class Site:
     """One consumer with its producers; module names are relative to the decoder block.
 
     name         `attention` or `mlp`
-    unit         what is counted: `heads` or `neurons`
+    unit         what is counted: `heads` or `neurons`. With grouped queries a head is a key/value head with the query
+                 heads that read it
     units        how many there are in the dense model
-    group        g, columns of the consumer (and rows of each producer) per unit
-    producers    linear layers whose rows make the units; consumer: the linear layer that reads them
-    stream       the module whose input is the residual stream that the consumer's output is added to
+    group        g, columns of the consumer per unit
+    producers    the rows that make the units; consumer: the linear layer that reads them
+    stream       the module whose input is the residual stream that the consumer's output is added to, as it is; None
+                 where a norm lies between
     nonnegative  whether the consumer's input is ≥ 0 by construction
     """
 
@@ -32,10 +50,25 @@ class Site:
     unit: str
     units: int
     group: int
-    producers: tuple[str, ...]
+    producers: tuple[Rows, ...]
     consumer: str
-    stream: str
+    stream: str | None
     nonnegative: bool = False
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Every linear layer of the site once: the producers, then the consumer."""
+        return (*dict.fromkeys(rows.layer for rows in self.producers), self.consumer)
+
+    def rows_left(self, layer: str, count: int, columns: Tensor) -> Tensor:
+        """Of `count` rows of a producer those that stay, ascending, if of the consumer's `columns` (k·g,) are left."""
+        gone = torch.ones(self.units, dtype=torch.bool)
+        gone[columns // self.group] = False
+        stays = torch.ones(count, dtype=torch.bool)
+        for rows in self.producers:
+            if rows.layer == layer:
+                stays[rows.start : rows.start + self.units * rows.per_unit] = ~gone.repeat_interleave(rows.per_unit)
+        return stays.nonzero().squeeze(1)
 
 
 @dataclass(frozen=True)
@@ -45,7 +78,6 @@ class Attention:
     `value` rows and `consumer` columns share one free basis per head, `query` and `key` rows another.
     """
 
-    site: str
     query: str
     key: str
     value: str
@@ -53,45 +85,99 @@ class Attention:
     head_dim: int
 
 
+def check_config(config: Any, *sizes: str) -> None:
+    """Raise `UnsupportedModelError` if one of the fields `sizes` is no size, or the activation none that is known."""
+    for name in ("hidden_size", "num_hidden_layers", "vocab_size", *sizes):
+        if getattr(config, name) < 1:
+            raise UnsupportedModelError(f"{name} is {getattr(config, name)} in config.json; it must be at least 1")
+    for name in ("activation_function", "hidden_act", "hidden_activation", "activation"):
+        function = getattr(config, name, None)
+        if function is not None and function not in ACT2FN:
+            raise UnsupportedModelError(f"{name} {function!r} in config.json is none that transformers has")
+
+
+def check_multiple(config: Any, whole: str, part: str) -> None:
+    """Raise `UnsupportedModelError` unless one field is a multiple of another."""
+    if getattr(config, whole) % getattr(config, part):
+        raise UnsupportedModelError(
+            f"{whole} {getattr(config, whole)} is not a multiple of {part} {getattr(config, part)}"
+        )
+
+
+def field(name: str) -> Callable[[Any, int], dict[str, int]]:
+    """For `Family.stock`: one config field that counts the units."""
+    return lambda config, count: {name: count}
+
+
+def no_directions(config: Any) -> None:
+    """For `Family.attention`: heads can go as a whole only."""
+    return None
+
+
 @dataclass(frozen=True)
 class Family:
     """A model family as data.
 
-    model_type, pruned_model_type   of the dense and of the pruned config
+    model_type   of the dense config
     blocks       path of the decoder blocks in the causal-LM model
     sites        config -> the sites of a block, in the order in which they are pruned
-    attention    config -> where the heads are
-    widths       (config, kept per unit name) -> keyword arguments of `narrow`, and an entry of `block_widths`
-    narrow       narrows a live block in place
-    pruned_config, pruned_class     of `modeling_snp`
-    stock_fields (config, widths of all blocks) -> config fields with which the stock class has these widths, or None
+    attention    config -> where the parts of the heads are, or None where heads can only go as a whole
+    pruned_class of `llm_snp.modeling`: its `config_class` has the widths, its `base_class` is the model without the
+                 head, its `narrow` narrows a live block in place
+    stock        unit -> (config, count) -> the config fields with which the stock class has as many of them
     renames      (regular expression, replacement) pairs from other key spellings to the model's own, applied in order
     check        raises `UnsupportedModelError` for a config that would be pruned wrongly
     """
 
     model_type: str
-    pruned_model_type: str
     blocks: str
     sites: Callable[[Any], tuple[Site, ...]]
-    attention: Callable[[Any], Attention]
-    widths: Callable[[Any, dict[str, int]], dict[str, int]]
-    narrow: Callable[..., None]
-    pruned_config: type
-    pruned_class: type
-    stock_fields: Callable[[Any, list[dict[str, int]]], dict[str, Any] | None]
-    renames: tuple[tuple[str, str], ...]
+    pruned_class: Any
+    stock: Mapping[str, Callable[[Any, int], dict[str, int]]]
     check: Callable[[Any], None]
+    attention: Callable[[Any], Attention | None] = no_directions
+    renames: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def pruned_model_type(self) -> str:
+        return str(self.pruned_class.config_class.model_type)
+
+    def prunable(self, config: Any, attention: str | None) -> tuple[Site, ...]:
+        """The sites of a block that `--attention` lets be pruned: all, or all but the attention's."""
+        return tuple(site for site in self.sites(config) if attention != "none" or site.name != ATTENTION)
+
+    def widths(self, config: Any, kept: dict[str, int]) -> dict[str, int]:
+        """Keyword arguments of `pruned_class.narrow`, an entry of `block_widths`: `kept`, and the rest as it was."""
+        attention = self.attention(config)
+        whole = {site.unit: site.units for site in self.sites(config)}
+        directions = {} if attention is None else {"head_dim": kept.get("dims", attention.head_dim)}
+        return {unit: kept.get(unit, units) for unit, units in whole.items()} | directions
+
+    def stock_fields(self, config: Any, kept: Sequence[dict[str, int]]) -> dict[str, int] | None:
+        """The config fields with which the stock class has the units that are `kept` in each block, or None.
+
+        A stock config has one number for all blocks.
+        """
+        whole = self.widths(config, {})
+        found = [self.widths(config, block) for block in kept]
+        changed = {name for widths in found for name in widths if widths[name] != whole[name]}
+        if any(widths != found[0] for widths in found) or not changed <= set(self.stock):
+            return None
+        fields: dict[str, int] = {}
+        for unit in changed or ("neurons",):
+            fields |= self.stock[unit](config, found[0][unit])
+        return fields
 
     def linear_parameters(self, block: nn.Module, config: Any) -> int:
         """Parameters of the linear layers of one block, the base of `--sparsity` (METHOD, section 6)."""
-        names = {name for site in self.sites(config) for name in (*site.producers, site.consumer)}
+        names = {name for site in self.sites(config) for name in site.layers}
         return sum(p.numel() for name in names for p in linear(block, name).parameters())
 
     def unit_cost(self, block: nn.Module, site: Site) -> int:
-        """Parameters that go with one unit: g rows (and biases) of each producer, g columns of the consumer."""
+        """Parameters that go with one unit: its rows (and biases) of each producer, g columns of the consumer."""
         cost = linear(block, site.consumer).out_features * site.group
-        for name in site.producers:
-            cost += sum(p.numel() // p.shape[0] * site.group for p in linear(block, name).parameters())
+        for rows in site.producers:
+            cost += sum(p.numel() // p.shape[0] * rows.per_unit for p in linear(block, rows.layer).parameters())
         return cost
 
 

@@ -1,0 +1,27 @@
+"""The table of models in the README, from the code: python docs/support.py"""
+
+from __future__ import annotations
+
+import importlib
+
+from transformers import AutoConfig
+
+from llm_snp.families import FAMILIES, FILES, REASONS
+
+
+def table() -> str:
+    """Markdown: what can be pruned of each family, and what is refused with its reason."""
+    lines = ["| model type | what it is | attention | repair | stock |", "|---|---|---|---|---|"]
+    for model_type, family in FAMILIES.items():
+        config = AutoConfig.for_model(model_type)
+        about = importlib.import_module(f"llm_snp.families.{FILES[model_type]}").__doc__ or ""
+        what = about.splitlines()[0].rstrip(".")
+        attention = "directions, heads" if family.attention(config) else "heads"
+        repair = "residual" if all(site.stream for site in family.sites(config)) else "dense"
+        lines.append(f"| `{model_type}` | {what} | {attention} | {repair} | {', '.join(sorted(family.stock))} |")
+    lines += [f"| `{model_type}` | refused: {reason} | | | |" for model_type, reason in REASONS.items()]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table())

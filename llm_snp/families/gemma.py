@@ -1,0 +1,8 @@
+"""Gemma (1)."""
+
+from __future__ import annotations
+
+from ..modeling.gemma import SnpGemmaForCausalLM
+from .llama import like_llama
+
+GEMMA = like_llama("gemma", SnpGemmaForCausalLM)

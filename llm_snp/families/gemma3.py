@@ -1,0 +1,10 @@
+"""Gemma 3, text only: what a layer gives is normed before it joins the residual stream."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from ..modeling.gemma3 import SnpGemma3ForCausalLM
+from .llama import like_llama, sites
+
+GEMMA3 = like_llama("gemma3_text", SnpGemma3ForCausalLM, sites=partial(sites, attention=None, mlp=None))

@@ -1,0 +1,36 @@
+"""GPT-2: query, key and value in one layer, one after the other; weights stored transposed (Conv1D)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..modeling.gpt2 import SnpGPT2LMHeadModel
+from .base import ATTENTION, MLP, Family, Rows, Site, check_config, check_multiple, field
+
+
+def _sites(config: Any) -> tuple[Site, ...]:
+    heads, width = config.n_head, config.n_embd // config.n_head
+    neurons = config.n_inner or 4 * config.n_embd
+    qkv = tuple(Rows("attn.c_attn", width, part * config.n_embd) for part in range(3))
+    nonnegative = config.activation_function == "relu"
+    return (
+        Site(ATTENTION, "heads", heads, width, qkv, "attn.c_proj", "ln_1"),
+        Site(MLP, "neurons", neurons, 1, (Rows("mlp.c_fc"),), "mlp.c_proj", "ln_2", nonnegative),
+    )
+
+
+def _check(config: Any) -> None:
+    check_config(config, "num_attention_heads")
+    check_multiple(config, "hidden_size", "num_attention_heads")
+
+
+GPT2 = Family(
+    model_type="gpt2",
+    blocks="transformer.h",
+    sites=_sites,
+    pruned_class=SnpGPT2LMHeadModel,
+    stock={"neurons": field("n_inner")},
+    # The first checkpoints on the Hub were saved from the base model.
+    renames=((r"^(h|wte|wpe|ln_f)\b", r"transformer.\1"),),
+    check=_check,
+)

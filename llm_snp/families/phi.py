@@ -1,0 +1,27 @@
+"""Phi (1, 1.5 and 2): attention and MLP side by side, biases everywhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..modeling.phi import SnpPhiForCausalLM
+from .base import MLP, Family, Rows, Site, field
+from .llama import check, grouped_heads
+
+
+def _sites(config: Any) -> tuple[Site, ...]:
+    norm = "input_layernorm"
+    return (
+        grouped_heads(config, "dense", norm),
+        Site(MLP, "neurons", config.intermediate_size, 1, (Rows("mlp.fc1"),), "mlp.fc2", norm),
+    )
+
+
+PHI = Family(
+    model_type="phi",
+    blocks="model.layers",
+    sites=_sites,
+    pruned_class=SnpPhiForCausalLM,
+    stock={"neurons": field("intermediate_size")},
+    check=check,
+)

@@ -1,0 +1,34 @@
+"""Gemma 3 (text) with a width of its own for every decoder block."""
+
+from __future__ import annotations
+
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, Gemma3TextModel
+
+from .narrowing import Narrowed, narrow_llama_block
+
+
+class SnpGemma3TextConfig(Gemma3TextConfig):  # type: ignore[misc]
+    """Gemma 3 (text) with `block_widths`, a dict of what is left of each block: `heads` (of keys) and `neurons`.
+
+    All other fields describe the dense model.
+    """
+
+    model_type = "snp_gemma3_text"
+    block_widths = None
+
+
+class SnpGemma3TextModel(Narrowed, Gemma3TextModel):  # type: ignore[misc]
+    """`Gemma3TextModel`, the model without its head, with the widths of `config.block_widths`."""
+
+    config_class = SnpGemma3TextConfig
+    blocks_path = "layers"
+    narrow = staticmethod(narrow_llama_block)
+
+
+class SnpGemma3ForCausalLM(Narrowed, Gemma3ForCausalLM):  # type: ignore[misc]
+    """`Gemma3ForCausalLM` whose blocks have the widths of `config.block_widths`."""
+
+    config_class = SnpGemma3TextConfig
+    base_class = SnpGemma3TextModel
+    blocks_path = "model.layers"
+    narrow = staticmethod(narrow_llama_block)

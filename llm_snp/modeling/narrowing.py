@@ -1,0 +1,99 @@
+"""A stock model whose decoder blocks are narrowed, each to widths of its own.
+
+The forward pass is the stock one: the stock model is built, its linear layers are cut, and the weights are loaded.
+A copy of this file lies beside the weights of a pruned checkpoint: it imports torch and transformers only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+
+class Narrowed:
+    """In front of a stock model class: its blocks get the widths of `config.block_widths`.
+
+    A class says where its blocks are (`blocks_path`) and how one is narrowed (`narrow`).
+    """
+
+    blocks_path: str
+    narrow: Any
+    # Before transformers 4.56 a static cache took its shape from the config, the same for every block.
+    _supports_static_cache = False
+
+    def __init__(self, config: Any):
+        super().__init__(config)  # type: ignore[call-arg]
+        blocks = self.get_submodule(self.blocks_path)  # type: ignore[attr-defined]
+        widths = config.block_widths
+        if widths is None or len(widths) != len(blocks):
+            found = "none" if widths is None else str(len(widths))
+            raise ValueError(f"config.block_widths has {found} entries, expected one for each of {len(blocks)} blocks")
+        for block, width in zip(blocks, widths, strict=True):
+            self.narrow(block, **width)
+
+
+def narrow_layer(layer: Any, rows: int | None = None, columns: int | None = None) -> None:
+    """Keep the first `rows` outputs and `columns` inputs of a linear layer (or Conv1D), in place.
+
+    Which ones does not matter: the caller loads the weights afterwards, and a freshly built model keeps its
+    initialisation. Raises `ValueError` for more than there are.
+    """
+    transposed = isinstance(layer, Conv1D)
+    weight = layer.weight.mT if transposed else layer.weight
+    rows = weight.shape[0] if rows is None else rows
+    columns = weight.shape[1] if columns is None else columns
+    if rows > weight.shape[0] or columns > weight.shape[1]:
+        raise ValueError(f"cannot narrow {tuple(weight.shape)} to {(rows, columns)}")
+    cut = weight.detach()[:rows, :columns]
+    layer.weight = _parameter(cut.mT if transposed else cut, layer.weight.requires_grad)
+    if layer.bias is not None:
+        layer.bias = _parameter(layer.bias.detach()[:rows], layer.bias.requires_grad)
+    if transposed:
+        layer.nx, layer.nf = columns, rows
+    else:
+        layer.out_features, layer.in_features = rows, columns
+
+
+def _parameter(values: torch.Tensor, requires_grad: bool) -> nn.Parameter:
+    return nn.Parameter(values.clone(memory_format=torch.contiguous_format), requires_grad)
+
+
+def narrow_grouped(attention: Any, heads: int, output: str = "o_proj") -> None:
+    """Keep `heads` key/value heads, with the query heads that read them, of an attention with q, k and v projections.
+
+    `scaling`, `head_dim` and the number of query heads per key/value head stay.
+    """
+    width = attention.head_dim
+    queries = heads * attention.num_key_value_groups
+    narrow_layer(attention.q_proj, rows=queries * width)
+    narrow_layer(attention.k_proj, rows=heads * width)
+    narrow_layer(attention.v_proj, rows=heads * width)
+    narrow_layer(getattr(attention, output), columns=queries * width)
+
+
+def narrow_gated(mlp: Any, neurons: int) -> None:
+    """Keep `neurons` of a gated MLP: rows of gate and up, columns of down."""
+    narrow_layer(mlp.gate_proj, rows=neurons)
+    narrow_layer(mlp.up_proj, rows=neurons)
+    narrow_layer(mlp.down_proj, columns=neurons)
+
+
+def narrow_llama_block(block: Any, heads: int, neurons: int) -> None:
+    """A block with `self_attn` (grouped queries) and a gated `mlp`, as Llama and many after it have."""
+    narrow_grouped(block.self_attn, heads)
+    narrow_gated(block.mlp, neurons)
+
+
+class ConfigView:
+    """A config of which some fields read differently, for layers that look up their own width in it."""
+
+    def __init__(self, config: Any, **fields: Any):
+        self.__dict__.update(fields, _config=config)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "_config" not in self.__dict__:  # copying and pickling ask an empty object
+            raise AttributeError(name)
+        return getattr(self.__dict__["_config"], name)

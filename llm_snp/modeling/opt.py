@@ -1,0 +1,52 @@
+"""OPT with a width of its own for every decoder block."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import OPTConfig, OPTForCausalLM, OPTModel
+
+from .narrowing import Narrowed, narrow_layer
+
+
+class SnpOPTConfig(OPTConfig):  # type: ignore[misc]
+    """OPT with `block_widths`, a dict of what is left of each block: `heads`, `head_dim` and `neurons`.
+
+    All other fields describe the dense model.
+    """
+
+    model_type = "snp_opt"
+    block_widths = None
+
+
+def narrow_opt_block(block: Any, heads: int, head_dim: int, neurons: int) -> None:
+    """Narrow an `OPTDecoderLayer` in place: q, k, v to `heads * head_dim` rows, the MLP to `neurons`.
+
+    `scaling` stays that of the dense head_dim.
+    """
+    attention = block.self_attn
+    width = heads * head_dim
+    for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
+        narrow_layer(projection, rows=width)
+    narrow_layer(attention.out_proj, columns=width)
+    narrow_layer(block.fc1, rows=neurons)
+    narrow_layer(block.fc2, columns=neurons)
+    attention.num_heads, attention.head_dim = heads, head_dim
+    attention.embed_dim = width  # transformers 4 reshapes the attention output to embed_dim
+
+
+class SnpOPTModel(Narrowed, OPTModel):  # type: ignore[misc]
+    """`OPTModel`, the model without its head, with the widths of `config.block_widths`."""
+
+    config_class = SnpOPTConfig
+    blocks_path = "decoder.layers"
+    narrow = staticmethod(narrow_opt_block)
+
+
+class SnpOPTForCausalLM(Narrowed, OPTForCausalLM):  # type: ignore[misc]
+    """`OPTForCausalLM` whose blocks have the widths of `config.block_widths`."""
+
+    config_class = SnpOPTConfig
+    base_class = SnpOPTModel
+    blocks_path = "model.decoder.layers"
+    narrow = staticmethod(narrow_opt_block)

@@ -1,0 +1,113 @@
+"""A tiny model of every family, with random weights, in the variants that pruning has to tell apart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from conftest import POSITIONS, VOCABULARY, copy_tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
+
+BLOCKS, HIDDEN, NEURONS = 3, 32, 48
+GROUPED = {
+    "hidden_size": HIDDEN,
+    "intermediate_size": NEURONS,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "num_hidden_layers": BLOCKS,
+    "max_position_embeddings": POSITIONS,
+    "pad_token_id": 1,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+}
+WIDE = GROUPED | {"head_dim": 8}  # heads that are wider together than the model
+FALCON = {
+    "hidden_size": HIDDEN,
+    "num_attention_heads": 8,
+    "num_hidden_layers": BLOCKS,
+    "ffn_hidden_size": NEURONS,
+    "max_position_embeddings": POSITIONS,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "alibi": False,
+}
+NEOX = {
+    "hidden_size": HIDDEN,
+    "intermediate_size": NEURONS,
+    "num_attention_heads": 4,
+    "num_hidden_layers": BLOCKS,
+    "max_position_embeddings": POSITIONS,
+    "rotary_pct": 0.25,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+}
+NO_DROPOUT = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0, "bos_token_id": 0, "eos_token_id": 2}
+# name -> model_type and config fields
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "opt": (
+        "opt",
+        {
+            "hidden_size": HIDDEN,
+            "ffn_dim": NEURONS,
+            "num_attention_heads": 4,
+            "num_hidden_layers": BLOCKS,
+            "word_embed_proj_dim": HIDDEN,
+            "max_position_embeddings": POSITIONS,
+            "dropout": 0.0,
+        },
+    ),
+    "llama": ("llama", GROUPED),
+    "llama-one-query-each": ("llama", GROUPED | {"num_key_value_heads": 8, "attention_bias": True, "mlp_bias": True}),
+    "llama-tied": ("llama", WIDE | {"tie_word_embeddings": True}),
+    "mistral": ("mistral", WIDE | {"sliding_window": 16}),
+    "qwen2": ("qwen2", GROUPED),
+    "qwen3": ("qwen3", WIDE),
+    "gemma": ("gemma", WIDE),
+    "gemma2": ("gemma2", WIDE | {"query_pre_attn_scalar": 8, "sliding_window": 16}),
+    "gemma3": ("gemma3_text", WIDE | {"query_pre_attn_scalar": 8, "sliding_window": 16, "sliding_window_pattern": 2}),
+    "phi": ("phi", GROUPED),
+    "phi3": ("phi3", GROUPED),
+    "gpt2": (
+        "gpt2",
+        {"n_embd": HIDDEN, "n_head": 4, "n_layer": BLOCKS, "n_inner": NEURONS, "n_positions": POSITIONS} | NO_DROPOUT,
+    ),
+    "gpt2-default-width": (
+        "gpt2",
+        {"n_embd": 16, "n_head": 4, "n_layer": BLOCKS, "n_positions": POSITIONS} | NO_DROPOUT,
+    ),
+    "gpt_neox": ("gpt_neox", NEOX),
+    "gpt_neox-in-a-row": ("gpt_neox", NEOX | {"use_parallel_residual": False}),
+    "falcon-one-key": ("falcon", FALCON | {"multi_query": True, "parallel_attn": True}),
+    "falcon-in-a-row": ("falcon", FALCON | {"multi_query": False, "parallel_attn": False, "bias": True}),
+    "falcon-new": ("falcon", FALCON | {"new_decoder_architecture": True, "num_kv_heads": 4}),
+    "olmo": ("olmo", GROUPED | {"clip_qkv": 4.0}),
+}
+# Families that the installed transformers does not have are left out.
+KNOWN = [name for name, (model_type, _) in MODELS.items() if model_type in transformers.CONFIG_MAPPING]
+
+
+def tiny_config(name: str) -> Any:
+    model_type, fields = MODELS[name]
+    return AutoConfig.for_model(model_type, vocab_size=VOCABULARY, **fields)
+
+
+def tiny_model(name: str, seed: int = 0) -> Any:
+    """In float32, with biases and norms that are not what they are initialised to."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(tiny_config(name)).float()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+            else:
+                parameter.copy_(0.15 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+def save_tiny(name: str, directory: Path, seed: int = 0) -> Path:
+    tiny_model(name, seed).save_pretrained(directory)
+    copy_tokenizer(directory)
+    return directory
