@@ -1,0 +1,259 @@
+"""Tasks of lm-evaluation-harness (package lm_eval, optional), run on the dense and on the pruned model.
+
+lm_eval is imported only when a task is asked for: it is slow.
+"""
+
+from __future__ import annotations
+
+import gc
+import io
+import logging
+import math
+import os
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+
+from ..errors import CheckpointError, DeviceMemoryError, NumericalError, OptionError, SnpError
+from ..hub import load_tokenizer
+from .harness_tasks import PREFIX, find_tasks, reason
+
+# Draws for standard errors without a formula, of perplexities, say: 2 % exact. The harness's 100,000 take minutes.
+BOOTSTRAP = 1000
+
+
+def tasks_of(evaluate: Sequence[str]) -> tuple[str, ...]:
+    """The tasks in a list of what to evaluate: those after `harness:`, separated by commas, each once."""
+    entries = [entry.removeprefix(PREFIX) for entry in evaluate if entry.startswith(PREFIX)]
+    return tuple(dict.fromkeys(task.strip() for entry in entries for task in entry.split(",")))
+
+
+def texts_of(evaluate: Sequence[str]) -> tuple[str, ...]:
+    """The texts in a list of what to evaluate: all that does not begin with `harness:`, each once."""
+    return tuple(dict.fromkeys(entry for entry in evaluate if not entry.startswith(PREFIX)))
+
+
+def check_tasks(tasks: Sequence[str]) -> None:
+    """Load every task with its data, fetched from the Hub if need be, so that nothing is missing hours later.
+
+    Raises `OptionError` if lm_eval is not installed or something is no task that it can load, `HubError` or
+    `CorpusError` if data cannot be had.
+    """
+    with _quiet_log(), _own_random_numbers(torch.device("cpu")):
+        for request in find_tasks(tasks):
+            request.load()
+
+
+def evaluate_harness(
+    directory: Path,
+    tasks: Sequence[str],
+    device: torch.device,
+    dtype: torch.dtype,
+    batch_size: int = 8,
+    seed: int = 0,
+    limit: int | None = None,
+) -> dict[str, Any]:
+    """Run tasks on a whole model, loaded from `directory`. `limit`: samples per task, to try it out.
+
+    Batches get smaller where the device has no memory for `batch_size`. Few-shot examples are drawn with `seed`; the
+    random numbers of the caller stay what they are.
+
+    Returns {task: {"metrics": {name: {"value", "stderr", "higher_is_better"}}, "version", "samples", "num_fewshot"}};
+    names are those of the harness, with the filter unless that is `none`. Groups stand beside their tasks and have
+    "subtasks". What is no finite number is left out, or None as a stderr.
+
+    Raises what `check_tasks` raises, `CheckpointError`, `DeviceMemoryError`, `NumericalError` if the model's logits
+    are not finite, and `OptionError` if a task cannot be run on this model.
+    """
+    results: dict[str, Any] = {}
+    with _quiet_log(), _own_random_numbers(device):
+        requests = [(request.name, request.load()) for request in find_tasks(tasks)]
+        model = _open_model(directory.resolve(), device, dtype, batch_size)
+        for name, loaded in requests:
+            results |= _results(_run(model, name, loaded, seed, limit))
+    del model
+    gc.collect()  # the harness's wrapper is in a cycle with the model
+    return results
+
+
+def compare(dense: Mapping[str, Any], pruned: Mapping[str, Any]) -> dict[str, Any]:
+    """Results of `evaluate_harness` joined, for the report: a metric is {"dense", "pruned", "higher_is_better"}.
+
+    "dense" (missing if it was not measured) and "pruned" are {"value", "stderr"}.
+    """
+    joined = {}
+    for task, found in pruned.items():
+        before = dense.get(task, {}).get("metrics", {})
+        metrics: dict[str, Any] = {}
+        for name, after in found["metrics"].items():
+            measured = {"dense": before.get(name), "pruned": after}
+            metrics[name] = {
+                which: {"value": result["value"], "stderr": result["stderr"]}
+                for which, result in measured.items()
+                if result
+            }
+            metrics[name]["higher_is_better"] = after["higher_is_better"]
+        joined[task] = found | {"metrics": metrics}
+    return joined
+
+
+def harness_rows(harness: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """Task and metric, dense, pruned, change, of what `compare` gave. Of a group only its own row.
+
+    Shares (accuracy) change by points, all else by percent.
+    """
+    inner = {task for found in harness.values() for task in found.get("subtasks", ())}
+    rows = []
+    for task, found in harness.items():
+        for metric, both in found["metrics"].items() if task not in inner else ():
+            dense, pruned, change = both.get("dense"), both["pruned"], ""
+            if dense:
+                before, after = dense["value"], pruned["value"]
+                if both["higher_is_better"] and 0 <= min(before, after) <= max(before, after) <= 1:
+                    change = f"{100 * (after - before):+.1f} points"
+                elif before:
+                    change = f"{after / before - 1:+.1%}"
+            rows.append((f"{task} {metric}", _shown(dense) if dense else "", _shown(pruned), change))
+    return rows
+
+
+def _shown(measured: Mapping[str, Any]) -> str:
+    style = ".4f" if abs(measured["value"]) <= 1 else ",.2f"
+    error = "" if measured["stderr"] is None else f" ± {measured['stderr']:{style}}"
+    return f"{measured['value']:{style}}{error}"
+
+
+def _open_model(directory: Path, device: torch.device, dtype: torch.dtype, batch_size: int) -> Any:
+    """A whole model, in the harness's wrapper."""
+    from lm_eval.models.huggingface import HFLM
+
+    tokenizer = load_tokenizer(directory)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(directory)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{directory} is no model that transformers can load ({reason(error)})") from error
+    try:
+        model = model.to(device, dtype).eval()
+    except torch.OutOfMemoryError as error:
+        raise DeviceMemoryError(f"{device} has no room for the whole of {directory}; use --device cpu") from error
+    if tokenizer.eos_token_id is None:  # the harness cuts, begins and pads texts with it, and fails without
+        tokenizer.eos_token = tokenizer.bos_token or tokenizer.convert_ids_to_tokens(0)
+    model.register_forward_hook(_check_logits)
+    return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+
+
+def _check_logits(module: torch.nn.Module, inputs: Any, output: Any) -> None:
+    """Without this the harness takes the first choice of all for the likeliest."""
+    if not math.isfinite(output.logits.max().item()):
+        raise NumericalError("the model's logits are not finite; use --dtype float32 or bfloat16")
+
+
+def _run(model: Any, name: str, tasks: Mapping[str, Any], seed: int, limit: int | None) -> dict[str, Any]:
+    """What the harness gives for the tasks of one request, as its `simple_evaluate` would.
+
+    That also starts git, pip and more to describe the machine.
+    """
+    from lm_eval.evaluator import evaluate
+
+    options = {"limit": limit, "bootstrap_iters": BOOTSTRAP, "log_samples": False}
+    while True:
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        for task in tasks["tasks"].values():
+            task.set_config("num_fewshot", task.get_config("num_fewshot") or 0)
+            task.set_fewshot_seed(seed)
+        try:
+            with _silence():
+                return evaluate(model, tasks, **options)
+        except torch.OutOfMemoryError as error:
+            if model.batch_size_per_gpu == 1:
+                raise DeviceMemoryError(f"{model.device} ran out of memory in task {name}; use --device cpu") from error
+        except OverflowError as error:
+            raise NumericalError(f"task {name}: a perplexity is too large for a number") from error
+        except (RuntimeError, SnpError):  # torch's and ours say what is wrong
+            raise
+        except Exception as error:
+            raise OptionError(f"task {name} cannot be run on this model ({reason(error)}); leave it out") from error
+        model.batch_size_per_gpu //= 2
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def _results(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """What is kept of the harness's results."""
+    inner, samples = raw["group_subtasks"], raw["n-samples"]
+
+    def count(task: str) -> int:
+        return samples[task]["effective"] if task in samples else sum(map(count, inner.get(task, ())))
+
+    found: dict[str, Any] = {}
+    for task, values in raw["results"].items():
+        metrics = {}
+        for key, value in values.items():
+            name, _, kind = key.partition(",")  # the harness's filter
+            if kind and not name.endswith("_stderr") and _number(value) is not None:
+                metrics[name if kind == "none" else key] = {
+                    "value": _number(value),
+                    "stderr": _number(values.get(f"{name}_stderr,{kind}")),
+                    "higher_is_better": raw["higher_is_better"].get(task, {}).get(name),
+                }
+        if metrics:
+            shots = raw["n-shot"].get(task)
+            found[task] = {
+                "metrics": metrics,
+                "version": raw["versions"].get(task),
+                "samples": count(task),
+                "num_fewshot": shots,
+            }
+            if inner.get(task):
+                found[task]["subtasks"] = list(inner[task])
+    return found
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, (int, float, np.number)) and math.isfinite(value) else None
+
+
+@contextmanager
+def _own_random_numbers(device: torch.device) -> Iterator[None]:
+    """Leave the generators that the harness seeds as they were."""
+    python, numbers = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numbers)
+
+
+@contextmanager
+def _quiet_log() -> Iterator[None]:
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """No bars and prints, and no process per core for the standard errors."""
+    switch = "DISABLE_MULTIPROC"  # lm_eval's
+    before = os.environ.get(switch)
+    os.environ[switch] = "1"
+    try:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        del os.environ[switch]
+        if before is not None:
+            os.environ[switch] = before
