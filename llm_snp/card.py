@@ -1,83 +1,294 @@
-"""The model card (README.md of the result), from report.json alone."""
+"""The model card (README.md of the result), from report.json alone; and the report as it may be shown to others."""
 
 from __future__ import annotations
 
+import copy
+import re
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
+from huggingface_hub import EvalResult, ModelCardData
+
+TAGS = ("llm_snp", "pruned", "structured-pruning")
+CARRIED = ("license", "license_name", "license_link", "language")  # from the dense model's card, as they are
+CORPORA = {  # Hub id, config and split of the texts that have a name: what is evaluated on
+    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "test"),
+    "c4": ("allenai/c4", "en", "validation"),
+}
+TASK = "text-generation"
+TASKS = "harness:"  # what begins so among the texts to evaluate on lists tasks
+PLOT = re.compile(r"^!\[(.*)\]\((plots/[^)]+)\)$", re.MULTILINE)
 
 
-def model_card(report: dict[str, Any]) -> str:
-    """Markdown with the Hub's metadata in front."""
-    model, sparsity, options = report["model"], report["sparsity"], report["options"]
-    name, calibration = Path(report["output"]).name, report["calibration"]
-    metadata: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    if not Path(model["name"]).exists() and "/" in model["name"]:
-        metadata["base_model"] = model["name"]
-    metadata["tags"] = ["llm_snp", "pruned", "structured-pruning"]
-    rows = "\n".join(
-        f"| {Path(source).name} | {result['dense']['perplexity']:.2f} | {result['pruned']['perplexity']:.2f} "
-        f"| {result['pruned']['tokens']:,} | {result['pruned']['sequence_length']} |"
-        for source, result in report["evaluation"].items()
+def model_card(report: dict[str, Any], name: str | None = None, plots: Sequence[tuple[str, str]] = ()) -> str:
+    """Markdown with the Hub's metadata in front, without paths of the machine it was made on.
+
+    name: what `from_pretrained` gets, a directory (default: that of the result) or a Hub id; plots: title, and path
+    relative to the card, of images to show.
+    """
+    report = shareable(report)
+    name = name or report["output"]
+    title = name.rsplit("/", 1)[-1]
+    metadata = _metadata(report, title)
+    sections = [
+        f"# {title}",
+        _summary(report),
+        _how_to_load(report, name),
+        _perplexity(report),
+        _harness(report),
+        _speed(report),
+        _removed(report),
+        "\n\n".join(f"![{title}]({path})" for title, path in plots),
+        _how_it_was_made(report),
+        _limits(report, metadata),
+    ]
+    return "\n\n".join([f"---\n{metadata.to_yaml()}\n---", *filter(None, sections)]) + "\n"
+
+
+def plots_of(card: str) -> list[tuple[str, str]]:
+    """The plots a card from `model_card` shows: title and path of each."""
+    return PLOT.findall(card)
+
+
+def shareable(report: dict[str, Any]) -> dict[str, Any]:
+    """A copy of the report in which local paths are reduced to their last component.
+
+    What is no path stays: Hub ids, and the names of texts. Of texts that have the same name then, also one from the
+    Hub, the second gets "(2)", and so on.
+    """
+    report = copy.deepcopy(report)
+    model, options = report["model"], report["options"]
+    kept = {value for value in (_hub_id(model["name"]), options.get("push_to_hub")) if value}
+
+    def last(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [last(one) for one in value]
+        if isinstance(value, str) and value.startswith(TASKS):
+            return TASKS + ",".join(last(task) for task in value.removeprefix(TASKS).split(","))
+        return Path(value).name if isinstance(value, str) and "/" in value and value not in kept else value
+
+    model["name"], report["output"] = last(model["name"]), last(report["output"])
+    report["options"] = {option: last(value) for option, value in options.items()}
+
+    def text(source: str, taken: Iterable[str] = ()) -> str:
+        names = [short := last(source), *(f"{short} ({i})" for i in range(2, len(report["evaluation"]) + 3))]
+        return next(name for name in names if name not in taken and (name == source or name not in CORPORA))
+
+    report["calibration"]["source"] = text(report["calibration"]["source"])
+    evaluation: dict[str, Any] = {}
+    for source, results in report["evaluation"].items():
+        short = text(source, evaluation)
+        evaluation[short] = {which: result | {"source": short} for which, result in results.items()}
+    report["evaluation"] = evaluation
+    if "harness" in report:
+        report["harness"] = {last(task): found for task, found in report["harness"].items()}
+    words = []
+    for word in shlex.split(report["command"]):
+        flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        words.append(flag + equals + last(value))
+    report["command"] = shlex.join(words)
+    return report
+
+
+def _hub_id(name: str) -> str | None:
+    """The name of the dense model, where it is one on the Hub."""
+    is_local = name.startswith((".", "/", "~")) or name.count("/") != 1 or Path(name).exists()
+    return None if is_local else name
+
+
+def _metadata(report: dict[str, Any], title: str) -> ModelCardData:
+    card = report["model"].get("card") or {}
+    calibration = CORPORA.get(report["calibration"]["source"])
+    datasets = dict.fromkeys([*_list(card.get("datasets")), *([calibration[0]] if calibration else [])])
+    results = _results(report) or None
+    return ModelCardData(
+        base_model=_hub_id(report["model"]["name"]),
+        library_name="transformers",
+        pipeline_tag=TASK,
+        tags=list(dict.fromkeys([*_list(card.get("tags")), *TAGS])),
+        datasets=list(datasets) or None,
+        model_name=title if results else None,
+        eval_results=results,
+        **{key: card[key] for key in CARRIED if card.get(key)},
     )
-    perplexity = (
-        f"""
-| text | dense | pruned | predicted tokens | window |
-|---|---|---|---|---|
-{rows}
 
-Consecutive non-overlapping windows, mean over all predicted tokens.
-"""
-        if rows
-        else "\nNot measured in this run.\n"
+
+def _list(value: Any) -> list[str]:
+    """What a card may give as one string or as a list."""
+    return [value] if isinstance(value, str) else list(value or ())
+
+
+def _results(report: dict[str, Any]) -> list[EvalResult]:
+    """What was measured of the pruned model, as the Hub's `model-index` has it."""
+    results = []
+    for source, measured in report["evaluation"].items():
+        dataset, config, split = CORPORA.get(source, (source, None, None))
+        length = measured["pruned"]["sequence_length"]
+        results.append(
+            EvalResult(
+                task_type=TASK,
+                dataset_type=dataset,
+                dataset_name=source,
+                dataset_config=config,
+                dataset_split=split,
+                metric_type="perplexity",
+                metric_name=f"perplexity, windows of {length} tokens",
+                metric_value=measured["pruned"]["perplexity"],
+            )
+        )
+    for task, found in report.get("harness", {}).items():
+        args = None if found["num_fewshot"] is None else {"num_few_shot": found["num_fewshot"]}
+        for metric, values in found["metrics"].items():
+            results.append(EvalResult(TASK, task, task, metric, values["pruned"]["value"], dataset_args=args))
+    return results
+
+
+def _summary(report: dict[str, Any]) -> str:
+    model, sparsity = report["model"], report["sparsity"]
+    rows = [
+        ("parameters", *_change(model["parameters"], model["parameters_pruned"], "{:,}")),
+        ("weights, MB", *_change(model["bytes"] / 1e6, model["bytes_pruned"] / 1e6, "{:,.1f}")),
+    ]
+    return (
+        f"`{model['name']}` with {sparsity['achieved']:.2%} of its decoder blocks' linear parameters removed in one "
+        f"shot ({sparsity['of_all_parameters']:.2%} of all), by llm_snp {report['versions']['llm_snp']}. "
+        f"No training followed.\n\n{_table(('', 'dense', 'pruned', 'change'), rows)}"
     )
-    sites = [[(k, v) for k, v in block.items() if k != "block"] for block in report["blocks"]]
-    blocks = "\n".join(
-        f"| {i} | " + " | ".join(f"{s['kept']} of {s['units']} {s['unit']}" for _, s in entry) + " |"
-        for i, entry in enumerate(sites)
-    )
-    heads = " | ".join(site for site, _ in sites[0])
-    notes = "".join(f"\n- {note}" for note in report["notes"])
-    return f"""---
-{yaml.safe_dump(metadata, sort_keys=False).strip()}
----
 
-# {name}
 
-`{Path(model["name"]).name if "base_model" not in metadata else model["name"]}` with {sparsity["achieved"]:.2%} of its \
-decoder blocks' linear parameters removed in one shot ({sparsity["of_all_parameters"]:.2%} of all: \
-{model["parameters"]:,} to {model["parameters_pruned"]:,}), by llm_snp {report["versions"]["llm_snp"]}. \
-No training followed.
-
-## Load it
+def _how_to_load(report: dict[str, Any], name: str) -> str:
+    trust, why = "", "It is a checkpoint of the stock class: no code of its own is needed."
+    if report["model"].get("custom_code", True):
+        trust, why = (
+            ", trust_remote_code=True",
+            (
+                "`trust_remote_code` lets transformers read `modeling_snp.py`, which lies beside the weights and gives "
+                "each block its width; it is not needed where `llm_snp` is imported."
+            ),
+        )
+    return f"""## Load it
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained("{name}"{trust})
+tokenizer = AutoTokenizer.from_pretrained("{name}"{trust})
 ```
 
-`trust_remote_code` is needed where `modeling_snp.py` lies beside the weights, unless `llm_snp` is imported.
+{why}"""
 
-## Perplexity
-{perplexity}
-## What was removed
 
-| block | {heads} |
-|---|{"---|" * len(sites[0])}
-{blocks}
+def _perplexity(report: dict[str, Any]) -> str:
+    if not report["evaluation"]:
+        return "## Perplexity\n\nNot measured in this run."
+    rows = []
+    for source, result in report["evaluation"].items():
+        dense, pruned = result["dense"], result["pruned"]
+        figures = _change(dense["perplexity"], pruned["perplexity"], "{:.2f}")
+        rows.append((source, *figures, f"{pruned['tokens']:,}", str(pruned["sequence_length"])))
+    return (
+        f"## Perplexity\n\n{_table(('text', 'dense', 'pruned', 'change', 'predicted tokens', 'window'), rows)}\n\n"
+        "Consecutive non-overlapping windows, mean over all predicted tokens; lower is better."
+    )
 
-Order `{options["order"]}`, allocation `{report["plan"]["allocation"]}`, repair target `{options["target"]}`,
-attention `{options["attention"]}`; calibrated on {calibration["windows"]} windows of
-{calibration["sequence_length"]} tokens of {Path(calibration["source"]).name}, seed {report["seed"]}.
-The plan: {report["plan"]["why"]}. Per block and layer errors, versions and times are in `report.json`.{notes}
 
-```
-{report["command"]}
-```
+def _harness(report: dict[str, Any]) -> str:
+    rows = []
+    for task, found in report.get("harness", {}).items():
+        facts = ["" if found[key] is None else str(found[key]) for key in ("num_fewshot", "samples", "version")]
+        for metric, values in found["metrics"].items():
+            figures = (_with_error(values[which]) if which in values else "" for which in ("dense", "pruned"))
+            rows.append((task, metric, *figures, *facts))
+    head = ("task", "metric", "dense", "pruned", "examples shown", "samples", "version")
+    about = "Measured with the lm-evaluation-harness; ± is one standard error."
+    return f"## Tasks\n\n{_table(head, rows)}\n\n{about}" if rows else ""
 
-The method is that of *Subspace Node Pruning* (arXiv 2405.17506) and, where the options above say so, the extensions
-of llm_snp. A pruned model has the biases of the dense one, and what it says should be checked for the use at hand.
-"""
+
+def _with_error(result: Mapping[str, Any]) -> str:
+    return f"{result['value']:.4f}" + ("" if result["stderr"] is None else f" ± {result['stderr']:.4f}")
+
+
+def _speed(report: dict[str, Any]) -> str:
+    if not (speed := report.get("speed")):
+        return ""
+    pruned, dense = speed["pruned"], speed.get("dense")
+    lines = (
+        ("prefill, ms", "prefill_seconds", 1e3, "{:,.1f}"),
+        ("decode, tokens/s", "tokens_per_second", 1, "{:,.1f}"),
+        ("KV cache, MB", "kv_cache_bytes", 1e-6, "{:,.2f}"),
+        ("weights, MB", "weight_bytes", 1e-6, "{:,.1f}"),
+        ("peak memory, MB", "peak_bytes", 1e-6, "{:,.1f}"),
+    )
+    rows = []
+    for name, key, scale, style in lines:
+        if pruned[key] is None:
+            continue
+        row = [name, style.format(pruned[key] * scale)]
+        if dense:
+            known = dense[key] is not None
+            row.insert(1, style.format(dense[key] * scale) if known else "")
+            row.append(f"{pruned[key] / dense[key]:.2f}" if known and dense[key] else "")
+        rows.append(row)
+    head = ("", "dense", "pruned", "pruned / dense") if dense else ("", "pruned")
+    device = speed["device"]
+    threads = f", threads: {device['threads']}" if device["type"] == "cpu" else ""
+    return (
+        f"## Speed\n\n{_table(head, rows)}\n\nMeasured on {device['name']}, {device['dtype']}{threads}, "
+        f"batch {speed['batch']}, {speed['prompt']} prompt tokens, {speed['new']} new ones, {speed['runs']} runs."
+        + _listed(speed["notes"])
+    )
+
+
+def _removed(report: dict[str, Any]) -> str:
+    sites = list(dict.fromkeys(site for block in report["blocks"] for site in block if site != "block"))
+    rows = []
+    for block in report["blocks"]:
+        kept = (f"{s['kept']} of {s['units']} {s['unit']}" if (s := block.get(site)) else "" for site in sites)
+        rows.append((str(block["block"]), *kept))
+    return f"## What is left of each block\n\n{_table(('block', *sites), rows)}"
+
+
+def _how_it_was_made(report: dict[str, Any]) -> str:
+    options, calibration = report["options"], report["calibration"]
+    choices = ", ".join(f"{name} `{options[name]}`" for name in ("order", "target", "attention"))
+    made = (
+        f"With {choices}, allocation `{report['plan']['allocation']}`; calibrated on {calibration['windows']} windows "
+        f"of {calibration['sequence_length']} tokens of {calibration['source']}, seed {report['seed']}. The plan: "
+        f"{report['plan']['why']}. Errors of each layer, versions and times are in `report.json`. The method is that "
+        "of *Subspace Node Pruning* (arXiv 2405.17506) and, where the options above say so, the extensions of llm_snp."
+    )
+    return f"## How it was made\n\n```\n{report['command']}\n```\n\n{made}{_listed(report['notes'])}"
+
+
+def _limits(report: dict[str, Any], metadata: ModelCardData) -> str:
+    model, licence = report["model"], metadata.license_name or metadata.license
+    terms = f"its licence ({licence})" if licence else "its licence"
+    limits = [
+        "Pruned in one shot: the remaining weights were refitted by least squares, and nothing was trained afterwards.",
+        f"Calibrated on {report['calibration']['source']}: on text that is unlike it (other languages, code, "
+        "conversations) more may have been lost than the figures here show.",
+        f"It is derived from `{model['name']}`: {terms} applies, and it has its biases. What it says should be "
+        "checked for the use at hand.",
+    ]
+    if model.get("custom_code", True):
+        limits.insert(
+            1, "It needs code of its own (`modeling_snp.py`): tools that know stock models only cannot load it."
+        )
+    return f"## Limits{_listed(limits)}"
+
+
+def _listed(sentences: Sequence[str]) -> str:
+    """A list below a paragraph, if there is anything to list."""
+    return "".join(("\n\n- " if i == 0 else "\n- ") + sentence for i, sentence in enumerate(sentences))
+
+
+def _change(dense: float, pruned: float, style: str) -> tuple[str, str, str]:
+    return style.format(dense), style.format(pruned), f"{pruned / dense - 1:+.1%}" if dense else ""
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -23,13 +23,18 @@ CHUNK = 1 << 24
 
 def write_text(path: Path, content: str) -> None:
     """Write a text file: temporary name, fsync, rename."""
-    with disk(path), _temporary(path) as temporary:
-        temporary.write_text(content, encoding="utf-8")
-        _settle(temporary, path)
+    write_bytes(path, content.encode())
 
 
 def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file: temporary name, fsync, rename."""
+    with disk(path), _temporary(path) as temporary:
+        temporary.write_bytes(content)
+        _settle(temporary, path)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
