@@ -9,6 +9,9 @@ SPARSITY ?= 0.3
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	# For one example only: beside the packages, because transformers imports it wherever it is installed.
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-deps --upgrade \
+	    --target $(VENV)/torchao torchao
 	touch $@
 
 demo: $(VENV)/.installed
