@@ -32,12 +32,13 @@ from llm_snp.checkpoint import Checkpoint
 from llm_snp.cli import BAD_INPUT, INTERRUPTED
 from llm_snp.config import DTYPES, PruneConfig
 from llm_snp.data import evaluation_windows
+from llm_snp.device import device_facts, resolve_device, resolve_dtype
 from llm_snp.errors import CheckpointError, OutputError
 from llm_snp.evaluation.perplexity import perplexity_loaded
 from llm_snp.hub import config_dtype, load_tokenizer, locate
-from llm_snp.job import resolve_device, resolve_dtype, window_length
+from llm_snp.job import window_length
 from llm_snp.progress import Progress
-from llm_snp.report import device_facts, versions
+from llm_snp.report import versions
 
 REASON = 200  # characters at most that an error quotes
 

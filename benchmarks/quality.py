@@ -24,7 +24,6 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -41,16 +40,16 @@ from llm_snp.cli import BAD_INPUT, INTERRUPTED
 from llm_snp.config import DTYPES, METHODS, PruneConfig
 from llm_snp.core.orders import ORDERS
 from llm_snp.data import Windows, calibration_windows, evaluation_windows
+from llm_snp.device import device_facts, resolve_device, resolve_dtype
 from llm_snp.errors import NumericalError, OptionError
 from llm_snp.evaluation.perplexity import perplexity_streamed
 from llm_snp.executor import decide, prune_blocks
 from llm_snp.families import family_of
 from llm_snp.hub import config_dtype, load_config, load_tokenizer, locate
-from llm_snp.job import resolve_device, resolve_dtype, window_length
+from llm_snp.job import fit_for_heads, window_length
 from llm_snp.journal import Journal
 from llm_snp.processes import Processes
 from llm_snp.progress import Progress
-from llm_snp.report import device_facts
 from llm_snp.session import Session
 from llm_snp.skeleton import Skeleton
 from llm_snp.storage import Storage
@@ -96,6 +95,7 @@ ROWS: dict[str, list[tuple[str, Options]]] = {
     "presets": [
         *((method, {"method": method}) for method in METHODS),
         ("best, damping auto", {"method": "best", "damping": "auto"}),
+        ("best, stock format", {"method": "best", "format": "stock", "attention": "none", "allocation": "uniform"}),
     ],
 }
 # What a row is, once its preset is filled in.
@@ -115,7 +115,8 @@ class Row:
     @property
     def choices(self) -> Options:
         resolved = PruneConfig(**self.options).resolved()
-        return {name: getattr(resolved, name) for name in CHOICES}
+        found = {name: getattr(resolved, name) for name in CHOICES}
+        return found if resolved.format == "auto" else found | {"format": resolved.format}
 
 
 def all_rows() -> list[Row]:
@@ -172,13 +173,15 @@ class Bench:
     @contextmanager
     def pruned(self, options: PruneConfig, windows: int) -> Iterator[tuple[Skeleton, dict[str, Any]]]:
         """Prune on the first calibration windows; gives the result, which lasts as long as the context, and facts."""
+        options = fit_for_heads(options, self.family, self.config)
         timer, tokens, blocks = Progress(quiet=True), self.calibration.tokens[:windows], self.family.blocks
         with TemporaryDirectory(prefix="llm-snp-quality-") as temporary:
             writer, processes = Writer(Path(temporary), len(self.skeleton) + 1), Processes()
             journal = Journal(Path(temporary), processes)
 
             def save(index: int, state: dict[str, torch.Tensor], _: object) -> None:
-                writer.shard(index, {f"{blocks}.{index}.{name}": tensor for name, tensor in state.items()})
+                stored = self.skeleton.turn(state)
+                writer.shard(index, {f"{blocks}.{index}.{name}": tensor for name, tensor in stored.items()})
 
             session = Session(
                 self.skeleton, self.family, self.config, options, tokens, processes, Storage(), journal, timer
@@ -192,7 +195,7 @@ class Bench:
             result.checkpoint = Checkpoint(writer.directory)
             result.blocks = copy.deepcopy(self.skeleton.blocks)
             for block, kept in zip(result.blocks, plan.kept, strict=True):
-                self.family.narrow(block, **self.family.widths(self.config, kept))
+                self.family.pruned_class.narrow(block, **self.family.widths(self.config, kept))
             yield result, {"achieved": plan.achieved, "seconds": {n: round(s, 3) for n, s in timer.seconds.items()}}
 
     def perplexity(self, skeleton: Skeleton) -> dict[str, float]:
@@ -341,8 +344,6 @@ def check(args: argparse.Namespace) -> None:
         dataclasses.replace(options, sparsity=sparsity).validate()
     if args.max_windows is not None and args.max_windows < 1:
         raise OptionError(f"--max-windows is {args.max_windows}; it must be at least 1")
-    if args.plot and find_spec("matplotlib") is None:
-        raise OptionError("--plot needs matplotlib: pip install 'llm_snp[plots]'")
     check_files(args.json, args.plot, args.markdown)
 
 

@@ -30,9 +30,9 @@ from llm_snp.cli import BAD_INPUT
 from llm_snp.config import DTYPES, METHODS, PruneConfig
 from llm_snp.core.allocation import ALLOCATIONS
 from llm_snp.core.stopwatch import Stopwatch
+from llm_snp.device import device_facts
 from llm_snp.errors import SnpError
 from llm_snp.preview import preview
-from llm_snp.report import device_facts
 from llm_snp.run import run
 
 # Sides of the matrices whose product gives the rate.

@@ -13,7 +13,8 @@ from .errors import OptionError, choose
 DAMPING = 1e-3
 # What the repair refits a layer to; `none` leaves the remaining weights as they are.
 TARGETS = ("self", "dense", "residual", "none")
-ATTENTION_MODES = ("heads", "dims", "both")
+ATTENTION_MODES = ("heads", "dims", "both", "none")
+FORMATS = ("auto", "stock")
 SENSITIVITIES = ("relative", "scalar", "fisher")
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -57,7 +58,10 @@ class PruneConfig:
         TARGETS,
     )
     attention: str | None = option(
-        None, "remove whole heads, directions inside all heads (dims), or either per block (both)", ATTENTION_MODES
+        None,
+        "remove whole heads, directions inside all heads (dims), either per block (both; heads where directions cannot "
+        "go), or leave the attention as it is (none)",
+        ATTENTION_MODES,
     )
     sensitivity: str = option(
         "fisher",
@@ -71,7 +75,13 @@ class PruneConfig:
         "(over-fits small calibration sets)",
     )
     round_to: int = option(
-        1, "keep neurons in multiples of N, and head dimensions in multiples of N up to 8 (attention kernels need 8)"
+        1, "keep neurons in multiples of N, and head dimensions in multiples of N up to 8 (attention kernels want 8)"
+    )
+    format: str = option(
+        "auto",
+        "auto writes a checkpoint of the stock class where that can express the widths, and brings a class of its own "
+        "otherwise; stock removes only what the stock class can express (for OPT neurons, as many in every block)",
+        FORMATS,
     )
     damping: float | str = option(
         DAMPING, "ridge of the repair as a share of the mean variance, or auto: chosen on held-out calibration windows"
@@ -79,8 +89,15 @@ class PruneConfig:
     device: str = option("auto", "auto, cpu, cuda or cuda:i")
     dtype: str = option("auto", "type to compute in; the result keeps the type of the checkpoint", DTYPES)
     evaluate: tuple[str, ...] | None = option(
-        None, "text to measure perplexity on, like --calibration; repeatable (default: wikitext2; self without MODEL)"
+        None,
+        "text to measure perplexity on, like --calibration, or harness:TASK,TASK for tasks of lm-evaluation-harness "
+        "(names, or local .yaml files); repeatable (default: wikitext2; self without MODEL)",
     )
+    measure_speed: bool = option(
+        False, "afterwards time the dense and the pruned model beside each other; loads both as a whole"
+    )
+    push_to_hub: str | None = option(None, "afterwards publish the result on the Hugging Face Hub as USER/NAME")
+    private: bool = option(False, "make the repository of --push-to-hub a private one")
     revision: str | None = option(None, "branch, tag or commit of MODEL on the Hub")
     overwrite: bool = option(False, "replace an earlier result, or an unfinished one, in the output directory")
     resume: bool = option(False, "go on with an interrupted run of the same command: what it finished is reused")
@@ -118,6 +135,8 @@ class PruneConfig:
                 raise OptionError(f"--damping is {self.damping!r}; give a number of at least 0, or auto")
         elif not 0.0 <= self.damping < float("inf"):
             raise OptionError(f"--damping is {self.damping:g}; give a finite number of at least 0, or auto")
+        if self.private and not self.push_to_hub:
+            raise OptionError("--private is for the repository that --push-to-hub makes; give that, too")
         if self.damping == "auto" and self.samples < 2:
             raise OptionError("--damping auto holds out part of the windows; give --samples of at least 2")
 
@@ -130,6 +149,11 @@ class PruneConfig:
     def measures(self) -> bool:
         """Whether the plan needs a measuring pass over the dense model."""
         return self.sparsity > 0 and (self.allocation in ("variance", "loss") or self.attention == "both")
+
+    @property
+    def directions(self) -> bool:
+        """Whether heads may lose directions instead of going as a whole."""
+        return self.attention in ("dims", "both")
 
     @property
     def needs_gradient(self) -> bool:

@@ -12,7 +12,7 @@ import torch
 from .errors import CheckpointError, HubError
 
 # What travels besides the weights.
-SIDE_FILES = ("*.json", "*.txt", "*.model", "tokenizer*")
+SIDE_FILES = ("*.json", "*.txt", "*.model", "tokenizer*", "README.md")
 REASON = 200  # characters at most that an error quotes
 EMBEDDED = Path(__file__).parent / "demo" / "opt-wiki-1m"
 
@@ -125,6 +125,22 @@ def load_tokenizer(directory: Path) -> Any:
     if not ids:
         raise CheckpointError(f"{directory} has no tokenizer: it has no vocabulary file; {advice}")
     return tokenizer
+
+
+# Of a model card's metadata, what is still true of the pruned model.
+CARRIED = ("license", "license_name", "license_link", "language", "tags", "datasets")
+
+
+def card_metadata(directory: Path) -> dict[str, Any]:
+    """Licence, language, tags and datasets of the card (README.md) of a model directory, as far as it has them."""
+    from huggingface_hub import metadata_load
+
+    path = directory / "README.md"
+    try:
+        found = (metadata_load(path) if path.is_file() else None) or {}
+    except Exception:  # a card is for people: one that cannot be read takes nothing from the model
+        return {}
+    return {name: found[name] for name in CARRIED if found.get(name)}
 
 
 def _reason(error: BaseException) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 from .config import PruneConfig
+from .device import resolve_device
 from .errors import OptionError
 from .families import Family, family_of
 from .hub import EMBEDDED, load_config, locate
@@ -35,16 +37,51 @@ def open_job(options: PruneConfig, weights: bool, local_index: int = 0) -> Job:
     local_index: of this process among those on its machine; it takes the GPU of that number.
     """
     options.validate()
-    options = options.resolved()
     if options.revision and (options.model is None or os.path.isdir(os.path.expanduser(options.model))):
         raise OptionError("--revision is for models on the Hub, and this one is a local directory; leave it out")
     directory = locate(options.model, options.revision, weights)
     config = load_config(directory)
     family = family_of(config)
+    options = fit_for_stock(options, family)
+    options = fit_for_heads(options.resolved(), family, config)
     check_order(family, config, options)
     output = Path(options.output).expanduser() if options.output else default_output(options)
     device = resolve_device(options.device, local_index)
     return Job(options, directory, config, family, output, device, window_length(options, config))
+
+
+def fit_for_stock(options: PruneConfig, family: Family) -> PruneConfig:
+    """With --format stock, the choices that lead to what the stock class can express; else `options` as they are.
+
+    Raises `OptionError` where another choice was made.
+    """
+    if options.format != "stock":
+        return options
+    modes = ("none", "heads") if "heads" in family.stock else ("none",)
+    if options.attention is not None and options.attention not in modes:
+        raise OptionError(
+            f"--format stock and --attention {options.attention} exclude each other: the stock class of model type "
+            f"{family.model_type!r} cannot have such attention layers; leave one of them out, or give --attention "
+            f"{' or '.join(modes)}"
+        )
+    if options.allocation not in (None, "uniform"):
+        raise OptionError(
+            f"--format stock and --allocation {options.allocation} exclude each other: the stock class has the same "
+            "widths in every block; leave one of them out, or give --allocation uniform"
+        )
+    return dataclasses.replace(options, attention=options.attention or modes[0], allocation="uniform")
+
+
+def fit_for_heads(options: PruneConfig, family: Family, config: Any) -> PruneConfig:
+    """Where heads can only go as a whole, `both` means heads; `options`: resolved. Raises `OptionError` for `dims`."""
+    if not options.directions or family.attention(config) is not None:
+        return options
+    if options.attention == "dims":
+        raise OptionError(
+            f"--attention dims is not possible for models of type {family.model_type!r}, whose heads can only go as a "
+            "whole; give --attention heads"
+        )
+    return dataclasses.replace(options, attention="heads")
 
 
 def default_output(options: PruneConfig) -> Path:
@@ -52,33 +89,6 @@ def default_output(options: PruneConfig) -> Path:
     path = EMBEDDED if options.model is None else Path(options.model).expanduser()
     name = path.resolve().name if path.exists() else path.name  # a Hub id ends in the model's name, too
     return Path(f"{name}-snp-{100 * options.sparsity:g}")
-
-
-def resolve_device(name: str, local_index: int = 0) -> torch.device:
-    """`auto` and `cuda` are the CUDA device of that index, `auto` is the CPU if there is none.
-
-    Raises `OptionError` for a device that is not there.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and local_index:
-        name = f"cuda:{local_index}"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise OptionError(f"--device {name!r} is no device; give auto, cpu, cuda or cuda:0") from error
-    if device.type == "cuda":
-        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if found <= (device.index or 0):
-            raise OptionError(f"--device {name} was asked for, but torch sees {found} CUDA devices; use --device cpu")
-    return device
-
-
-def resolve_dtype(name: str, device: torch.device, stored: torch.dtype) -> torch.dtype:
-    """`auto` computes in the checkpoint's type on a GPU and in float32 on the CPU."""
-    if name == "auto":
-        return torch.float32 if device.type == "cpu" or stored == torch.float64 else stored
-    return getattr(torch, name)  # type: ignore[no-any-return]
 
 
 def window_length(options: PruneConfig, config: Any) -> int:

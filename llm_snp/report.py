@@ -19,8 +19,12 @@ from . import __version__
 from .checkpoint import Checkpoint
 from .core.allocation import SiteCurve
 from .data import Windows
+from .device import device_facts, dtype_name
+from .evaluation.harness import harness_rows
 from .evaluation.perplexity import Perplexity
+from .evaluation.speed_table import speed_table
 from .executor import BlockLoss
+from .hub import card_metadata
 from .job import Job
 from .plan import Plan
 
@@ -51,8 +55,9 @@ class Report:
             "model": {
                 "name": options.model or job.directory.name,
                 "type": job.config.model_type,
-                "dtype": _name(stored),
+                "dtype": dtype_name(stored),
                 "bytes": sum(file.stat().st_size for file in checkpoint.files),
+                "card": card_metadata(job.directory),
             },
             "device": device_facts(job.device, dtype) | {"processes": processes},
             "calibration": {
@@ -68,11 +73,17 @@ class Report:
             "evaluation": {},
             "notes": [],
         }
-        widest = max(site.units * site.group for site in job.family.sites(job.config))
+        sites = job.family.prunable(job.config, options.attention)
+        widest = max(site.units * site.group for site in sites)
         if calibration.tokens.numel() < widest:
             self.note(
                 f"{calibration.tokens.numel()} calibration tokens for layers of up to {widest} inputs: the repair "
                 "rests on the damping; give more --samples"
+            )
+        if options.target == "residual" and any(site.stream is None for site in sites):
+            self.note(
+                "a norm lies between the pruned layers and the residual stream: they were refitted to their own output "
+                "in the dense model"
             )
         if job.length < options.sequence_length:
             self.note(f"windows have {job.length} tokens: the model has no more positions")
@@ -81,9 +92,10 @@ class Report:
         """Something a reader should know: a rescue, a limit, a rounding."""
         self.data["notes"].append(text)
 
-    def planned(self, plan: Plan, parameters: int) -> None:
-        """The plan; `parameters`: of the whole dense model."""
+    def planned(self, plan: Plan, parameters: int, custom_code: bool) -> None:
+        """The plan; parameters: of the whole dense model; custom_code: whether the result brings a class of its own."""
         options, model = self.options, self.data["model"]
+        model["custom_code"] = custom_code
         model["parameters"] = parameters
         model["parameters_pruned"] = parameters - plan.removed
         self.data["sparsity"] = {
@@ -159,12 +171,6 @@ def versions() -> dict[str, str]:
     return {"llm_snp": __version__, "python": platform.python_version()} | {name: version(name) for name in LIBRARIES}
 
 
-def device_facts(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """What was computed on, and in which type."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu"
-    return {"name": name, "type": device.type, "dtype": _name(dtype), "threads": torch.get_num_threads()}
-
-
 def command_line() -> str:
     """The command as it can be typed again."""
     program = Path(sys.argv[0])
@@ -174,10 +180,6 @@ def command_line() -> str:
         nodes = ["--nnodes", str(processes // here)] if processes > here else []
         head = ["torchrun", *nodes, "--nproc-per-node", str(here), "-m", "llm_snp"]
     return shlex.join([*head, *sys.argv[1:]])
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _curve(curve: SiteCurve) -> dict[str, Any]:
@@ -223,11 +225,14 @@ def summary(data: dict[str, Any]) -> str:
     for source, result in data["evaluation"].items():
         dense, pruned = result["dense"]["perplexity"], result["pruned"]["perplexity"]
         rows.append(_row(f"perplexity, {Path(source).name}", dense, pruned, "{:,.2f}"))
+    rows += harness_rows(data.get("harness", {}))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     lines = [
         "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]).rstrip()
         for row in rows
     ]
+    trust = ", trust_remote_code=True" if model.get("custom_code", True) else ""
+    lines += ["", *speed_table(data["speed"])] if "speed" in data else []
     lines += [
         "",
         f"removed  {sparsity['achieved']:.2%} of the blocks' linear parameters ({sparsity['asked']:.2%} asked), "
@@ -235,7 +240,7 @@ def summary(data: dict[str, Any]) -> str:
         "seconds  " + ", ".join(f"{name} {value:.1f}" for name, value in data["seconds"].items()),
         *(f"note     {note}" for note in data["notes"]),
         f"result   {data['output']}",
-        f"load it  AutoModelForCausalLM.from_pretrained({data['output']!r}, trust_remote_code=True)",
+        f"load it  AutoModelForCausalLM.from_pretrained({data['output']!r}{trust})",
     ]
     return "\n".join(lines)
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import modeling_snp
 from .checkpoint import Checkpoint
 from .executor import BlockLoss, SiteLoss
 from .hub import load_config
@@ -22,18 +22,19 @@ from .skeleton import Skeleton
 from .writer import TOKENIZER_FILES, Writer
 
 KEPT = "kept"
+# What a result brings along that needs a class of its own: its family's file of `llm_snp.modeling` under this name,
+# and what that imports.
+MODELING, NARROWING = "modeling_snp.py", "narrowing.py"
 
 
 class PrunedBlocks:
     """The blocks of the result, each a shard that is finished once its hash is in the journal.
 
-    blocks: their path in the model; device: by way of which tensors travel between processes.
+    skeleton: of the dense model, whose layout the result has.
     """
 
-    def __init__(
-        self, writer: Writer, journal: Journal, blocks: str, device: torch.device, report: Report, progress: Progress
-    ):
-        self.writer, self.journal, self.blocks, self.device = writer, journal, blocks, device
+    def __init__(self, writer: Writer, journal: Journal, skeleton: Skeleton, report: Report, progress: Progress):
+        self.writer, self.journal, self.skeleton = writer, journal, skeleton
         self.report, self.progress = report, progress
 
     def finished(self, index: int) -> tuple[State, BlockLoss] | None:
@@ -50,10 +51,11 @@ class PrunedBlocks:
         if not processes.from_main(lambda: tensors is not None):
             self.journal.rescue(f"{file} was gone or damaged")
             return None
-        state = processes.tensors_from_main(tensors, self.device)
+        state = processes.tensors_from_main(tensors, self.skeleton.device)
         losses = {site: SiteLoss(**loss) for site, loss in record["losses"].items()}
         self._tell(index, losses, " (finished before)")
-        return {name.removeprefix(self._prefix(index)): tensor for name, tensor in state.items()}, losses
+        prefix = self._prefix(index)
+        return self.skeleton.turn({name.removeprefix(prefix): tensor for name, tensor in state.items()}), losses
 
     def save(self, index: int, state: State, losses: BlockLoss) -> None:
         """Write a block that has just been pruned.
@@ -63,7 +65,8 @@ class PrunedBlocks:
         before = self.journal.read(_name(index))
 
         def write() -> None:
-            found = self.writer.shard(index, {self._prefix(index) + name: tensor for name, tensor in state.items()})
+            stored = self.skeleton.turn(state)
+            found = self.writer.shard(index, {self._prefix(index) + name: tensor for name, tensor in stored.items()})
             if before is None or before[DIGEST] != found:
                 self.journal.forget(_name(later) for later in range(index + 1, len(self._kept)))
             record = {
@@ -86,19 +89,23 @@ class PrunedBlocks:
         return self.report.data["plan"]["kept"]  # type: ignore[no-any-return]
 
     def _prefix(self, index: int) -> str:
-        return f"{self.blocks}.{index}."
+        return f"{self.skeleton.blocks_path}.{index}."
 
 
 def _name(index: int) -> str:
     return f"block-{index:05d}"
 
 
+def stock_fields(job: Job, plan: Plan) -> dict[str, Any] | None:
+    """The config fields with which the stock class is the pruned model, or None if it needs a class of its own."""
+    return job.family.stock_fields(job.config, plan.kept)
+
+
 def write_rest(writer: Writer, job: Job, skeleton: Skeleton, plan: Plan, tokenizer: Any) -> None:
     """Everything but the blocks: outer weights, config, tokenizer, modelling file; the index last."""
     family, config, checkpoint = job.family, job.config, skeleton.checkpoint
     writer.shard(len(skeleton), dict(checkpoint.tensors(skeleton.outer)))
-    widths = [family.widths(config, kept) for kept in plan.kept]
-    stock = family.stock_fields(config, widths)
+    stock = stock_fields(job, plan)
     own = ("model_type", "architectures", "auto_map")  # what the result has of its own, or does not have
     fields = {key: value for key, value in config.to_dict().items() if key not in own}
     # Without it AutoTokenizer would look for the tokenizer of a model type that stock transformers does not know.
@@ -108,14 +115,19 @@ def write_rest(writer: Writer, job: Job, skeleton: Skeleton, plan: Plan, tokeniz
         result = type(config)(**(fields | stock))
         result.architectures = config.architectures
     else:
-        result = family.pruned_config(**fields, block_widths=widths)
+        widths = [family.widths(config, kept) for kept in plan.kept]
+        config_class = family.pruned_class.config_class
+        result = config_class(**fields, block_widths=widths)
         result.architectures = [family.pruned_class.__name__]
-        module = Path(modeling_snp.__file__).stem
+        source = Path(inspect.getfile(family.pruned_class))
+        module = MODELING.removesuffix(".py")
         result.auto_map = {
-            "AutoConfig": f"{module}.{family.pruned_config.__name__}",
+            "AutoConfig": f"{module}.{config_class.__name__}",
+            "AutoModel": f"{module}.{family.pruned_class.base_class.__name__}",
             "AutoModelForCausalLM": f"{module}.{family.pruned_class.__name__}",
         }
-        writer.copy(Path(modeling_snp.__file__))
+        writer.text(MODELING, source.read_text(encoding="utf-8"))
+        writer.copy(source.with_name(NARROWING))
     writer.text("config.json", result.to_json_string())
     writer.copy(job.directory, TOKENIZER_FILES)
     writer.index()

@@ -22,7 +22,9 @@ from .workspace import JOURNAL, REPORT, Workspace, is_result, tidy
 from .writer import TOKENIZER_FILES
 
 # Options that do not change the result.
-FREE = frozenset(("output", "device", "overwrite", "resume", "offload", "quiet"))
+FREE = frozenset(
+    ("output", "device", "overwrite", "resume", "offload", "quiet", "measure_speed", "push_to_hub", "private")
+)
 # Options of which an unfinished run compares what they lead to: the model's files, windows of text, a type.
 BY_CONTENT = frozenset(("model", "revision", "calibration", "evaluate", "dtype"))
 

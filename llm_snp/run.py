@@ -8,27 +8,30 @@ from typing import Any
 
 import torch
 
-from .card import model_card
+from .afterwards import afterwards, check_afterwards
 from .checkpoint import Checkpoint
 from .config import PruneConfig
 from .data import Windows
+from .device import resolve_dtype
+from .documents import write_documents
 from .errors import OptionError
+from .evaluation.harness import texts_of
 from .evaluation.perplexity import Perplexity, perplexity_streamed
 from .executor import decide, prune_blocks
 from .hub import load_tokenizer
-from .job import Job, open_job, resolve_dtype
+from .job import Job, open_job
 from .journal import Journal
-from .plan import Plan
+from .plan import Plan, check_budget
 from .processes import Processes
 from .progress import Progress
 from .report import Report
-from .result import PrunedBlocks, open_result, write_rest
+from .result import PrunedBlocks, open_result, stock_fields, write_rest
 from .resume import calibration_identity, finished_before, kept_for_resume, model_identity, settings
 from .session import Session
 from .skeleton import Skeleton, empty_model
 from .storage import Storage, check_offload
 from .text import Text
-from .workspace import REPORT, Workspace, check_space
+from .workspace import Workspace, check_space
 from .writer import Writer
 
 
@@ -38,20 +41,29 @@ def run(options: PruneConfig) -> dict[str, Any]:
     Raises `SnpError` for everything that has its cause outside llm_snp, and `Interrupted` for Ctrl-C. What can be gone
     on with by `resume` is then kept beside the output; otherwise nothing is left behind.
     """
+    job, report, progress, main = _pruned(options)
+    # Outside: it may take hours, which the other processes need not wait for.
+    return afterwards(job, report, progress) if main else report
+
+
+def _pruned(options: PruneConfig) -> tuple[Job, dict[str, Any], Progress, bool]:
+    """Everything up to the finished result: what it was about, its report, and whether this is the main process."""
     options.validate()
     offload = check_offload(options.offload)
     with Processes(cpu=options.device == "cpu" or not torch.cuda.is_available()) as processes:
         check_processes(options, processes.count)
         progress = Progress(options.quiet or not processes.main)
         with progress.phase("load"):
+            processes.on_main(lambda: check_afterwards(options))
             job = open_job(options, weights=True, local_index=processes.local_index)
             earlier = processes.from_main(lambda: finished_before(job))
             if earlier is not None:
                 progress.say(f"{job.output} is finished already")
-                return earlier
+                return job, earlier, progress, processes.main
             workspace = processes.on_main(lambda: Workspace(job.output, options.overwrite, options.resume))
         with kept_for_resume(workspace, job.config.num_hidden_layers):
-            return _Run(job, Storage(offload, job.device.type == "cuda"), processes, progress, workspace).prune()
+            run = _Run(job, Storage(offload, job.device.type == "cuda"), processes, progress, workspace)
+            return job, run.prune(), progress, processes.main
 
 
 def check_processes(options: PruneConfig, count: int) -> None:
@@ -87,6 +99,8 @@ class _Run:
             self.tokenizer = load_tokenizer(job.directory)
             processes.on_main(self._check_space)
             self.skeleton = Skeleton(job.config, job.family.blocks, self.checkpoint, job.device, self.dtype)
+            # Nothing is measured yet, but whether the budget can be met at all is known already.
+            check_budget(job.family, job.config, self.skeleton.blocks, job.options)
         with progress.phase("text"):
             self.calibration, self.evaluation = processes.from_main(self._read_text)
             self.journal.expect("calibration", calibration_identity(self.calibration))
@@ -101,7 +115,7 @@ class _Run:
         text = Text(job.directory, self.tokenizer, job.config, job.length, self.dtype, job.device)
         assert options.evaluate is not None
         calibration = text.calibration(options)
-        evaluation = {source: text.evaluation(source, options.seed) for source in options.evaluate}
+        evaluation = {source: text.evaluation(source, options.seed) for source in texts_of(options.evaluate)}
         text.close()
         return calibration, evaluation
 
@@ -123,9 +137,10 @@ class _Run:
         )
         plan = decide(session)
         progress.say(f"plan: {plan.why}")
-        report.planned(plan, sum(p.numel() for p in empty_model(job.config).parameters()))
+        parameters = sum(p.numel() for p in empty_model(job.config).parameters())
+        report.planned(plan, parameters, custom_code=stock_fields(job, plan) is None)
         writer = Writer(self.directory, len(skeleton) + 1)
-        blocks = PrunedBlocks(writer, self.journal, job.family.blocks, job.device, report, progress)
+        blocks = PrunedBlocks(writer, self.journal, skeleton, report, progress)
         prune_blocks(session, plan, blocks.save, blocks.finished)
         self._write(writer, plan)
         if not self.evaluation:  # what was written must load all the same
@@ -144,8 +159,7 @@ class _Run:
             self.processes.on_main(lambda: write_rest(writer, self.job, self.skeleton, plan, self.tokenizer))
 
     def _finish(self, writer: Writer, report: Report) -> dict[str, Any]:
-        writer.json(REPORT, report.data)
-        writer.text("README.md", model_card(report.data))
+        write_documents(self.directory, report.data)
         _known(self.workspace).finish()
         return report.data
 

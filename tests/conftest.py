@@ -36,6 +36,17 @@ def fast() -> None:
     gc.freeze()
 
 
+@pytest.fixture(autouse=True, scope="module")
+def documents(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Plots and page take longer than pruning a tiny model: only modules marked `documents` have them made."""
+    marked = any(mark.name == "documents" for mark in request.node.iter_markers())
+    with pytest.MonkeyPatch.context() as patch:
+        if not marked:
+            patch.setattr("llm_snp.documents.write_plots", lambda report, directory: [])
+            patch.setattr("llm_snp.documents.html_page", lambda report: "")
+        yield
+
+
 def words(count: int, seed: int) -> list[str]:
     """Random words, some of them frequent."""
     source = random.Random(seed)

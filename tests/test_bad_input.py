@@ -58,7 +58,7 @@ from llm_snp.writer import Writer
         (["--sparsity", "a lot"], "argument --sparsity: invalid float value: 'a lot'"),
         (["--sparsity"], "argument --sparsity: expected one argument"),
         (["--sparsty", "0.3"], "there is no option --sparsty; did you mean --sparsity?"),
-        (["--frobnicate"], "there is no option --frobnicate; see --help"),
+        (["--xyzzy"], "there is no option --xyzzy; see --help"),
         (["one", "two"], "'two' is one argument too many, the model is 'one'"),
         (["--order", "greddy"], "--order 'greddy' is not known; choose one of zca, "),
         (["--order", "greddy"], "Did you mean 'greedy'?"),
@@ -130,7 +130,10 @@ def written(directory: Path, files: dict[str, str | bytes]) -> Path:
             {"config.json": '{"model_type": "newest"}'},
             "no config of model type 'newest' that this transformers can read",
         ),
-        ({"config.json": '{"model_type": "gpt2"}'}, "models of type 'gpt2' cannot be pruned yet; supported: opt"),
+        (
+            {"config.json": '{"model_type": "bloom"}'},
+            "models of type 'bloom' cannot be pruned; supported: falcon,",
+        ),
         (
             {"config.json": '{"model_type": "mine", "auto_map": {"AutoConfig": "evil.Config"}, "n": 1}'},
             "no config of model type 'mine' that this transformers can read",

@@ -15,6 +15,7 @@ from conftest import BLOCKS, LENGTH, SAMPLES, Shell, load
 
 import llm_snp
 from llm_snp import cli
+from llm_snp.commands import prune
 from llm_snp.config import METHODS, PruneConfig
 from llm_snp.report import command_line
 
@@ -43,14 +44,17 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_defaults_of_the_command_line_are_those_of_the_function() -> None:
-    options, dry_run = cli.parse([])
-    assert options == PruneConfig()
-    assert not dry_run
-    options, dry_run = cli.parse(["model", "--no-evaluate", "--evaluate", "x", "--damping", "auto", "--dry-run"])
-    assert options == PruneConfig("model", evaluate=(), damping="auto")
-    assert dry_run
-    assert cli.parse(["--evaluate", "a.txt", "--evaluate", "b.txt"])[0].evaluate == ("a.txt", "b.txt")
-    assert cli.parse(["--damping", "1e-2"])[0].damping == 0.01
+
+    def parsed(*arguments: str) -> PruneConfig:
+        return prune.options_of(cli.parse(arguments)[1])
+
+    assert parsed() == PruneConfig()
+    assert not cli.parse([])[1].dry_run
+    arguments = ("model", "--no-evaluate", "--evaluate", "x", "--damping", "auto", "--dry-run")
+    assert parsed(*arguments) == PruneConfig("model", evaluate=(), damping="auto")
+    assert cli.parse(arguments)[1].dry_run
+    assert parsed("--evaluate", "a.txt", "--evaluate", "b.txt").evaluate == ("a.txt", "b.txt")
+    assert parsed("--damping", "1e-2").damping == 0.01
 
 
 def test_a_method_is_a_name_for_choices() -> None:

@@ -16,7 +16,7 @@ from conftest import BLOCKS, NEURONS, Prune, load, logits, tiny_opt
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, OPTForCausalLM
 
 import llm_snp.plan
-from llm_snp.families import OPT
+from llm_snp.families import FAMILIES
 from llm_snp.hub import EMBEDDED, load_config
 
 # Runs where importing llm_snp fails. Argument: a result; prints what was found as JSON.
@@ -182,7 +182,7 @@ def test_trains_with_gradient_checkpointing(found: dict[str, Any]) -> None:
 
 def test_without_trust_remote_code_where_llm_snp_is_imported(result: Path, ids: torch.Tensor) -> None:
     model = AutoModelForCausalLM.from_pretrained(result, trust_remote_code=False)
-    assert type(model).__module__ == "llm_snp.modeling_snp"
+    assert type(model).__module__ == "llm_snp.modeling.opt"
     assert AutoConfig.from_pretrained(result, trust_remote_code=False).model_type == "snp_opt"
     assert torch.equal(logits(model.eval(), ids), logits(load(result), ids))
 
@@ -241,17 +241,17 @@ def test_code_of_the_dense_model_does_not_travel(prune: Prune, dense: Path, tmp_
     assert "auto_map" not in json.loads((tmp_path / "same" / "config.json").read_text())
     prune(model, tmp_path / "out")
     auto_map = json.loads((tmp_path / "out" / "config.json").read_text())["auto_map"]
-    assert set(auto_map.values()) == {"modeling_snp.SnpOPTConfig", "modeling_snp.SnpOPTForCausalLM"}
+    assert set(auto_map.values()) == {f"modeling_snp.SnpOPT{kind}" for kind in ("Config", "Model", "ForCausalLM")}
 
 
 def test_stock_fields(dense: Path) -> None:
     config = load_config(dense)
-    whole = OPT.widths(config, {})
-    assert OPT.stock_fields(config, [whole] * BLOCKS) == {"ffn_dim": NEURONS}
-    assert OPT.stock_fields(config, [whole | {"neurons": 7}] * BLOCKS) == {"ffn_dim": 7}
-    assert OPT.stock_fields(config, [whole | {"neurons": 7}, *[whole] * (BLOCKS - 1)]) is None
-    assert OPT.stock_fields(config, [whole | {"heads": 3}] * BLOCKS) is None
-    assert OPT.stock_fields(config, [whole | {"head_dim": 3}] * BLOCKS) is None
+    whole = FAMILIES["opt"].widths(config, {})
+    assert FAMILIES["opt"].stock_fields(config, [whole] * BLOCKS) == {"ffn_dim": NEURONS}
+    assert FAMILIES["opt"].stock_fields(config, [whole | {"neurons": 7}] * BLOCKS) == {"ffn_dim": 7}
+    assert FAMILIES["opt"].stock_fields(config, [whole | {"neurons": 7}, *[whole] * (BLOCKS - 1)]) is None
+    assert FAMILIES["opt"].stock_fields(config, [whole | {"heads": 3}] * BLOCKS) is None
+    assert FAMILIES["opt"].stock_fields(config, [{"dims": 3}] * BLOCKS) is None
 
 
 def test_wrong_widths_are_refused(result: Path) -> None:

@@ -86,11 +86,14 @@ def until(condition: Callable[[], object]) -> None:
 
 
 def result(directory: Path) -> dict[str, bytes]:
-    """What must be the same however often the run was interrupted: all but times, memory and the command."""
+    """What must be the same however often the run was interrupted: all but times, memory and the command.
+
+    Nor the documents, which show them, and which only processes of their own make whole (`documents` in conftest).
+    """
     return {
         path.relative_to(directory).as_posix(): path.read_bytes()
         for path in sorted(directory.rglob("*"))
-        if path.is_file() and path.name not in (REPORT, "README.md")
+        if path.is_file() and path.name not in (REPORT, "README.md", "report.html") and path.parent.name != "plots"
     }
 
 

@@ -1,0 +1,112 @@
+"""`python -m llm_snp bench DIR`: how fast and how large a pruned model is, beside the dense one."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from ..config import DEVICES, DTYPES
+from ..device import resolve_device, resolve_dtype
+from ..documents import read_report, write_documents
+from ..errors import OptionError, SnpError, choose
+from ..evaluation.speed import NEW, PROMPT, RUNS, SpeedProgress, measure_speed, positions
+from ..evaluation.speed_table import speed_table
+from ..hub import EMBEDDED, config_dtype, load_config, locate
+from ..workspace import is_result
+
+HELP = "time a pruned model beside the dense one, and count their memory"
+
+
+def add_arguments(p: argparse.ArgumentParser) -> None:
+    p.add_argument("directory", metavar="DIR", help="a pruned result, or any causal language model")
+    p.add_argument(
+        "--against",
+        metavar="MODEL",
+        help="what to compare with: directory or Hub id (default: the dense model that DIR was made of)",
+    )
+    p.add_argument("--batch", type=int, default=1, metavar="N", help="sequences at a time (default: 1)")
+    p.add_argument(
+        "--prompt",
+        type=int,
+        metavar="T",
+        help=f"tokens of the prefill (default: {PROMPT}, or what the model has positions for)",
+    )
+    p.add_argument("--new", type=int, default=NEW, metavar="T", help=f"tokens to decode (default: {NEW})")
+    p.add_argument("--runs", type=int, default=RUNS, metavar="N", help=f"measurements of each (default: {RUNS})")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:i (default: auto)")
+    p.add_argument("--dtype", default="auto", help=f"type to compute in: {', '.join(DTYPES)} (default: auto)")
+
+
+def main(args: argparse.Namespace) -> None:
+    """Measure, print the table, and keep the figures in DIR's report if they are about it and its dense model.
+
+    Raises `SnpError` for what cannot be measured.
+    """
+    choose(args.device.split(":")[0], DEVICES, "--device")
+    choose(args.dtype, DTYPES, "--dtype")
+    device = resolve_device(args.device)
+    directory = locate(args.directory)
+    config = load_config(directory)
+    report = read_report(directory) if is_result(directory) else None
+    dense, its_own = _against(args.against, args.directory, report)
+    for path in (directory, dense):
+        if args.prompt is not None and path is not None:
+            _check_prompt(args.prompt, path)
+    dtype = resolve_dtype(args.dtype, device, config_dtype(config))
+    prompt = PROMPT if args.prompt is None else args.prompt
+    with tqdm(desc="speed", unit="run", leave=False, disable=None, dynamic_ncols=True) as bar:
+        speed = measure_speed(directory, dense, device, dtype, args.batch, prompt, args.new, args.runs, _shown_by(bar))
+    if args.against is not None:
+        print(f"dense    stands for {dense}, which was asked for")
+    print("\n".join(speed_table(speed)))
+    # A repository's files in the cache of the Hub are not ours to change.
+    if report is not None and its_own and os.path.isdir(os.path.expanduser(args.directory)):
+        if dense is None and "dense" in report.get("speed", {}):
+            print(f"kept     the earlier figures in {directory}, which compare with the dense model")
+            return
+        write_documents(directory, report | {"speed": speed})
+        print(f"stored   in the report of {directory}")
+
+
+def _against(against: str | None, directory: str, report: dict[str, Any] | None) -> tuple[Path | None, bool]:
+    """The model to compare with, and whether it is what DIR was made of, or would be.
+
+    Says why if there is none. Raises `SnpError` if what was asked for is not there.
+    """
+    if report is None and against is None:
+        print(
+            f"alone    {directory} has no report.json that names its dense model; --against gives one to compare with"
+        )
+        return None, False
+    if report is None:
+        return locate(against), False
+    name, revision = report["options"]["model"], report["options"]["revision"]
+    if against is not None:
+        given, local = locate(against), EMBEDDED if name is None else Path(name).expanduser()
+        return given, (against == name and not revision) or (local.is_dir() and given.samefile(local))
+    try:
+        return locate(name, revision), True
+    except SnpError as error:
+        print(f"alone    the dense model is not there to compare with: {' '.join(str(error).split())}")
+        return None, True
+
+
+def _check_prompt(prompt: int, directory: Path) -> None:
+    limit = positions(load_config(directory))
+    if limit is not None and prompt >= limit:
+        raise OptionError(
+            f"--prompt is {prompt}, but {directory} has {limit} positions, of which new tokens need some; give at most "
+            f"{limit - 1}"
+        )
+
+
+def _shown_by(bar: tqdm) -> SpeedProgress:
+    def show(_: str, done: int, total: int) -> None:
+        bar.total = total
+        bar.update(done - bar.n)
+
+    return show

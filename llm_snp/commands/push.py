@@ -1,0 +1,29 @@
+"""`python -m llm_snp push DIR user/name`: publish a result on the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+HELP = "publish a result on the Hugging Face Hub"
+
+
+def add_arguments(p: argparse.ArgumentParser) -> None:
+    p.add_argument("directory", metavar="DIR", type=Path, help="the result of a run")
+    p.add_argument("repo", metavar="USER/NAME", help="the repository on the Hub; it is made if there is none")
+    p.add_argument("--private", action="store_true", help="make the repository a private one")
+    p.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace what the repository has, in one commit; its history keeps the earlier version",
+    )
+    p.add_argument("--message", metavar="TEXT", help="what the commit says")
+
+
+def main(args: argparse.Namespace) -> None:
+    from ..publish import push
+
+    url = push(args.directory, args.repo, args.private, args.overwrite, args.message)
+    trust = ", trust_remote_code=True" if any(args.directory.glob("modeling_*.py")) else ""
+    print(f"pushed   {url}")
+    print(f"load it  AutoModelForCausalLM.from_pretrained({args.repo!r}{trust})")

@@ -1,0 +1,37 @@
+"""`python -m llm_snp report DIR`: make the page, the plots and the card of a finished result anew."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+HELP = "make the page, the plots and the card of a result anew from its report.json"
+
+
+def add_arguments(p: argparse.ArgumentParser) -> None:
+    p.add_argument("directory", metavar="DIR", type=Path, help="the result of a run")
+    p.add_argument(
+        "--output", metavar="FILE.html", type=Path, help="write only the page, to this file; DIR stays as it is"
+    )
+
+
+def main(args: argparse.Namespace) -> None:
+    """Write the documents, print their paths and what the run came to. Raises `SnpError` if DIR is no result."""
+    from ..documents import CARD, read_report, write_documents
+    from ..files import write_text
+    from ..page import html_page
+    from ..report import summary
+
+    report = read_report(args.directory)
+    if args.output is not None:
+        write_text(args.output, html_page(report))
+        written = [args.output]
+    else:
+        written = write_documents(args.directory, report)
+        if args.directory / CARD not in written:
+            print(f"kept     {args.directory / CARD}, which is not as it was written")
+    for path in written:
+        print(f"written  {path}")
+    print()
+    # A result that was moved is where it was found now.
+    print(summary(report | {"output": str(args.directory)}))
