@@ -167,8 +167,8 @@ class Checkpoint:
         """Account for every key. `expected`: name -> shape in the model; `tied`: name -> the name it shares.
 
         A tied name may be absent, or present (then it is the duplicate that is dropped). `ignored` are patterns
-        that the model class itself declares harmless. Raises `CheckpointError` naming missing, extra and misshaped
-        tensors.
+        that the model class itself declares harmless: such tensors are forgotten. Raises `CheckpointError` naming
+        missing, extra and misshaped tensors.
         """
         present = set(self._where)
         for name, source in tied.items():
@@ -191,6 +191,8 @@ class Checkpoint:
                 f"{self.directory} has {_tensors(extra)} the model has no place for: {_some(sorted(extra))}; "
                 "its config.json may belong to another model"
             )
+        for name in present - set(expected):
+            del self._where[name]
         for name, shape in expected.items():
             if name in present and self.shape(name) != tuple(shape):
                 raise CheckpointError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ from .errors import CheckpointError, HubError
 
 # What travels besides the weights.
 SIDE_FILES = ("*.json", "*.txt", "*.model", "tokenizer*", "README.md")
+# Weights as transformers names them. Some repositories have them a second time, in another layout.
+SAFETENSORS = ("model.safetensors", "model-*-of-*.safetensors")
+BIN = "pytorch_model*.bin"
 REASON = 200  # characters at most that an error quotes
 EMBEDDED = Path(__file__).parent / "demo" / "opt-wiki-1m"
 
@@ -57,12 +61,12 @@ def _download(model: str, revision: str | None, weights: bool) -> Path:
         if weights:
             try:
                 files = HfApi().list_repo_files(model, revision=revision)
-                has_safetensors = any(file.endswith(".safetensors") for file in files)
-                patterns.append("*.safetensors" if has_safetensors else "pytorch_model*.bin")
+                has_safetensors = any(fnmatch(file, pattern) for file in files for pattern in SAFETENSORS)
+                patterns += SAFETENSORS if has_safetensors else [BIN]
             except (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError, HFValidationError):
                 raise
             except Exception:
-                patterns += ["*.safetensors", "pytorch_model*.bin"]  # offline: take what an earlier run fetched
+                patterns += [*SAFETENSORS, BIN]  # offline: take what an earlier run fetched
         return _local(Path(snapshot_download(model, revision=revision, allow_patterns=patterns)))
     except CheckpointError as error:
         raise CheckpointError(f"{model} on the Hub is no transformers model: it has no config.json") from error

@@ -219,7 +219,10 @@ def expected_tensors(model: nn.Module) -> tuple[dict[str, tuple[int, ...]], dict
         first.setdefault(id(parameter), name)
     persistent = model.state_dict(keep_vars=True).keys()
     shapes |= {name: tuple(buffer.shape) for name, buffer in model.named_buffers() if name in persistent}
-    return shapes, tied, list(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or [])
+    harmless = list(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or [])
+    if any(name.endswith("rotary_emb.inv_freq") for name, _ in model.named_buffers()):
+        harmless.append(r"rotary_emb\.inv_freq$")  # which every layer had of its own in older checkpoints
+    return shapes, tied, harmless
 
 
 def _set_submodule(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -41,7 +41,7 @@ from safetensors.torch import load_file, save_file
 
 import llm_snp.files
 from llm_snp.data import calibration_windows
-from llm_snp.hub import load_tokenizer
+from llm_snp.hub import SAFETENSORS, load_tokenizer
 from llm_snp.workspace import JOURNAL
 from llm_snp.writer import Writer
 
@@ -506,9 +506,9 @@ def test_what_is_fetched_from_the_hub(shell: Shell, dense: Path, monkeypatch: py
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     for files, wanted in (
-        (["model.safetensors", "pytorch_model.bin", "flax_model.msgpack"], {"*.safetensors"}),
+        (["model.safetensors", "pytorch_model.bin", "consolidated.safetensors"], {*SAFETENSORS}),
         (["pytorch_model.bin", "flax_model.msgpack", "tf_model.h5"], {"pytorch_model*.bin"}),
-        (None, {"*.safetensors", "pytorch_model*.bin"}),  # offline: whatever an earlier run fetched
+        (None, {*SAFETENSORS, "pytorch_model*.bin"}),  # offline: whatever an earlier run fetched
     ):
         listing = raising(ClientError("offline")) if files is None else (lambda *a, files=files, **k: files)
         monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", listing)

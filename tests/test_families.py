@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import LENGTH, Prune, load, logits
+from safetensors.torch import load_file, save_file
 from test_result_loads import elsewhere
 from tiny_models import BLOCKS, KNOWN, MODELS, save_tiny, tiny_config, tiny_model
 from torch import nn
@@ -199,6 +201,30 @@ def test_stock_checkpoints(name: str, checkpoints: dict[str, Path], prune: Prune
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert type(model).__module__.startswith("transformers.models.")
     assert model.num_parameters() == report["model"]["parameters_pruned"]
+
+
+BUFFERS = {
+    "llama": ["model.layers.0.self_attn.rotary_emb.inv_freq"],
+    "gpt_neox": ["gpt_neox.layers.1.attention.rotary_emb.inv_freq", "gpt_neox.layers.1.attention.masked_bias"],
+    "gpt2": ["h.0.attn.bias"],
+}
+
+
+@pytest.mark.parametrize("name", BUFFERS)
+def test_checkpoints_of_their_time(
+    name: str, checkpoints: dict[str, Path], prune: Prune, tmp_path: Path, ids: torch.Tensor
+) -> None:
+    """Older ones store buffers that are made anew today, and GPT-2's was saved without its head."""
+    directory = Path(shutil.copytree(checkpoints[name], tmp_path / "old"))
+    state = load_file(directory / "model.safetensors")
+    if name == "gpt2":
+        state = {key.removeprefix("transformer."): value for key, value in state.items()}
+    save_file(state | {key: torch.ones(4) for key in BUFFERS[name]}, directory / "model.safetensors")
+    prune(directory, tmp_path / "out", 0.3)
+    prune(checkpoints[name], tmp_path / "expected", 0.3)
+    assert torch.equal(logits(load(tmp_path / "out"), ids), logits(load(tmp_path / "expected"), ids))
+    stored = {key for file in (tmp_path / "out").glob("*.safetensors") for key in load_file(file)}
+    assert not any("inv_freq" in key or "attn.bias" in key.replace("c_attn.bias", "") for key in stored)
 
 
 @pytest.mark.parametrize("name", [name for name in ("mistral", "qwen2", "qwen3") if name in KNOWN])
