@@ -6,7 +6,7 @@ import importlib
 
 from transformers import AutoConfig
 
-from llm_snp.families import FAMILIES, FILES, REASONS
+from llm_snp.families import FAMILIES, FILES, REASONS, SINCE
 
 
 def table() -> str:
@@ -16,6 +16,8 @@ def table() -> str:
         config = AutoConfig.for_model(model_type)
         about = importlib.import_module(f"llm_snp.families.{FILES[model_type]}").__doc__ or ""
         what = about.splitlines()[0].rstrip(".")
+        if model_type in SINCE:
+            what += f" (from transformers {SINCE[model_type]})"
         attention = "directions, heads" if family.attention(config) else "heads"
         repair = "residual" if all(site.stream for site in family.sites(config)) else "dense"
         lines.append(f"| `{model_type}` | {what} | {attention} | {repair} | {', '.join(sorted(family.stock))} |")

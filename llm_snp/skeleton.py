@@ -70,6 +70,13 @@ class _Recorder(nn.Module):
         self.output: Tensor | None = None
         self.returns_tuple: bool | None = None
 
+    def __getattr__(self, name: str) -> Any:
+        """Some models ask their blocks what kind of attention they have."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("block"), name)
+
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         self.input, self.call = hidden, Call(args, kwargs)
         if self.returns_tuple is None:

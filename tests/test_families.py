@@ -137,8 +137,9 @@ def test_pruned_and_loaded_where_llm_snp_is_not(
     found = elsewhere(tmp_path / "out", tmp_path, ids)
     whole = load(tmp_path / "out")
     headless = AutoModel.from_pretrained(tmp_path / "out").float().eval()
+    inner = whole.base_model if whole.base_model is not whole else whole.model
     with torch.no_grad():
-        states = [model(input_ids=ids).last_hidden_state for model in (headless, whole.base_model)]
+        states = [model(input_ids=ids).last_hidden_state for model in (headless, inner)]
     assert torch.equal(*states)
     assert found["llm_snp"] == "absent"
     assert found["class"] == FAMILIES[MODELS[name][0]].pruned_class.__name__
@@ -240,11 +241,16 @@ def test_stock_checkpoints_with_fewer_heads(
     assert torch.isfinite(logits(model, ids)).all()
 
 
-def test_what_cannot_be_pruned_says_why() -> None:
+def test_what_cannot_be_pruned_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     class Config:
         model_type = "mixtral"
 
     with pytest.raises(UnsupportedModelError, match="'mixtral' cannot be pruned: which experts read a token"):
         family_of(Config())
+    Config.model_type = "gemma2"
+    monkeypatch.setattr("llm_snp.families.FAMILIES", {"opt": FAMILIES["opt"]})
+    with pytest.raises(UnsupportedModelError, match=r"they need a newer one, at least 4\.56; supported"):
+        family_of(Config())
+    monkeypatch.undo()
     with pytest.raises(UnsupportedModelError, match="alibi"):
         family_of(tiny_config("falcon-one-key").__class__(alibi=True, hidden_size=32, num_attention_heads=4))

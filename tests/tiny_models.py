@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from conftest import POSITIONS, VOCABULARY, copy_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
+
+from llm_snp.families import FAMILIES
 
 BLOCKS, HIDDEN, NEURONS = 3, 32, 48
 GROUPED = {
@@ -85,7 +86,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo": ("olmo", GROUPED | {"clip_qkv": 4.0}),
 }
 # Families that the installed transformers does not have are left out.
-KNOWN = [name for name, (model_type, _) in MODELS.items() if model_type in transformers.CONFIG_MAPPING]
+KNOWN = [name for name, (model_type, _) in MODELS.items() if model_type in FAMILIES]
 
 
 def tiny_config(name: str) -> Any:

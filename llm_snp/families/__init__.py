@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import importlib
 
+import transformers
+from packaging.version import Version
+
 from ..errors import UnsupportedModelError
 from .base import ATTENTION, MLP, Attention, Family, Rows, Site, linear
 
@@ -29,6 +32,8 @@ FILES = {
     "falcon": "falcon",
     "olmo": "olmo",
 }
+# The first transformers with which a family works: before, these had a KV cache of one shape for all blocks.
+SINCE = {"gemma2": "4.56", "gemma3_text": "4.56"}
 # What is asked for and cannot be had, with the reason.
 REASONS = {
     "mixtral": "which experts read a token depends on the text, and their layers are stored as one",
@@ -44,6 +49,8 @@ def _families() -> dict[str, Family]:
     """Those that the installed transformers has."""
     found = {}
     for model_type, file in FILES.items():
+        if Version(transformers.__version__) < Version(SINCE.get(model_type, "0")):
+            continue
         try:
             module = importlib.import_module(f".{file}", __name__)
         except ImportError:  # a younger model than this transformers
@@ -64,6 +71,9 @@ def family_of(config: object) -> Family:
         )
     if model_type not in FAMILIES:
         reason = f": {REASONS[model_type]}" if model_type in REASONS else ""
+        if model_type in FILES:
+            least = f", at least {SINCE[model_type]}" if model_type in SINCE else ""
+            reason = f" with transformers {transformers.__version__}: they need a newer one{least}"
         raise UnsupportedModelError(
             f"models of type {model_type!r} cannot be pruned{reason}; supported: {', '.join(sorted(FAMILIES))}"
         )
