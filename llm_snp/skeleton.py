@@ -23,6 +23,8 @@ from transformers.pytorch_utils import Conv1D
 from .checkpoint import Checkpoint
 from .core.stopwatch import timed
 
+# Older checkpoints have frequencies and causal masks of every layer, which are made anew today.
+BUFFERS = (r"\.rotary_emb\.inv_freq$", r"\.(attn|attention)\.(masked_)?bias$")
 # Logits of so many positions at once: with a vocabulary of 50,000 a whole window of them is larger than a block.
 HEAD_TOKENS = 512
 
@@ -226,10 +228,8 @@ def expected_tensors(model: nn.Module) -> tuple[dict[str, tuple[int, ...]], dict
         first.setdefault(id(parameter), name)
     persistent = model.state_dict(keep_vars=True).keys()
     shapes |= {name: tuple(buffer.shape) for name, buffer in model.named_buffers() if name in persistent}
-    harmless = list(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or [])
-    if any(name.endswith("rotary_emb.inv_freq") for name, _ in model.named_buffers()):
-        harmless.append(r"rotary_emb\.inv_freq$")  # which every layer had of its own in older checkpoints
-    return shapes, tied, harmless
+    harmless = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    return shapes, tied, [*harmless, *BUFFERS]
 
 
 def _set_submodule(model: nn.Module, path: str, module: nn.Module) -> None:
