@@ -16,6 +16,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from hub_server import WRITE, HubServer
+from huggingface_hub import constants
 from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
 from llm_snp.cli import main
@@ -206,3 +208,16 @@ def shell(
 ) -> Iterator[Shell]:
     monkeypatch.chdir(tmp_path)
     return Shell(capsys, tmp_path, text)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
+    """A Hub of its own for one test, which the client finds instead of the real one."""
+    monkeypatch.setenv("HF_TOKEN", WRITE)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True, raising=False)
+    with HubServer() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        yield server

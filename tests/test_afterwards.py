@@ -3,28 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from conftest import LENGTH, SAMPLES, Shell, weight_files
-from hub_server import USER, WRITE, HubServer
-from huggingface_hub import constants
+from hub_server import USER, HubServer
 
 from llm_snp.evaluation import speed
 
 TASK = f"harness:{Path(__file__).parent / 'harness_tasks' / 'small_choice.yaml'}"
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    monkeypatch.setenv("HF_TOKEN", WRITE)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True, raising=False)
-    with HubServer() as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        yield server
 
 
 @pytest.fixture(autouse=True)

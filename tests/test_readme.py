@@ -8,13 +8,11 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from conftest import copy_tokenizer, paragraphs, save, tiny_opt
-from hub_server import USER, WRITE, HubServer
-from huggingface_hub import constants
+from hub_server import USER, HubServer
 
 from llm_snp import data
 from llm_snp.cli import main
@@ -40,7 +38,7 @@ pytestmark = pytest.mark.documents
 
 
 @pytest.fixture
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hub: HubServer) -> HubServer:
     """A directory with models under the names of the README, texts for those of the Hub, and a Hub."""
     for name in ("opt-1.3b", "opt-13b", "opt-125m"):
         (tmp_path / "facebook").mkdir(exist_ok=True)
@@ -49,13 +47,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubSe
     (tmp_path / "text.txt").write_text("\n\n".join(paragraphs(300, seed=1)))
     monkeypatch.setitem(data.HUB_CORPORA, "wikitext2", lambda purpose: iter(paragraphs(100, seed=len(purpose))))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_TOKEN", WRITE)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True, raising=False)
-    with HubServer() as hub:
-        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-        yield hub
+    return hub
 
 
 def run(line: str) -> None:

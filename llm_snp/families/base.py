@@ -96,6 +96,16 @@ def check_config(config: Any, *sizes: str) -> None:
             raise UnsupportedModelError(f"{name} {function!r} in config.json is none that transformers has")
 
 
+def whole_heads(*sizes: str) -> Callable[[Any], None]:
+    """For `Family.check`: heads that share the model's width, and the fields `sizes`."""
+
+    def check(config: Any) -> None:
+        check_config(config, "num_attention_heads", *sizes)
+        check_multiple(config, "hidden_size", "num_attention_heads")
+
+    return check
+
+
 def check_multiple(config: Any, whole: str, part: str) -> None:
     """Raise `UnsupportedModelError` unless one field is a multiple of another."""
     if getattr(config, whole) % getattr(config, part):

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..errors import UnsupportedModelError
 from ..modeling.falcon import SnpFalconForCausalLM
-from .base import ATTENTION, MLP, Family, Rows, Site, check_config, check_multiple, field
+from .base import ATTENTION, MLP, Family, Rows, Site, check_multiple, field, whole_heads
 
 FUSED = "self_attention.query_key_value"
 
@@ -32,8 +32,9 @@ def _sites(config: Any) -> tuple[Site, ...]:
 
 
 def _check(config: Any) -> None:
-    check_config(config, "num_attention_heads", "ffn_hidden_size")
-    check_multiple(config, "hidden_size", "num_attention_heads")
+    whole_heads("ffn_hidden_size", *["num_kv_heads"] * config.new_decoder_architecture)(config)
+    if config.new_decoder_architecture:
+        check_multiple(config, "num_attention_heads", "num_kv_heads")
     if config.alibi:
         raise UnsupportedModelError("Falcon with alibi cannot be pruned: its position biases are made for all heads")
 

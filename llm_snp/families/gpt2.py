@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..modeling.gpt2 import SnpGPT2LMHeadModel
-from .base import ATTENTION, MLP, Family, Rows, Site, check_config, check_multiple, field
+from .base import ATTENTION, MLP, Family, Rows, Site, field, whole_heads
 
 
 def _sites(config: Any) -> tuple[Site, ...]:
@@ -19,11 +19,6 @@ def _sites(config: Any) -> tuple[Site, ...]:
     )
 
 
-def _check(config: Any) -> None:
-    check_config(config, "num_attention_heads")
-    check_multiple(config, "hidden_size", "num_attention_heads")
-
-
 GPT2 = Family(
     model_type="gpt2",
     blocks="transformer.h",
@@ -32,5 +27,5 @@ GPT2 = Family(
     stock={"neurons": field("n_inner")},
     # The first checkpoints on the Hub were saved from the base model.
     renames=((r"^(h|wte|wpe|ln_f)\b", r"transformer.\1"),),
-    check=_check,
+    check=whole_heads(),
 )

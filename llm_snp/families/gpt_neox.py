@@ -7,7 +7,7 @@ from typing import Any
 from transformers import GPTNeoXForCausalLM
 
 from ..modeling.gpt_neox import SnpGPTNeoXForCausalLM
-from .base import ATTENTION, MLP, Family, Rows, Site, check_config, check_multiple, field
+from .base import ATTENTION, MLP, Family, Rows, Site, field, whole_heads
 
 
 def _sites(config: Any) -> tuple[Site, ...]:
@@ -23,11 +23,6 @@ def _sites(config: Any) -> tuple[Site, ...]:
     )
 
 
-def _check(config: Any) -> None:
-    check_config(config, "num_attention_heads", "intermediate_size")
-    check_multiple(config, "hidden_size", "num_attention_heads")
-
-
 # transformers 5 calls the head `lm_head`, but writes and reads it as `embed_out`, its name before.
 RENAMED = any("lm_head" in name for name in GPTNeoXForCausalLM._tied_weights_keys or ())
 
@@ -38,5 +33,5 @@ GPT_NEOX = Family(
     pruned_class=SnpGPTNeoXForCausalLM,
     stock={"neurons": field("intermediate_size")},
     renames=((r"^embed_out\.", "lm_head."),) if RENAMED else (),
-    check=_check,
+    check=whole_heads("intermediate_size"),
 )

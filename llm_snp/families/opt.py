@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..modeling.opt import SnpOPTForCausalLM
-from .base import ATTENTION, MLP, Attention, Family, Rows, Site, check_config, check_multiple, field
+from .base import ATTENTION, MLP, Attention, Family, Rows, Site, field, whole_heads
 
 
 def _sites(config: Any) -> tuple[Site, ...]:
@@ -40,11 +40,6 @@ def _attention(config: Any) -> Attention:
     return Attention("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", heads, config.hidden_size // heads)
 
 
-def _check(config: Any) -> None:
-    check_config(config, "num_attention_heads", "ffn_dim", "max_position_embeddings")
-    check_multiple(config, "hidden_size", "num_attention_heads")
-
-
 OPT = Family(
     model_type="opt",
     blocks="model.decoder.layers",
@@ -55,5 +50,5 @@ OPT = Family(
     # Several facebook/opt-*.bin were saved from the base model, without "model."; older conversions named the final
     # layer norm after fairseq.
     renames=((r"^decoder\.", "model.decoder."), (r"^model\.decoder\.layer_norm\.", "model.decoder.final_layer_norm.")),
-    check=_check,
+    check=whole_heads("ffn_dim", "max_position_embeddings"),
 )
