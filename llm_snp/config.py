@@ -118,6 +118,8 @@ class PruneConfig:
 
     def validate(self) -> None:
         """Raise `OptionError` for a value that cannot be used, before anything is loaded."""
+        if isinstance(self.evaluate, str):
+            raise OptionError(f"evaluate is the text {self.evaluate!r}; give several, such as ({self.evaluate!r},)")
         if not 0.0 <= self.sparsity < 1.0:
             raise OptionError(f"--sparsity is {self.sparsity:g}; it is a share and must be at least 0 and below 1")
         for name, least in (("samples", 1), ("sequence_length", 2), ("round_to", 1)):

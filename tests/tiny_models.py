@@ -61,6 +61,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "llama": ("llama", GROUPED),
     "llama-one-query-each": ("llama", GROUPED | {"num_key_value_heads": 8, "attention_bias": True, "mlp_bias": True}),
+    "llama-one-key": ("llama", GROUPED | {"num_key_value_heads": 1}),
     "llama-tied": ("llama", WIDE | {"tie_word_embeddings": True}),
     "mistral": ("mistral", WIDE | {"sliding_window": 16}),
     "qwen2": ("qwen2", GROUPED),

@@ -44,6 +44,7 @@ class Site:
     stream       the module whose input is the residual stream that the consumer's output is added to, as it is; None
                  where a norm lies between
     nonnegative  whether the consumer's input is ≥ 0 by construction
+    shared       linear layers that all units have in common, which stay whole
     """
 
     name: str
@@ -54,11 +55,12 @@ class Site:
     consumer: str
     stream: str | None
     nonnegative: bool = False
+    shared: tuple[str, ...] = ()
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """Every linear layer of the site once: the producers, then the consumer."""
-        return (*dict.fromkeys(rows.layer for rows in self.producers), self.consumer)
+        """Every linear layer of the site once: the producers, what they share, then the consumer."""
+        return (*dict.fromkeys(rows.layer for rows in self.producers), *self.shared, self.consumer)
 
     def rows_left(self, layer: str, count: int, columns: Tensor) -> Tensor:
         """Of `count` rows of a producer those that stay, ascending, if of the consumer's `columns` (k·g,) are left."""

@@ -17,20 +17,23 @@ def head_width(config: Any) -> int:
 
 
 def grouped_heads(config: Any, output: str, stream: str | None) -> Site:
-    """Key/value heads with the query heads that read them, of separate projections."""
-    heads, width = config.num_key_value_heads, head_width(config)
-    queries = config.num_attention_heads // heads
-    producers = (Rows("self_attn.q_proj", queries * width), *(Rows(f"self_attn.{n}_proj", width) for n in "kv"))
-    return Site(ATTENTION, "heads", heads, queries * width, producers, f"self_attn.{output}", stream)
+    """Key/value heads with the query heads that read them; query heads, if they all read a single one."""
+    width, consumer = head_width(config), f"self_attn.{output}"
+    query, key, value = (f"self_attn.{name}_proj" for name in "qkv")
+    heads, all_queries = config.num_key_value_heads, config.num_attention_heads
+    if heads == 1:
+        rows: tuple[Rows, ...] = (Rows(query, width),)
+        return Site(ATTENTION, "heads", all_queries, width, rows, consumer, stream, shared=(key, value))
+    rows = (Rows(query, all_queries // heads * width), Rows(key, width), Rows(value, width))
+    return Site(ATTENTION, "heads", heads, all_queries // heads * width, rows, consumer, stream)
 
 
 def sites(config: Any, attention: str | None = "input_layernorm", mlp: str | None = "post_attention_layernorm") -> Any:
     """The sites of a Llama block; attention, mlp: where the residual stream is read (`Site.stream`)."""
-    neurons = config.intermediate_size
     gated = (Rows("mlp.gate_proj"), Rows("mlp.up_proj"))
     return (
         grouped_heads(config, "o_proj", attention),
-        Site(MLP, "neurons", neurons, 1, gated, "mlp.down_proj", mlp),
+        Site(MLP, "neurons", config.intermediate_size, 1, gated, "mlp.down_proj", mlp),
     )
 
 
@@ -42,8 +45,9 @@ def check(config: Any) -> None:
 
 def fewer_heads(config: Any, heads: int) -> dict[str, int]:
     """For `Family.stock`, where the stock class takes any number of heads once their width is given."""
-    queries = config.num_attention_heads // config.num_key_value_heads
-    return {"num_key_value_heads": heads, "num_attention_heads": heads * queries, "head_dim": head_width(config)}
+    keys = config.num_key_value_heads
+    counts = (1, heads) if keys == 1 else (heads, heads * (config.num_attention_heads // keys))
+    return {"num_key_value_heads": counts[0], "num_attention_heads": counts[1], "head_dim": head_width(config)}
 
 
 def like_llama(model_type: str, pruned_class: Any, **others: Any) -> Family:

@@ -64,13 +64,16 @@ def _parameter(values: torch.Tensor, requires_grad: bool) -> nn.Parameter:
 def narrow_grouped(attention: Any, heads: int, output: str = "o_proj") -> None:
     """Keep `heads` key/value heads, with the query heads that read them, of an attention with q, k and v projections.
 
-    `scaling`, `head_dim` and the number of query heads per key/value head stay.
+    Of one with a single key/value head keep that, and `heads` query heads. `scaling` and `head_dim` stay.
     """
     width = attention.head_dim
-    queries = heads * attention.num_key_value_groups
+    if attention.k_proj.out_features == width:
+        queries = attention.num_key_value_groups = heads
+    else:
+        queries = heads * attention.num_key_value_groups
+        narrow_layer(attention.k_proj, rows=heads * width)
+        narrow_layer(attention.v_proj, rows=heads * width)
     narrow_layer(attention.q_proj, rows=queries * width)
-    narrow_layer(attention.k_proj, rows=heads * width)
-    narrow_layer(attention.v_proj, rows=heads * width)
     narrow_layer(getattr(attention, output), columns=queries * width)
 
 
