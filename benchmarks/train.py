@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from llm_snp.cli import BAD_INPUT
 from llm_snp.data import documents
-from llm_snp.errors import SnpError
+from llm_snp.errors import CorpusError, SnpError
 from llm_snp.hub import EMBEDDED
 
 LENGTH = 256
@@ -66,8 +66,8 @@ def train(args: argparse.Namespace) -> None:
     model = AutoModelForCausalLM.from_config(config).train()
     print(f"{args.family}: {model.num_parameters():,} parameters", file=sys.stderr)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.rate, betas=(0.9, 0.95), weight_decay=0.1)
-    start, mean = time.perf_counter(), 0.0
-    for step, tokens in enumerate(batches(args.text, tokenizer, args.batch, args.seed)):
+    start, mean, step = time.perf_counter(), 0.0, 0
+    for tokens in batches(args.text, tokenizer, args.batch, args.seed):
         # The rate falls with the time that is left: how many steps there will be depends on the machine.
         share = (time.perf_counter() - start) / (60 * args.minutes)
         if share >= 1:
@@ -80,8 +80,11 @@ def train(args: argparse.Namespace) -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         mean = 0.98 * mean + 0.02 * loss.item() if step else loss.item()
-        if step % 100 == 0:
+        step += 1
+        if step % 100 == 1:
             print(f"step {step}  {share:.0%} of the time  loss {mean:.3f}", file=sys.stderr)
+    if not step:
+        raise CorpusError(f"{args.text} is too short for one step; give a longer text, or a smaller --batch")
     model.eval().half().save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
     print(f"{step} steps, {step * args.batch * LENGTH:,} tokens, loss {mean:.3f}: {args.output}")

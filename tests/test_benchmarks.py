@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import load
 from transformers import OPTConfig, OPTForCausalLM
 
 import llm_snp
@@ -25,6 +27,7 @@ import perplexity  # noqa: E402
 import quality  # noqa: E402
 import shapes  # noqa: E402
 import speed  # noqa: E402
+import train  # noqa: E402
 
 WORDS = ("the", "of", "and", "a", "small", "river", "city", "was", "born", "in", "north", "year", "house", "music")
 
@@ -322,3 +325,19 @@ def test_a_checkpoint_of_a_shape_is_one_that_transformers_loads(tmp_path: Path) 
     assert model.config.ffn_dim == 128
     assert model.dtype == torch.bfloat16
     assert shapes.SHAPES["opt-1.3b"].hidden * 4 == shapes.SHAPES["opt-1.3b"].ffn
+
+
+def test_a_small_model_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(train, "LENGTH", 16)
+    text = write_text(tmp_path / "text.txt", 12_000, seed=3)
+    arguments = ["llama", "--text", str(text), "--output", str(tmp_path / "llama"), "--batch", "4"]
+    assert train.main([*arguments, "--minutes", "0.05"]) == 0
+    steps, loss = re.match(r"(\d+) steps, [\d,]+ tokens, loss ([\d.]+)", capsys.readouterr().out).groups()  # type: ignore[union-attr]
+    assert int(steps) > 3
+    assert float(loss) < 7.6  # ln 2048 is 7.62
+    assert load(tmp_path / "llama").config.num_key_value_heads == 4
+    write_text(text, 100, seed=3)
+    assert train.main(arguments) == 2
+    assert "is too short for one step" in capsys.readouterr().err
