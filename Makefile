@@ -17,8 +17,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: $(VENV)/.installed
 	$(BIN)/python -m llm_snp --sparsity $(SPARSITY) --samples 64 --sequence-length 256 --output demo-output --overwrite
 
+# A process per core, and one thread in each: threads that wait for busy cores cost more than they bring.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

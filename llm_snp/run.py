@@ -36,7 +36,8 @@ from .writer import Writer
 
 
 def run(options: PruneConfig) -> dict[str, Any]:
-    """Prune as `options` say and write the result. Returns the report; every process of a run gets it.
+    """Prune as `options` say and write the result. Returns the report; every process of a run gets it, what is measured
+    afterwards the main one only.
 
     Raises `SnpError` for everything that has its cause outside llm_snp, and `Interrupted` for Ctrl-C. What can be gone
     on with by `resume` is then kept beside the output; otherwise nothing is left behind.
@@ -62,8 +63,8 @@ def _pruned(options: PruneConfig) -> tuple[Job, dict[str, Any], Progress, bool]:
                 return job, earlier, progress, processes.main
             workspace = processes.on_main(lambda: Workspace(job.output, options.overwrite, options.resume))
         with kept_for_resume(workspace, job.config.num_hidden_layers):
-            run = _Run(job, Storage(offload, job.device.type == "cuda"), processes, progress, workspace)
-            return job, run.prune(), progress, processes.main
+            report = _Run(job, Storage(offload, job.device.type == "cuda"), processes, progress, workspace).prune()
+        return job, report, progress, processes.main
 
 
 def check_processes(options: PruneConfig, count: int) -> None:
