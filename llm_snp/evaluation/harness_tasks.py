@@ -86,7 +86,7 @@ def find_tasks(tasks: Sequence[str]) -> list[Request]:
         import lm_eval.models.huggingface  # noqa: F401
     except ImportError as error:
         raise OptionError(
-            f"{PREFIX}{','.join(tasks)} needs lm-evaluation-harness ({reason(error)}); pip install 'llm_snp[harness]'"
+            f"{PREFIX}{','.join(tasks)} needs lm-evaluation-harness ({reason(error)}); pip install 'lm_eval>=0.4.12'"
         ) from error
     requests = [_local(task) if _is_local(task) else _known(task) for task in dict.fromkeys(tasks)]
     places: dict[str, str] = {}
