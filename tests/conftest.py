@@ -14,6 +14,7 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import huggingface_hub.utils
 import pytest
 import torch
 from hub_server import WRITE, HubServer
@@ -210,6 +211,11 @@ def shell(
     return Shell(capsys, tmp_path, text)
 
 
+def new_connections() -> None:
+    """Before huggingface_hub 1 a connection stays offline, or online, as it was made."""
+    getattr(huggingface_hub.utils, "reset_sessions", lambda: None)()
+
+
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
     """A Hub of its own for one test, which the client finds instead of the real one."""
@@ -220,4 +226,6 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True, raising=False)
     with HubServer() as server:
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        new_connections()
         yield server
+    new_connections()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Prune, load, logits
+from conftest import Prune, load, logits, new_connections
 from hub_server import FINE, ORGANISATION, READ, USER, WRITE, HubServer
 from huggingface_hub import constants
 
@@ -249,6 +249,7 @@ def test_no_network(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
     assert refusal(HubError, REPO).startswith("the Hugging Face Hub cannot be reached (")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    new_connections()
     assert "HF_HUB_OFFLINE" in refusal(HubError, REPO)
 
 
