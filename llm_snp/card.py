@@ -199,14 +199,15 @@ def _harness(report: dict[str, Any]) -> str:
     for task, found in report.get("harness", {}).items():
         facts = ["" if found[key] is None else str(found[key]) for key in ("num_fewshot", "samples", "version")]
         for metric, values in found["metrics"].items():
-            figures = (_with_error(values[which]) if which in values else "" for which in ("dense", "pruned"))
+            figures = (with_error(values[which]) if which in values else "" for which in ("dense", "pruned"))
             rows.append((task, metric, *figures, *facts))
     head = ("task", "metric", "dense", "pruned", "examples shown", "samples", "version")
     about = "Measured with the lm-evaluation-harness; ± is one standard error."
     return f"## Tasks\n\n{_table(head, rows)}\n\n{about}" if rows else ""
 
 
-def _with_error(result: Mapping[str, Any]) -> str:
+def with_error(result: Mapping[str, Any]) -> str:
+    """A metric of the harness with its standard error, where there is one."""
     return f"{result['value']:.4f}" + ("" if result["stderr"] is None else f" ± {result['stderr']:.4f}")
 
 

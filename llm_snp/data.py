@@ -21,7 +21,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from .errors import CorpusError, HubError
+from .errors import CorpusError, HubError, first_line
 
 # Tokenising hundreds of megabytes to draw a few windows helps nobody: calibration reads this much of a file.
 CALIBRATION_CHARACTERS = 32_000_000
@@ -220,7 +220,7 @@ def _dataset_directory(path: Path) -> Iterator[str]:
         loaded = datasets.load_from_disk(str(path))
     except Exception as error:  # arrow's, datasets' and the system's own errors
         raise CorpusError(
-            f"{path} is a directory, but not one saved by datasets' save_to_disk ({_first_line(error)})"
+            f"{path} is a directory, but not one saved by datasets' save_to_disk ({first_line(error)})"
         ) from error
     if isinstance(loaded, datasets.DatasetDict):
         raise CorpusError(f"{path} has the splits {', '.join(loaded)}; name the directory of one of them")
@@ -239,7 +239,7 @@ def _hub_rows(repository: str, **options: Any) -> Iterator[str]:
     except Exception as error:
         # Which library's errors datasets lets through (requests, httpx, aiohttp, ...) changes with its version.
         raise HubError(
-            f"dataset {repository} could not be had from the Hugging Face Hub ({_first_line(error)}); "
+            f"dataset {repository} could not be had from the Hugging Face Hub ({first_line(error)}); "
             "check the network, or give a local file instead"
         ) from error
 
@@ -266,7 +266,3 @@ READERS: dict[str, Callable[[Path], Iterator[str]]] = {
     ".parquet": _parquet,
 }
 HUB_CORPORA: dict[str, Callable[[str], Iterator[str]]] = {"wikitext2": _wikitext2, "c4": _c4}
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -68,6 +68,11 @@ class Interrupted(KeyboardInterrupt):
 RESUMABLE = (OutputError, CheckpointError, ProcessError, DeviceMemoryError)
 
 
+def first_line(error: BaseException) -> str:
+    """What a library says went wrong, on one line; its kind where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def choose(value: str, known: Iterable[str], what: str) -> str:
     """Return `value` if it is one of `known`; otherwise raise `OptionError` that lists them and guesses."""
     names = list(known)

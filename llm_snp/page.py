@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from .card import shareable
+from .card import shareable, with_error
 from .comparison import comparisons, duration, scaled
 from .drawing import site_names
 from .page_template import CSS, TEMPLATE
@@ -119,14 +119,10 @@ def _tasks(report: dict[str, Any]) -> list[list[str]]:
             dense, pruned = both.get("dense"), both["pruned"]
             change = _change(dense and dense["value"], pruned["value"])
             facts = (f"{found['samples']:,}", shots, str(found["version"]))
-            rows.append([f"{task}, {metric}", _with_error(dense), _with_error(pruned), change, *facts])
+            rows.append(
+                [f"{task}, {metric}", with_error(dense) if dense else UNKNOWN, with_error(pruned), change, *facts]
+            )
     return rows
-
-
-def _with_error(result: dict[str, Any] | None) -> str:
-    if result is None:
-        return UNKNOWN
-    return f"{result['value']:.4f}" + ("" if result["stderr"] is None else f" ± {result['stderr']:.4f}")
 
 
 def _speed(report: dict[str, Any]) -> list[list[str]]:

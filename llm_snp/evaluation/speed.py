@@ -15,13 +15,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from ..device import device_facts
-from ..errors import CheckpointError, DeviceMemoryError, OptionError, UnsupportedModelError
+from ..errors import CheckpointError, DeviceMemoryError, OptionError, UnsupportedModelError, first_line
 from ..hub import load_config
 from .clock import timed
 from .widths import Mlp, WidthTiming, head_dims, mlp_of
 
 SEED = 0
 PROMPT, NEW, RUNS = 512, 64, 5
+REASON = 200  # characters at most that an error quotes
 
 # (what was measured just now, how many measurements are done, how many there are)
 SpeedProgress = Callable[[str, int, int], None]
@@ -89,7 +90,7 @@ def measure_speed(
         # On the CPU it is a RuntimeError like any other.
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
-        reason = re.sub(r"^\[.*?\] err == 0\. ", "", _first_line(error))  # the place in torch's source
+        reason = re.sub(r"^\[.*?\] err == 0\. ", "", first_line(error)[:REASON])  # the place in torch's source
         raise DeviceMemoryError(
             f"{device} has no room for what was to be measured ({reason}); give a smaller --batch or --prompt, or "
             f"--dtype bfloat16{'' if device.type == 'cpu' else ', or --device cpu'}"
@@ -112,8 +113,8 @@ def load_model(directory: Path, device: torch.device, dtype: torch.dtype) -> Any
         )
     except Exception as error:  # what is missing or damaged fails in many ways
         raise CheckpointError(
-            f"{directory} is no causal language model that this transformers can load ({_first_line(error)}); give a "
-            "directory with config.json and weights"
+            f"{directory} is no causal language model that this transformers can load ({first_line(error)[:REASON]}); "
+            "give a directory with config.json and weights"
         ) from error
     return model.to(device).eval()
 
@@ -273,7 +274,3 @@ def _add_widths(
             f"head dimensions of {', '.join(map(str, odd))} are no multiples of 8: flash attention kernels take them "
             "only padded, copying queries, keys and values at every call; prune with --round-to 8"
         )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
