@@ -222,7 +222,8 @@ def _read_pickled(path: Path) -> tuple[dict[str, Tensor], bool]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except pickle.UnpicklingError as error:  # torch's own text advises to load it unsafely
+    # torch's own text advises to load it unsafely; what is no pickle at all can fail in its reader in other ways.
+    except (pickle.UnpicklingError, LookupError, ValueError, EOFError) as error:
         raise CheckpointError(
             f"{path} is damaged, or holds more than tensors and was not loaded for safety; download it again"
         ) from error
