@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
+from torch import Tensor
 from transformers import OPTConfig, OPTForCausalLM, OPTModel
+from transformers.models.opt.modeling_opt import OPTAttention
 
 from .narrowing import Narrowed, narrow_layer
 
@@ -26,6 +29,10 @@ def narrow_opt_block(block: Any, heads: int, head_dim: int, neurons: int) -> Non
     """
     attention = block.self_attn
     width = heads * head_dim
+    if type(attention) is not OPTAttention and head_dim < attention.head_dim:
+        # Before transformers 4.52 fast kernels had classes of their own, which scale by the width that they see.
+        attention.q_proj.register_forward_hook(partial(_scale, (head_dim / attention.head_dim) ** 0.5))
+        attention.scaling = head_dim**-0.5
     for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
         narrow_layer(projection, rows=width)
     narrow_layer(attention.out_proj, columns=width)
@@ -33,6 +40,11 @@ def narrow_opt_block(block: Any, heads: int, head_dim: int, neurons: int) -> Non
     narrow_layer(block.fc2, columns=neurons)
     attention.num_heads, attention.head_dim = heads, head_dim
     attention.embed_dim = width  # transformers 4 reshapes the attention output to embed_dim
+
+
+def _scale(factor: float, layer: Any, args: Any, output: Tensor) -> Tensor:
+    """A forward hook."""
+    return output * factor
 
 
 class SnpOPTModel(Narrowed, OPTModel):  # type: ignore[misc]
