@@ -25,6 +25,8 @@ from .errors import CheckpointError
 
 LISTED = 5  # at most so many keys are named in an error
 WEIGHT_TYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+# Of tables of numbers that a model keeps beside its weights; no quantised weight is stored in it.
+TABLE_TYPE = torch.int64
 ZIP_START = b"PK\x03\x04"
 
 
@@ -113,7 +115,7 @@ class Checkpoint:
         return self._facts[name][0]
 
     def dtype(self, name: str) -> torch.dtype:
-        """Type of a tensor, without reading it. Raises `CheckpointError` if it is not floating-point."""
+        """Type of a weight, without reading it. Raises `CheckpointError` if it is not floating-point."""
         return self._checked(name, self._facts[name][1])
 
     def _checked(self, name: str, dtype: Any) -> torch.dtype:
@@ -128,7 +130,8 @@ class Checkpoint:
     def tensors(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """Tensors by name (host, dtype of the file), each file opened once.
 
-        Raises `CheckpointError` for one that is not finite or not floating-point, and for a file that has changed.
+        Raises `CheckpointError` for one that is not finite, or neither floating-point nor a table (int64), and for a
+        file that has changed.
         """
         by_file: dict[str, list[str]] = {}
         for name in names:
@@ -141,7 +144,8 @@ class Checkpoint:
                     tensor = handle[key] if isinstance(handle, dict) else handle.get_tensor(key)
                 except (KeyError, SafetensorError) as error:
                     raise CheckpointError(f"{key} is gone from {self.directory / file}: it has changed") from error
-                self._checked(name, tensor.dtype)
+                if tensor.dtype != TABLE_TYPE:
+                    self._checked(name, tensor.dtype)
                 if file not in self._legacy:
                     tensor = tensor.clone()
                 bad = tensor.numel() - int(torch.isfinite(tensor).sum())
@@ -162,13 +166,17 @@ class Checkpoint:
         return {name[len(start) :]: tensor for name, tensor in self.tensors(inside)}
 
     def audit(
-        self, expected: Mapping[str, tuple[int, ...]], tied: Mapping[str, str], ignored: Iterable[str] = ()
+        self,
+        expected: Mapping[str, tuple[int, ...]],
+        tied: Mapping[str, str],
+        ignored: Iterable[str] = (),
+        tables: Iterable[str] = (),
     ) -> None:
         """Account for every key. `expected`: name -> shape in the model; `tied`: name -> the name it shares.
 
         A tied name may be absent, or present (then it is the duplicate that is dropped). `ignored` are patterns
-        that the model class itself declares harmless: such tensors are forgotten. Raises `CheckpointError` naming
-        missing, extra and misshaped tensors.
+        that the model class itself declares harmless: such tensors are forgotten. `tables` are the names of those that
+        hold int64. Raises `CheckpointError` naming missing, extra and misshaped tensors, and weights that are tables.
         """
         present = set(self._where)
         for name, source in tied.items():
@@ -193,7 +201,10 @@ class Checkpoint:
             )
         for name in present - set(expected):
             del self._where[name]
+        weights = set(expected) - set(tables)
         for name, shape in expected.items():
+            if name in present and name in weights and self._facts[name][1] == TABLE_TYPE:
+                self._checked(name, TABLE_TYPE)
             if name in present and self.shape(name) != tuple(shape):
                 raise CheckpointError(
                     f"{name} in {self.directory} has shape {self.shape(name)}, but config.json implies {tuple(shape)}"
@@ -239,7 +250,8 @@ def _facts(handle: Any, key: str) -> tuple[tuple[int, ...], Any]:
     if isinstance(handle, dict):
         return tuple(handle[key].shape), handle[key].dtype
     found = handle.get_slice(key)
-    return tuple(found.get_shape()), WEIGHT_TYPES.get(found.get_dtype(), found.get_dtype())
+    types = WEIGHT_TYPES | {"I64": TABLE_TYPE}
+    return tuple(found.get_shape()), types.get(found.get_dtype(), found.get_dtype())
 
 
 def _tensors(names: list[str]) -> str:
