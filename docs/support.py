@@ -9,6 +9,10 @@ from transformers import AutoConfig
 from llm_snp.families import FAMILIES, FILES, REASONS, SINCE
 
 
+# What is said of the units inside a head.
+PARTS = {"dims": "directions", "values": "values", "pairs": "rotary pairs"}
+
+
 def table() -> str:
     """Markdown: what can be pruned of each family, and what is refused with its reason."""
     lines = ["| model type | what it is | attention | repair | stock |", "|---|---|---|---|---|"]
@@ -18,7 +22,8 @@ def table() -> str:
         what = about.splitlines()[0].rstrip(".")
         if model_type in SINCE:
             what += f" (from transformers {SINCE[model_type]})"
-        attention = "directions, heads" if family.attention(config) else "heads"
+        inside = family.attention(config)
+        attention = ", ".join([*(PARTS[unit] for unit in inside.directions), "heads"]) if inside else "heads"
         repair = "residual" if all(site.stream for site in family.sites(config)) else "dense"
         lines.append(f"| `{model_type}` | {what} | {attention} | {repair} | {', '.join(sorted(family.stock))} |")
     lines += [f"| `{model_type}` | refused: {reason} | | | |" for model_type, reason in REASONS.items()]

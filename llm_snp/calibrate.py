@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .core.moments import Moments
 from .errors import NumericalError
-from .families import Attention, Site, linear
+from .families import PAIRS, Attention, Site, linear, turn
 from .prune_site import SiteMoments
 from .skeleton import Call, run_block
 from .stream import Stream, Taps
@@ -103,13 +103,17 @@ def block_moments(
 ) -> dict[str, Moments]:
     """Moments of the inputs of all consumers of `sites`, by site name, in one pass.
 
-    With `attention` also those of the outputs of its query and key projections, grouped by head, by module name.
-    With `advance` the stream moves on to the next block. Raises `NumericalError` if activations overflow.
+    With `attention` also those of `query` and `key`, grouped by head, if they can lose directions; as the scores see
+    them, turned by position. With `advance` the stream moves on to the next block. Raises `NumericalError` if
+    activations overflow.
     """
     found: dict[str, Moments] = {}
-    projections = () if attention is None else (attention.query, attention.key)
+    layers = {site.name: site.consumer for site in sites}
+    projections = {} if attention is None else attention.projections
+    layers |= {name: layer for name, (layer, _) in projections.items()}
+    outputs = {layer for layer, _ in projections.values()}
     for rows, hidden, call in stream.batches(index):
-        with Taps(block, inputs=[site.consumer for site in sites], outputs=projections) as taps:
+        with Taps(block, inputs=[site.consumer for site in sites], outputs=outputs) as taps:
             output = run_block(block, hidden, call)
         for site in sites:
             x = taps.input(site.consumer)
@@ -118,20 +122,30 @@ def block_moments(
                 found[site.name] = Moments.like(x, centred=centred)
                 stream.processes.same(found[site.name].shift)
             found[site.name].add(x)
-        for name in projections:
+        for name, (layer, heads) in projections.items():
+            x = taps.output(layer)
+            if heads.numel() < x.shape[1]:  # one layer for several of them
+                x = x[:, heads.flatten().to(x.device)]
             assert attention is not None
+            if attention.scores == PAIRS:
+                x = _turned(x, len(heads), hidden.shape[1], call)
             if name not in found:
-                found[name] = Moments.like(taps.output(name), groups=attention.heads)
+                found[name] = Moments.like(x, groups=len(heads))
                 stream.processes.same(found[name].shift)
-            found[name].add(taps.output(name))
+            found[name].add(x)
         if advance:
             stream.states[rows] = output.cpu()
     del taps, output, x  # solving follows, and needs the memory
-    layers = {site.name: site.consumer for site in sites}
     for name, moments in found.items():
         moments.reduce(stream.processes.sum)
-        check_finite(moments, index, layers.get(name, name))
+        check_finite(moments, index, layers[name])
     return found
+
+
+def _turned(x: Tensor, heads: int, length: int, call: Call) -> Tensor:
+    """Queries or keys (n, heads · w) of windows of `length` tokens, turned by position as the block does."""
+    cos, sin = (table[..., : table.shape[-1] // 2].unsqueeze(2) for table in call.kwargs["position_embeddings"])
+    return turn(x.view(-1, length, heads, x.shape[1] // heads), cos, sin).flatten(2).flatten(0, 1)
 
 
 def check_finite(moments: Moments, index: int, name: str) -> None:

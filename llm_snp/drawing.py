@@ -88,12 +88,16 @@ def kept(report: dict[str, Any]) -> Figure | None:
 
 def errors(report: dict[str, Any]) -> Figure | None:
     """Relative error of each block, a panel per site, all to one scale."""
-    names = site_names(report)
-    if not any(block[name]["total"] for block in report["blocks"] for name in names if name in block):
+    sites = {name: [(b["block"], b[name]) for b in report["blocks"] if name in b] for name in site_names(report)}
+    if not any(site["total"] for members in sites.values() for _, site in members):
         return None
-    figure, panels = _figure(0.5 + 1.2 * len(names), len(names), sharex=True, sharey=True)
-    for axes, name in zip(panels, names, strict=True):
-        lost = {block["block"]: relative_error(block[name]) for block in report["blocks"] if name in block}
+    errors = {
+        name: {block: error for block, site in members if (error := relative_error(site)) is not None}
+        for name, members in sites.items()
+    }
+    found = {name: lost for name, lost in errors.items() if lost}
+    figure, panels = _figure(0.5 + 1.2 * len(found), len(found), sharex=True, sharey=True)
+    for axes, (name, lost) in zip(panels, found.items(), strict=True):
         axes.bar(list(lost), list(lost.values()), **SOLID)
         _percent(axes.yaxis, 4)
         axes.set_title(name)

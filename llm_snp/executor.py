@@ -15,7 +15,8 @@ from .calibrate import Reference, block_moments, site_moments
 from .families import Site
 from .measure import measured_curves
 from .plan import Plan, empty_curves, make_plan
-from .prune_site import SiteResult, State, narrow_heads, prune_units, refit_consumer
+from .prune_heads import narrow_heads
+from .prune_site import SiteResult, State, prune_units, refit_consumer
 from .sensitivity import measure_sensitivity, read_sensitivity
 from .session import Session
 from .stream import Stream
@@ -126,18 +127,15 @@ class _BlockPruner:
 
     def _prune(self, site: Site, last: bool) -> SiteLoss:
         options = self.session.options
-        unit = "dims" if site.unit not in self.kept else site.unit
-        keep = self.kept[unit]
         g = self.sensitivity.get(site.name)
-        by_direction = unit == "dims" and keep < site.group
-        if by_direction:
-            self._narrow_heads(site, keep, g)
+        whole = site.unit in self.kept  # units go as a whole
+        narrowed = False if whole else self._narrow_heads(site, g)
         reference = None
         assert self.dense is not None
         if self.dense_stream is not None:
             residual = options.target == "residual" and site.stream is not None
             reference = Reference(self.dense, self.dense_stream, residual, advance=last)
-        elif by_direction:  # what the whole heads give on the pruned stream
+        elif narrowed:  # what the whole heads give on the pruned stream
             reference = Reference(self.dense, None)
         moments = site_moments(self.index, self.block, self.stream, site, reference, hold_out=options.damping == "auto")
         # Solving works on the tensors alone, and needs the memory.
@@ -146,35 +144,39 @@ class _BlockPruner:
             self.dense = None
 
         def solve() -> SiteResult:
-            if unit == "dims":
+            if not whole:
                 return refit_consumer(self.state, site, moments, options)
             seed = options.seed + 1_000_003 * self.index + sum(map(ord, site.name))
-            return prune_units(self.state, site, moments, keep, options, g, seed)
+            return prune_units(self.state, site, moments, self.kept[site.unit], options, g, seed)
 
         result = self.session.processes.on_main(solve)
         loss = self.session.processes.from_main(lambda: _loss(result))
-        self.done[unit] = keep
+        if whole:
+            self.done[site.unit] = self.kept[site.unit]
         self._load(self._from_main(None if result is None else result.state))
         return loss
 
-    def _narrow_heads(self, site: Site, rank: int, g: Tensor | None) -> None:
-        """Cut the heads to `rank` directions, chosen on the pruned stream."""
+    def _narrow_heads(self, site: Site, g: Tensor | None) -> bool:
+        """Cut the heads to the directions that are kept, chosen on the pruned stream; False if all of them are."""
         attention = self.session.family.attention(self.session.config)
         assert attention is not None
-        found = block_moments(self.index, self.block, self.stream, (site,), attention)
-        values, queries, keys = (found[name] for name in (site.name, attention.query, attention.key))
+        kept = {unit: self.kept[unit] for unit in attention.directions}
+        if all(kept[unit] == units for unit, (_, units) in attention.directions.items()):
+            return False
+        moments = block_moments(self.index, self.block, self.stream, (site,), attention)
         options = self.session.options
         state = self.session.processes.on_main(
-            lambda: narrow_heads(self.state, site, attention, values, queries, keys, rank, options, g)
+            lambda: narrow_heads(self.state, site, attention, moments, kept, options, g)
         )
-        self.done["dims"] = rank
+        self.done |= kept
         self._load(self._from_main(state))
+        return True
 
     def _from_main(self, state: State | None) -> State:
         """The tensors of the main process, of which only those that changed travel."""
         changed = None
         if state is not None:
-            changed = {name: tensor for name, tensor in state.items() if tensor is not self.state[name]}
+            changed = {name: tensor for name, tensor in state.items() if tensor is not self.state.get(name)}
         return self.state | self.session.processes.tensors_from_main(changed, self.session.skeleton.device)
 
 

@@ -148,7 +148,9 @@ def _blocks(report: dict[str, Any]) -> list[list[str]]:
                 row += [UNKNOWN] * 3
                 continue
             damping = UNKNOWN if site["damping"] is None else f"{site['damping']:g}"
-            row += [f"{site['kept']:,} of {site['units']:,} {site['unit']}", f"{relative_error(site):.2%}", damping]
+            error = relative_error(site)
+            shown = UNKNOWN if error is None else f"{error:.2%}"
+            row += [f"{site['kept']:,} of {site['units']:,} {site['unit']}", shown, damping]
         rows.append(row)
     return rows
 

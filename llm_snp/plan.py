@@ -13,7 +13,7 @@ from .config import PruneConfig
 from .core.allocation import ALLOCATIONS, SiteCurve, allocate
 from .core.orders import NEEDS_NONNEGATIVE
 from .errors import OptionError
-from .families import ATTENTION, Attention, Family
+from .families import ATTENTION, Attention, Family, Site
 
 # Attention kernels want head dimensions that are multiples of 8; more would forbid pruning heads of 64.
 HEAD_DIM_MULTIPLE = 8
@@ -21,7 +21,7 @@ HEAD_DIM_MULTIPLE = 8
 
 @dataclass(frozen=True)
 class Plan:
-    """kept[i] maps a unit name (heads or dims, and neurons) to how many are left in block i.
+    """kept[i] maps a unit name (heads, or directions inside them, and neurons) to how many are left in block i.
 
     asked, removed: parameters; base: linear parameters of all blocks, of which `sparsity` is the share.
     curves: what the allocation saw.
@@ -74,39 +74,45 @@ def check_order(family: Family, config: Any, options: PruneConfig) -> None:
 
 def empty_curves(family: Family, config: Any, blocks: Sequence[nn.Module], options: PruneConfig) -> list[SiteCurve]:
     """Sites with their costs but nothing measured; blocks may be on meta. `both` counts heads here."""
-    attention = family.attention(config)
+    attention = family.attention(config) if options.attention == "dims" else None
     curves = []
     for i, block in enumerate(blocks):
         for site in family.prunable(config, options.attention):
+            if site.name == ATTENTION and attention is not None:
+                curves += direction_curves(family, i, block, site, attention, options)
+                continue
             multiple = min(options.round_to, site.units) if site.unit == "neurons" else 1
-            curve = SiteCurve(i, site.name, site.unit, site.units, family.unit_cost(block, site), multiple)
-            if site.name == ATTENTION and attention is not None and options.attention == "dims":
-                curve = dims_curve(curve, attention, options)
-            curves.append(curve)
+            curves.append(SiteCurve(i, site.name, site.unit, site.units, family.unit_cost(block, site), multiple))
     return curves
 
 
-def dims_curve(heads: SiteCurve, attention: Attention, options: PruneConfig) -> SiteCurve:
-    """The attention site counted in directions of all its heads, which together cost what the heads cost."""
-    return SiteCurve(
-        heads.block,
-        heads.site,
-        "dims",
-        attention.head_dim,
-        heads.cost * attention.heads // attention.head_dim,
-        min(options.round_to, HEAD_DIM_MULTIPLE, attention.head_dim),
-    )
+def direction_curves(
+    family: Family, index: int, block: nn.Module, site: Site, attention: Attention, options: PruneConfig
+) -> list[SiteCurve]:
+    """The attention site of a block counted in directions of all its heads instead of heads."""
+    multiple = min(options.round_to, HEAD_DIM_MULTIPLE, attention.head_dim)
+    return [
+        SiteCurve(
+            index,
+            where,
+            unit,
+            units,
+            family.direction_cost(block, site, attention, unit),
+            max(1, multiple // 2) if unit == "pairs" else multiple,
+        )
+        for unit, (where, units) in attention.directions.items()
+    ]
 
 
 def check_budget(family: Family, config: Any, blocks: Sequence[nn.Module], options: PruneConfig) -> None:
     """Raise `OptionError` if no plan can meet the budget, before anything is measured."""
-    attention = family.attention(config)
+    modes = ("heads", "dims") if options.attention == "both" else (options.attention,)
     most = 0
-    for curve in empty_curves(family, config, blocks, options):
-        choices = [curve]
-        if curve.unit != "dims" and curve.site == ATTENTION and attention is not None and options.directions:
-            choices.append(dims_curve(curve, attention, options))
-        most += max(choice.removable for choice in choices)
+    for block in blocks:
+        choices = (
+            empty_curves(family, config, [block], dataclasses.replace(options, attention=mode)) for mode in modes
+        )
+        most += max(sum(curve.removable for curve in curves) for curves in choices)
     _check_removable(options, most, sum(family.linear_parameters(block, config) for block in blocks))
 
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from .config import PruneConfig
-from .core import heads as head_space
 from .core.moments import Moments
 from .core.repair import (
     Pruned,
@@ -23,9 +22,9 @@ from .core.repair import (
     subspace_of_units,
     without_repair,
 )
-from .core.subspace import Subspace, factorise, truncate
+from .core.subspace import truncate
 from .errors import NumericalError
-from .families import Attention, Site
+from .families import Site
 
 State = dict[str, Tensor]
 # --damping auto tries these, best on the held-out windows wins.
@@ -153,73 +152,6 @@ def refit_consumer(state: State, site: Site, moments: SiteMoments, options: Prun
     new = dict(state)
     store(new, site.consumer, pruned.weight, None if bias is None else pruned.bias)
     return SiteResult(new, pruned.lost, pruned.total, pruned.damping)
-
-
-def narrow_heads(
-    state: State,
-    site: Site,
-    attention: Attention,
-    values: Moments,
-    queries: Moments,
-    keys: Moments,
-    rank: int,
-    options: PruneConfig,
-    sensitivity: Tensor | None,
-) -> State:
-    """Keep `rank` directions of every head between query and key and in the value path; out_proj refitted to itself.
-
-    values: moments of the consumer's input; queries, keys: of the projections' outputs, grouped by head.
-    """
-    device, damping = values.first.device, options.curve_damping
-    weight, bias = linear_weights(state, site.consumer, device)
-    basis, in_basis, subspace = value_subspace(
-        values.covariance, weight, attention.heads, damping, sensitivity, options.sensitive_order
-    )
-    query, key, _ = head_space.score_basis(queries.uncentred, keys.covariance, damping)
-    new = dict(state)
-    for name, transform in ((attention.query, query), (attention.key, key), (attention.value, basis)):
-        rows, row_bias = head_space.transform_rows(*linear_weights(state, name, device), transform[:, :rank])
-        store(new, name, rows, row_bias)
-    columns, refit = truncate(subspace, in_basis, rank)
-    new_bias = None
-    if bias is not None:
-        mean = head_space.to_basis(values.mean[None], basis)[0]
-        new_bias = bias + in_basis @ mean - refit @ mean[columns]
-    store(new, site.consumer, refit, new_bias)
-    return new
-
-
-def value_subspace(
-    covariance: Tensor,
-    weight: Tensor,
-    heads: int,
-    damping: float,
-    sensitivity: Tensor | None,
-    sensitive_basis: bool = False,
-) -> tuple[Tensor, Tensor, Subspace]:
-    """The value path of all heads in its best bases: bases (h, w, w), the consumer in them (d, m), and the subspace.
-
-    In the full basis the block is what it was; its directions are then units like any others.
-    covariance (m, m) of the attended values, weight (d, m) of the consumer. The sensitivity weighs the energies, and
-    with `sensitive_basis` the bases, too.
-    """
-    seen = sensitivity if sensitive_basis else None
-    basis = head_space.value_basis(head_blocks(covariance, heads).double(), weight, damping, seen)
-    rotated, in_basis = rotate(covariance, weight, basis)
-    columns = head_space.direction_columns(heads, basis.shape[-1], weight.device)
-    return basis, in_basis, factorise(rotated, in_basis, columns, damping, sensitivity)
-
-
-def rotate(covariance: Tensor, weight: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """Covariance (m, m) and consumer weight (d, m) in orthonormal head bases (h, w, w)."""
-    half = head_space.to_basis(covariance, basis.to(covariance.dtype))
-    return head_space.to_basis(half.mT, basis.to(covariance.dtype)), head_space.to_basis(weight, basis)
-
-
-def head_blocks(covariance: Tensor, heads: int) -> Tensor:
-    """The (h, w, w) diagonal blocks of a covariance (h·w, h·w)."""
-    w = covariance.shape[0] // heads
-    return covariance.view(heads, w, heads, w).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
 
 
 def store(state: State, name: str, weight: Tensor, bias: Tensor | None) -> None:

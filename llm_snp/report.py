@@ -24,6 +24,7 @@ from .evaluation.harness import harness_rows
 from .evaluation.perplexity import Perplexity
 from .evaluation.speed_table import speed_table
 from .executor import BlockLoss
+from .families import SCORES
 from .hub import card_metadata
 from .job import Job
 from .plan import Plan
@@ -118,17 +119,17 @@ class Report:
             )
 
     def block(self, index: int, losses: BlockLoss) -> None:
-        """What pruning block `index` did."""
+        """What pruning block `index` did. What query and key lose is part of the attention's error: no `lost` there."""
         curves = {c["site"]: c for c in self.data["plan"]["curves"] if c["block"] == index}
         kept = self.data["plan"]["kept"][index]
         entry: dict[str, Any] = {"block": index}
         for site, curve in curves.items():
-            result = losses.get(site)
+            result, whole = losses.get(site), None if site == SCORES else 0.0
             entry[site] = {
                 "unit": curve["unit"],
                 "units": curve["units"],
                 "kept": kept[curve["unit"]],
-                "lost": result.lost if result else 0.0,
+                "lost": result.lost if result else whole,
                 "total": result.total if result else None,
                 "damping": result.damping if result else None,
             }
@@ -199,8 +200,10 @@ def _curve(curve: SiteCurve) -> dict[str, Any]:
     return entry
 
 
-def relative_error(site: dict[str, Any]) -> float:
-    """Lost output energy as a share of the total."""
+def relative_error(site: dict[str, Any]) -> float | None:
+    """Lost output energy as a share of the total; None for what has no error of its own."""
+    if site["lost"] is None:
+        return None
     return site["lost"] / site["total"] if site["total"] else 0.0
 
 
@@ -210,7 +213,8 @@ def block_line(data: dict[str, Any]) -> str:
     sites = {name: value for name, value in entry.items() if name != "block"}
     total = len(data["plan"]["kept"])
     kept = "  ".join(f"{s['unit']} {s['kept']}/{s['units']}" for s in sites.values())
-    errors = ", ".join(f"{name} {relative_error(s):.2%}" for name, s in sites.items())
+    found = {name: relative_error(s) for name, s in sites.items()}
+    errors = ", ".join(f"{name} {error:.2%}" for name, error in found.items() if error is not None)
     return f"block {entry['block'] + 1:>{len(str(total))}}/{total}  {kept}  error: {errors}"
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.dynamic_module_utils import get_relative_import_files
 
 from .checkpoint import Checkpoint
 from .executor import BlockLoss, SiteLoss
@@ -24,7 +25,7 @@ from .writer import TOKENIZER_FILES, Writer
 KEPT = "kept"
 # What a result brings along that needs a class of its own: its family's file of `llm_snp.modeling` under this name,
 # and what that imports.
-MODELING, NARROWING = "modeling_snp.py", "narrowing.py"
+MODELING = "modeling_snp.py"
 
 
 class PrunedBlocks:
@@ -127,7 +128,8 @@ def write_rest(writer: Writer, job: Job, skeleton: Skeleton, plan: Plan, tokeniz
             "AutoModelForCausalLM": f"{module}.{family.pruned_class.__name__}",
         }
         writer.text(MODELING, source.read_text(encoding="utf-8"))
-        writer.copy(source.with_name(NARROWING))
+        for name in get_relative_import_files(source):
+            writer.copy(Path(name))
     writer.text("config.json", result.to_json_string())
     writer.copy(job.directory, TOKENIZER_FILES)
     writer.index()

@@ -108,7 +108,8 @@ class Skeleton:
         self.blocks_path = blocks_path
         self.model: Any = empty_model(config)
         shapes, self.tied, harmless = expected_tensors(self.model)
-        checkpoint.audit(shapes, self.tied, harmless)
+        tables = [name for name, buffer in self.model.named_buffers() if not buffer.is_floating_point()]
+        checkpoint.audit(shapes, self.tied, harmless, tables)
         self.blocks, self._transposed = linear_blocks(self.model, blocks_path)
         inner = blocks_path + "."
         self.outer = [n for n in checkpoint.names() if n in shapes and n not in self.tied and not n.startswith(inner)]
@@ -188,7 +189,10 @@ class Skeleton:
         block = copy.deepcopy(self.blocks[index])
         if narrow is not None:
             narrow(block)
-        on_device = {name: tensor.to(self.device, self.dtype) for name, tensor in state.items()}
+        on_device = {
+            name: tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
+            for name, tensor in state.items()
+        }
         block.load_state_dict(on_device, assign=True, strict=True)
         return block.to(self.device).eval().requires_grad_(False)
 

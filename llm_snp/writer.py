@@ -67,7 +67,7 @@ class Writer:
     def _count(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
         self._map |= dict.fromkeys(tensors, path.name)
         self._bytes += sum(t.numel() * t.element_size() for t in tensors.values())
-        self._parameters += sum(t.numel() for t in tensors.values())
+        self._parameters += sum(t.numel() for t in tensors.values() if t.is_floating_point())
 
     def text(self, name: str, content: str) -> None:
         write_text(self.directory / name, content)

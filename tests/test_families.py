@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from conftest import LENGTH, Prune, load, logits
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from test_result_loads import elsewhere
 from tiny_models import BLOCKS, KNOWN, MODELS, save_tiny, tiny_config, tiny_model
@@ -18,20 +20,40 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 
 from llm_snp.checkpoint import Checkpoint
+from llm_snp.config import PruneConfig
 from llm_snp.data import Windows, evaluation_windows
 from llm_snp.errors import UnsupportedModelError
 from llm_snp.evaluation.perplexity import perplexity_loaded, perplexity_streamed
-from llm_snp.families import FAMILIES, FILES, Family, Site, family_of
+from llm_snp.families import ATTENTION, FAMILIES, FILES, PAIRS, WHOLE, Attention, Family, Site, family_of
 from llm_snp.hub import load_config, load_tokenizer
+from llm_snp.plan import empty_curves
 from llm_snp.skeleton import Skeleton, empty_model, linear_blocks
 
 every = pytest.mark.parametrize("name", KNOWN)
+DIRECTIONS = [name for name in KNOWN if family_of(tiny_config(name)).attention(tiny_config(name)) is not None]
+with_directions = pytest.mark.parametrize("name", DIRECTIONS)
 
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("families")
     return {name: save_tiny(name, folder / name) for name in KNOWN}
+
+
+def attention_of(name: str) -> Attention:
+    config = tiny_config(name)
+    found = family_of(config).attention(config)
+    assert found is not None
+    return found
+
+
+def directions_of(name: str) -> dict[str, int]:
+    """unit -> how many every head has."""
+    return {unit: units for unit, (_, units) in attention_of(name).directions.items()}
+
+
+def parameters(block: nn.Module) -> int:
+    return sum(p.numel() for p in block.parameters())
 
 
 def widths_by_block(family: Family, config: Any) -> list[dict[str, int]]:
@@ -65,6 +87,38 @@ def test_every_linear_layer_of_a_block_has_one_role(name: str) -> None:
             assert rows.start + site.units * rows.per_unit <= block.get_submodule(rows.layer).out_features
         if site.stream is not None:
             block.get_submodule(site.stream)
+
+
+@with_directions
+def test_every_part_of_a_head_has_its_rows(name: str) -> None:
+    config = tiny_config(name)
+    family = family_of(config)
+    attention, block = attention_of(name), linear_blocks(empty_model(config), family.blocks)[0][0]
+    site = next(site for site in family.sites(config) if site.name == ATTENTION)
+    seen: dict[str, list[int]] = {}
+    for part, width in ((attention.query, attention.queries), (attention.key, 1), (attention.value, 1)):
+        rows = part.of(attention.heads)
+        assert rows.shape == (attention.heads, width * attention.head_dim)
+        seen.setdefault(part.layer, []).extend(rows.flatten().tolist())
+    for layer, rows in seen.items():
+        assert sorted(rows) == list(range(block.get_submodule(layer).out_features))
+    heads = attention.heads * attention.queries
+    assert block.get_submodule(site.consumer).in_features == heads * attention.head_dim
+
+
+@every
+def test_cost_of_a_unit_is_what_narrowing_removes(name: str) -> None:
+    """Of whole units, and of directions in all heads."""
+    config = tiny_config(name)
+    family = family_of(config)
+    block = linear_blocks(empty_model(config), family.blocks)[0][0]
+    modes = ("heads", "dims") if name in DIRECTIONS else ("heads",)
+    for mode in modes:
+        for curve in empty_curves(family, config, [block], PruneConfig(attention=mode)):
+            for left in {1, curve.units // 2, curve.units}:
+                narrowed = copy.deepcopy(block)
+                family.pruned_class.narrow(narrowed, **family.widths(config, {curve.unit: left}))
+                assert parameters(block) - parameters(narrowed) == (curve.units - left) * curve.cost
 
 
 @every
@@ -106,6 +160,61 @@ def test_slicing_equals_masking(name: str, ids: torch.Tensor) -> None:
     torch.testing.assert_close(logits(sliced, ids), logits(masked, ids), rtol=1e-9, atol=1e-9)
 
 
+def some_of_each(heads: int, count: int, kept: int, generator: torch.Generator) -> torch.Tensor:
+    """(heads, kept) ascending: as many of `count` for each head."""
+    picked = torch.stack([torch.randperm(count, generator=generator)[:kept] for _ in range(heads)])
+    return picked.sort(1).values
+
+
+@with_directions
+def test_slicing_directions_equals_masking(name: str, ids: torch.Tensor) -> None:
+    """In float64: without some value dimensions, and dimensions or rotary pairs of query and key, of each head its own.
+
+    The narrowed model is the dense one in which those rows of the projections are zero.
+    """
+    config, attention = tiny_config(name), attention_of(name)
+    family = family_of(config)
+    site = next(site for site in family.sites(config) if site.name == ATTENTION)
+    h, q, w = attention.heads, attention.queries, attention.head_dim
+    generator = torch.Generator().manual_seed(3)
+    masked = tiny_model(name).double()
+    state = {key: value.clone() for key, value in masked.state_dict().items()}
+    kept_of = [
+        {unit: max(1, units * i // BLOCKS) if i else units for unit, (_, units) in attention.directions.items()}
+        for i in range(BLOCKS)
+    ]
+    for i, kept in enumerate(kept_of):
+        path = f"{family.blocks}.{i}."
+        values = some_of_each(h, w, attention.value_rank(kept), generator)
+        scores = some_of_each(h, attention.score_units, attention.score_rank(kept), generator)
+        if attention.scores == PAIRS:
+            if attention.score_rank(kept) < attention.score_units:
+                state[f"{path}{attention.module}.pair_table"] = scores
+            scores = torch.cat([scores, scores + w // 2], 1)
+        stays = {layer: torch.zeros(len(state[f"{path}{layer}.weight"]), dtype=torch.bool) for layer in site.layers}
+        parts = ((attention.query, scores, q), (attention.key, scores, 1), (attention.value, values, 1))
+        for part, dims, each in parts if attention.scores != WHOLE else parts[2:]:
+            rows = part.of(h).view(h, each, w)
+            stays[part.layer][rows.gather(2, dims.unsqueeze(1).expand(-1, each, -1)).flatten()] = True
+        if attention.scores == WHOLE:
+            for part in (attention.query, attention.key):
+                stays[part.layer][part.of(h).flatten()] = True
+        for layer in site.layers[:-1]:
+            for suffix in ("weight", "bias"):
+                key = f"{path}{layer}.{suffix}"
+                if key in state:
+                    state[key] = state[key][stays[layer]]
+                    with torch.no_grad():
+                        masked.get_parameter(key)[~stays[layer]] = 0.0
+        columns = (torch.arange(h * q) * w).unsqueeze(1) + values.repeat_interleave(q, 0)
+        state[f"{path}{site.consumer}.weight"] = state[f"{path}{site.consumer}.weight"][:, columns.flatten()]
+    fields = {key: value for key, value in config.to_dict().items() if key not in ("model_type", "architectures")}
+    widths = [family.widths(config, kept) for kept in kept_of]
+    sliced = family.pruned_class(family.pruned_class.config_class(**fields, block_widths=widths)).double().eval()
+    sliced.load_state_dict(state, strict=True)
+    torch.testing.assert_close(logits(sliced, ids), logits(masked, ids), rtol=1e-9, atol=1e-9)
+
+
 @every
 def test_streaming_equals_the_whole_model(name: str, checkpoints: dict[str, Path], ids: torch.Tensor) -> None:
     directory = checkpoints[name]
@@ -134,11 +243,13 @@ def hidden_states(model: Any, ids: torch.Tensor) -> torch.Tensor:
         return inner(input_ids=ids).last_hidden_state  # type: ignore[no-any-return]
 
 
-@every
+@pytest.mark.parametrize(
+    ("name", "mode"), [*((name, "heads") for name in KNOWN), *((name, "dims") for name in DIRECTIONS)]
+)
 def test_pruned_and_loaded_where_llm_snp_is_not(
-    name: str, checkpoints: dict[str, Path], prune: Prune, tmp_path: Path, ids: torch.Tensor
+    name: str, mode: str, checkpoints: dict[str, Path], prune: Prune, tmp_path: Path, ids: torch.Tensor
 ) -> None:
-    report = prune(checkpoints[name], tmp_path / "out", 0.3)
+    report = prune(checkpoints[name], tmp_path / "out", 0.3, attention=mode)
     assert report["sparsity"]["achieved"] == pytest.approx(0.3, abs=0.02)
     assert len({str(kept) for kept in report["plan"]["kept"]}) > 1
     found = elsewhere(tmp_path / "out", tmp_path, ids)
@@ -165,7 +276,8 @@ def test_repair_follows_the_dense_model(
     reference = logits(load(checkpoints[name]), ids)
     errors = {}
     for target in ("residual", "none"):
-        prune(checkpoints[name], tmp_path / target, 0.3, target=target, allocation="uniform", samples=48)
+        options = {"target": target, "allocation": "uniform", "attention": "heads", "samples": 48}
+        prune(checkpoints[name], tmp_path / target, 0.3, **options)
         errors[target] = (logits(load(tmp_path / target), ids) - reference).square().mean().item()
     assert errors["residual"] < errors["none"]
 
@@ -197,6 +309,59 @@ def test_duplicated_units_go_without_loss(name: str, prune: Prune, tmp_path: Pat
     before, after = logits(load(directory), ids), logits(load(tmp_path / "out"), ids)
     assert report["model"]["parameters_pruned"] < report["model"]["parameters"]
     assert (after - before).square().mean() < 1e-6 * before.square().mean()
+
+
+def half_of_no_use(model: Any, name: str) -> Any:
+    """Of every head: half of the values are copies, and half of the query is zero, pair by pair. Neurons are twice."""
+    family, attention = family_of(model.config), attention_of(name)
+    model, w = duplicated(model, family), attention.head_dim
+    period = w // 2 if attention.scores == PAIRS else w
+    zero = torch.arange(w) % period >= period // 2
+    copied, of = attention.value.of(attention.heads)[:, w // 2 :], attention.value.of(attention.heads)[:, : w // 2]
+    queries = attention.query.of(attention.heads).view(-1, w)[:, zero]
+    with torch.no_grad():
+        for block in model.get_submodule(family.blocks):
+            for values in block.get_submodule(attention.value.layer).parameters():
+                values[copied] = values[of].clone()
+            for values in block.get_submodule(attention.query.layer).parameters():
+                if attention.scores != WHOLE:
+                    values[queries] = 0.0
+    return model
+
+
+@with_directions
+def test_directions_without_use_go_without_loss(name: str, prune: Prune, tmp_path: Path, ids: torch.Tensor) -> None:
+    model = half_of_no_use(tiny_model(name), name)
+    directory = save_tiny(name, tmp_path / "dense")
+    model.save_pretrained(directory)
+    exact = {"target": "self", "allocation": "uniform", "attention": "dims", "damping": 1e-8, "samples": 48}
+    report = prune(directory, tmp_path / "out", 0.3, **exact)
+    before, after = logits(load(directory), ids), logits(load(tmp_path / "out"), ids)
+    for unit, units in directions_of(name).items():
+        assert any(kept[unit] < units for kept in report["plan"]["kept"])
+    assert (after - before).square().mean() < 1e-6 * before.square().mean()
+
+
+@with_directions
+def test_every_way_to_attend_gives_the_same(
+    name: str, checkpoints: dict[str, Path], prune: Prune, tmp_path: Path, ids: torch.Tensor
+) -> None:
+    """Fast kernels and plain torch, with the attention's weights given out, and with a static cache."""
+    prune(checkpoints[name], tmp_path / "out", 0.3, attention="dims")
+    fast, plain = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out", **kind).float().eval()
+        for kind in ({}, {"attn_implementation": "eager"})
+    )
+    with torch.no_grad():
+        found = plain(input_ids=ids, output_attentions=True)
+    torch.testing.assert_close(found.logits, logits(plain, ids), rtol=1e-4, atol=1e-4)
+    if name != "gemma2":  # of which only the plain one caps the scores
+        torch.testing.assert_close(logits(plain, ids), logits(fast, ids), rtol=1e-4, atol=1e-4)
+    assert all(weights.shape[-2:] == (ids.shape[1],) * 2 for weights in found.attentions)
+    options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "min_new_tokens": 8, "max_new_tokens": 8}
+    dynamic = fast.generate(ids, **options)
+    if Version(transformers.__version__) >= Version("4.56"):
+        assert torch.equal(fast.generate(ids, cache_implementation="static", **options), dynamic)
 
 
 @every

@@ -9,7 +9,8 @@ import pytest
 import torch
 from conftest import BLOCKS, LENGTH, SAMPLES, Prune, load
 
-from llm_snp import measure, stream
+from llm_snp import measure, score_costs, stream
+from llm_snp.score_costs import Sample
 
 
 @pytest.mark.parametrize("batch", [1, 5, SAMPLES])
@@ -19,10 +20,10 @@ def test_scores_are_measured_on_the_input_of_their_own_block(
 ) -> None:
     """And on the same windows, however many of them the device takes at once."""
     monkeypatch.setitem(stream.BATCH_TOKENS, "cpu", batch * LENGTH)
-    monkeypatch.setattr(measure, "SCORE_TOKENS", tokens)
+    monkeypatch.setattr(score_costs, "SCORE_TOKENS", tokens)
     seen: list[torch.Tensor] = []
     windows: list[torch.Tensor] = []
-    of_stream, costs = measure._Sample.of_stream, measure._score_costs
+    of_stream, costs = Sample.of_stream, score_costs.score_costs
 
     def keep_windows(stream: Any, index: int) -> Any:
         windows.append(stream.windows)
@@ -35,8 +36,8 @@ def test_scores_are_measured_on_the_input_of_their_own_block(
         assert seen[-1].shape[0] == sample.of
         return costs(*arguments)
 
-    monkeypatch.setattr(measure._Sample, "of_stream", keep_windows)
-    monkeypatch.setattr(measure, "_score_costs", keep_sample)
+    monkeypatch.setattr(Sample, "of_stream", keep_windows)
+    monkeypatch.setattr(measure, "score_costs", keep_sample)
     prune(dense, tmp_path / "out", attention="dims")
     expected = min(SAMPLES, tokens // LENGTH)
     with torch.no_grad():

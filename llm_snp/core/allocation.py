@@ -20,7 +20,7 @@ from ..errors import OptionError
 class SiteCurve:
     """A site as an allocation sees it.
 
-    block, site   where; unit: what is counted there (heads, dims, neurons)
+    block, site   where; unit: what is counted there (heads, dims, values, pairs, neurons)
     units         u, how many units there are; cost: parameters per unit
     multiple      kept counts are multiples of this, or u itself
     variance      (u+1,) or None: share of the input variance in the tail after k units (`Subspace.variance_curve`)

@@ -1,8 +1,8 @@
-"""Subspaces inside attention heads: any basis of a head's value space, and the best low-rank scores.
+"""Subspaces of the value path of attention heads.
 
 Attention mixes tokens, not the w directions of a head, so a basis B_h of the value space folds into v_proj (rows
-B_h V_h) and out_proj; without rotary embeddings the same holds between query and key (METHOD, section 7).
-Letters: h heads, w head_dim, r directions kept, d model width, m = h·w.
+B_h V_h) and out_proj (METHOD, section 7). Query heads that read one key/value head share its basis.
+Letters: h heads, q query heads for each key/value head, w head_dim, r directions kept, d model width, m = h·w.
 """
 
 from __future__ import annotations
@@ -28,39 +28,26 @@ def damp_heads(covariance: Tensor, damping: float) -> tuple[Tensor, float]:
 
 
 @timed("subspace")
-def value_basis(covariance: Tensor, weight: Tensor, damping: float, sensitivity: Tensor | None = None) -> Tensor:
-    """Orthonormal bases (h, w, w) of the value spaces, rows by how much they matter for the block's output.
+def value_basis(
+    covariance: Tensor, weight: Tensor, damping: float, sensitivity: Tensor | None = None, queries: int = 1
+) -> Tensor:
+    """Orthonormal bases (h/q, w, w) of the value spaces, rows by how much they matter for the block's output.
 
     covariance (h, w, w) of the attended values, weight (d, h·w) of out_proj, sensitivity G (d, d) or None.
     With G^½ O_h C_h^½ = U S Vᵀ the best r-dimensional features are V_rᵀ C_h^-½ a. Their row spaces are nested in r,
-    so orthonormalising the rows in order (a LQ factorisation) leaves every one of them as it is.
+    so orthonormalising the rows in order (a LQ factorisation) leaves every one of them as it is. For several query
+    heads of one key/value head C_h and O_hᵀ G O_h are their sums: the best basis if all of them attend alike.
     """
     h, w, _ = covariance.shape
-    damped, _ = damp_heads(covariance, damping)
-    root, inverse_root = symmetric_power(damped, 0.5), symmetric_power(damped, -0.5)
     o = weight.view(-1, h, w).transpose(0, 1)
     weighted = o if sensitivity is None else sensitivity @ o
-    _, vectors = torch.linalg.eigh(root @ (o.mT @ weighted) @ root)
+    covariance, output = (m.reshape(-1, queries, w, w).sum(1) for m in (covariance, o.mT @ weighted))
+    damped, _ = damp_heads(covariance, damping)
+    root, inverse_root = symmetric_power(damped, 0.5), symmetric_power(damped, -0.5)
+    _, vectors = torch.linalg.eigh(root @ output @ root)
     features = vectors.flip(-1).mT @ inverse_root
     orthonormal, _ = torch.linalg.qr(features.mT)
     return orthonormal.mT
-
-
-@timed("subspace")
-def score_basis(query: Tensor, key: Tensor, damping: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Transforms (h, w, w) of query and key whose first r rows give the best rank-r scores in mean square.
-
-    query  (h, w, w), or (w, w) for one head: uncentred second moments E q qᵀ
-    key    the same, centred: covariance of k; a constant per query leaves the softmax unchanged
-    With Cq^½ Ck^½ = U S Vᵀ: q' = S^½ Uᵀ Cq^-½ q and k' = S^½ Vᵀ Ck^-½ k; with all w rows q'ᵀk' = qᵀk.
-    Also returns s² (h, w), falling: rank r leaves Σ_{i>r} s_i² of the scores' mean square.
-    """
-    w = query.shape[-1]
-    query, _ = damp_heads(query.reshape(-1, w, w), damping)
-    key, _ = damp_heads(key.reshape(-1, w, w), damping)
-    u, s, vh = torch.linalg.svd(symmetric_power(query, 0.5) @ symmetric_power(key, 0.5))
-    scale = s.clamp_min(torch.finfo(s.dtype).tiny).sqrt().unsqueeze(-1)
-    return scale * (u.mT @ symmetric_power(query, -0.5)), scale * (vh @ symmetric_power(key, -0.5)), s.square()
 
 
 def transform_rows(weight: Tensor, bias: Tensor | None, basis: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -11,9 +11,25 @@ import transformers
 from packaging.version import Version
 
 from ..errors import UnsupportedModelError
-from .base import ATTENTION, MLP, Attention, Family, Rows, Site, linear
+from ..modeling.rotary import turn
+from .base import ATTENTION, FREE, MLP, PAIRS, SCORES, WHOLE, Attention, Family, Rows, Site, linear
 
-__all__ = ["ATTENTION", "FAMILIES", "MLP", "Attention", "Family", "Rows", "Site", "family_of", "linear"]
+__all__ = [
+    "ATTENTION",
+    "FAMILIES",
+    "FREE",
+    "MLP",
+    "PAIRS",
+    "SCORES",
+    "WHOLE",
+    "Attention",
+    "Family",
+    "Rows",
+    "Site",
+    "family_of",
+    "linear",
+    "turn",
+]
 
 # model_type -> the file of this folder that describes it.
 FILES = {

@@ -16,19 +16,28 @@ from transformers.activations import ACT2FN
 
 from ..errors import UnsupportedModelError
 
-ATTENTION, MLP = "attention", "mlp"
+ATTENTION, SCORES, MLP = "attention", "scores", "mlp"
+# What query and key can lose: any directions of their common space, whole rotary pairs, or nothing.
+FREE, PAIRS, WHOLE = "free", "pairs", "whole"
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of a linear layer that make the units of a site: unit i has those from `start + i * per_unit` on.
+    """Rows of a linear layer that make units: unit i has `per_unit` of them from `start + i * stride` on.
 
-    Rows that belong to no unit stay. A fused layer (gate and up, or query, key and value in one) has several of these.
+    stride: `per_unit`, if it is not given. Rows that belong to no unit stay. A fused layer (gate and up, or query, key
+    and value in one) has several of these.
     """
 
     layer: str
     per_unit: int = 1
     start: int = 0
+    stride: int | None = None
+
+    def of(self, units: int) -> Tensor:
+        """(units, per_unit) long: the rows of each unit."""
+        stride = self.per_unit if self.stride is None else self.stride
+        return self.start + stride * torch.arange(units).unsqueeze(1) + torch.arange(self.per_unit)
 
 
 @dataclass(frozen=True)
@@ -69,22 +78,77 @@ class Site:
         stays = torch.ones(count, dtype=torch.bool)
         for rows in self.producers:
             if rows.layer == layer:
-                stays[rows.start : rows.start + self.units * rows.per_unit] = ~gone.repeat_interleave(rows.per_unit)
+                stays[rows.of(self.units)[gone]] = False
         return stays.nonzero().squeeze(1)
 
 
 @dataclass(frozen=True)
 class Attention:
-    """Where the parts of the attention are, for subspaces inside the heads; only without rotary embeddings.
+    """Where the parts of the attention are, for subspaces inside the heads.
 
-    `value` rows and `consumer` columns share one free basis per head, `query` and `key` rows another.
+    query, key, value  the rows of each key/value head; the query heads that read it lie side by side
+    heads              key/value heads
+    queries            query heads for each of them
+    head_dim           w, of query, key and value
+    scores             what query and key can lose: `FREE`, `PAIRS` or `WHOLE`
+    module             the attention itself, which has a table of the rotary pairs that are left
     """
 
-    query: str
-    key: str
-    value: str
+    query: Rows
+    key: Rows
+    value: Rows
     heads: int
+    queries: int
     head_dim: int
+    scores: str
+    module: str
+
+    @property
+    def directions(self) -> dict[str, tuple[str, int]]:
+        """unit -> (where an allocation counts it, how many every head has).
+
+        `dims` are directions of the value path and between query and key, as many of one as of the other: where the
+        stock attention has one width for all three. Otherwise `values` and rotary `pairs` go apart.
+        """
+        if self.scores == FREE:
+            return {"dims": (ATTENTION, self.head_dim)}
+        pairs = {"pairs": (SCORES, self.head_dim // 2)} if self.scores == PAIRS else {}
+        return {"values": (ATTENTION, self.head_dim)} | pairs
+
+    def value_rank(self, kept: Mapping[str, int]) -> int:
+        """Directions that are left of each head's value path."""
+        return kept.get("dims", kept.get("values", self.head_dim))
+
+    def score_rank(self, kept: Mapping[str, int]) -> int:
+        """Directions, or rotary pairs, that are left between query and key."""
+        if self.scores == PAIRS:
+            return kept.get("pairs", self.head_dim // 2)
+        return kept.get("dims", self.head_dim)
+
+    @property
+    def score_units(self) -> int:
+        """Directions, or rotary pairs, that there are between query and key."""
+        return self.score_rank({})
+
+    @property
+    def projections(self) -> dict[str, tuple[str, Tensor]]:
+        """`query` and `key` -> layer, and its rows (heads, w) of each query or key head; empty if nothing can go."""
+        if self.scores == WHOLE:
+            return {}
+        parts = {"query": self.query, "key": self.key}
+        return {name: (rows.layer, rows.of(self.heads).view(-1, self.head_dim)) for name, rows in parts.items()}
+
+    def kernel_width(self, widths: Mapping[str, int]) -> int:
+        """Columns of a head that an attention kernel sees: `narrowing` fills up the narrower of scores and values."""
+        scores = 2 * widths["pairs"] if "pairs" in widths else self.head_dim
+        return max(scores, widths["values"]) if "values" in widths else widths.get("head_dim", self.head_dim)
+
+    def widths(self, kept: Mapping[str, int]) -> dict[str, int]:
+        """What `Family.pruned_class.narrow` is told of them."""
+        if self.scores == FREE:
+            return {"head_dim": self.value_rank(kept)}
+        pairs = {"pairs": self.score_rank(kept)} if self.scores == PAIRS else {}
+        return {"values": self.value_rank(kept)} | pairs
 
 
 def check_config(config: Any, *sizes: str) -> None:
@@ -162,7 +226,7 @@ class Family:
         """Keyword arguments of `pruned_class.narrow`, an entry of `block_widths`: `kept`, and the rest as it was."""
         attention = self.attention(config)
         whole = {site.unit: site.units for site in self.sites(config)}
-        directions = {} if attention is None else {"head_dim": kept.get("dims", attention.head_dim)}
+        directions = {} if attention is None else attention.widths(kept)
         return {unit: kept.get(unit, units) for unit, units in whole.items()} | directions
 
     def stock_fields(self, config: Any, kept: Sequence[dict[str, int]]) -> dict[str, int] | None:
@@ -187,10 +251,21 @@ class Family:
 
     def unit_cost(self, block: nn.Module, site: Site) -> int:
         """Parameters that go with one unit: its rows (and biases) of each producer, g columns of the consumer."""
-        cost = linear(block, site.consumer).out_features * site.group
-        for rows in site.producers:
-            cost += sum(p.numel() // p.shape[0] * rows.per_unit for p in linear(block, rows.layer).parameters())
-        return cost
+        producers = sum(_row_cost(block, rows.layer) * rows.per_unit for rows in site.producers)
+        return producers + linear(block, site.consumer).out_features * site.group
+
+    def direction_cost(self, block: nn.Module, site: Site, attention: Attention, unit: str) -> int:
+        """Parameters that go with one of `Attention.directions` in all heads of a block, whose attention is `site`."""
+        query, key, value = (_row_cost(block, part.layer) for part in (attention.query, attention.key, attention.value))
+        scores = attention.heads * (attention.queries * query + key)
+        columns = linear(block, site.consumer).out_features * attention.heads * attention.queries
+        values = attention.heads * value + columns
+        return {"dims": scores + values, "values": values, "pairs": 2 * scores}[unit]
+
+
+def _row_cost(block: nn.Module, name: str) -> int:
+    """Parameters of one row of a linear layer."""
+    return sum(p.numel() // p.shape[0] for p in linear(block, name).parameters())
 
 
 def linear(block: nn.Module, name: str) -> nn.Linear:

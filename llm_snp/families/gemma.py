@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from ..modeling.gemma import SnpGemmaForCausalLM
-from .llama import like_llama
+from .grouped import like_llama
 
 GEMMA = like_llama("gemma", SnpGemmaForCausalLM)

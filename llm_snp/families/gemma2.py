@@ -5,6 +5,6 @@ from __future__ import annotations
 from functools import partial
 
 from ..modeling.gemma2 import SnpGemma2ForCausalLM
-from .llama import like_llama, sites
+from .grouped import like_llama, sites
 
 GEMMA2 = like_llama("gemma2", SnpGemma2ForCausalLM, sites=partial(sites, attention=None, mlp=None))

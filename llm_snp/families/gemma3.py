@@ -5,6 +5,13 @@ from __future__ import annotations
 from functools import partial
 
 from ..modeling.gemma3 import SnpGemma3ForCausalLM
-from .llama import like_llama, sites
+from .base import WHOLE
+from .grouped import like_llama, rotary, sites
 
-GEMMA3 = like_llama("gemma3_text", SnpGemma3ForCausalLM, sites=partial(sites, attention=None, mlp=None))
+GEMMA3 = like_llama(
+    "gemma3_text",
+    SnpGemma3ForCausalLM,
+    sites=partial(sites, attention=None, mlp=None),
+    # A norm over a head needs all of it.
+    attention=partial(rotary, scores=WHOLE),
+)

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import GPTNeoXForCausalLM
 
 from ..modeling.gpt_neox import SnpGPTNeoXForCausalLM
-from .base import ATTENTION, MLP, Family, Rows, Site, field, whole_heads
+from .base import ATTENTION, MLP, WHOLE, Attention, Family, Rows, Site, field, whole_heads
 
 
 def _sites(config: Any) -> tuple[Site, ...]:
@@ -23,6 +23,12 @@ def _sites(config: Any) -> tuple[Site, ...]:
     )
 
 
+def _attention(config: Any) -> Attention:
+    heads, width = config.num_attention_heads, config.hidden_size // config.num_attention_heads
+    query, key, value = (Rows("attention.query_key_value", width, part * width, 3 * width) for part in range(3))
+    return Attention(query, key, value, heads, 1, width, WHOLE, "attention")
+
+
 # transformers 5 calls the head `lm_head`, but writes and reads it as `embed_out`, its name before.
 RENAMED = any("lm_head" in name for name in GPTNeoXForCausalLM._tied_weights_keys or ())
 
@@ -30,6 +36,7 @@ GPT_NEOX = Family(
     model_type="gpt_neox",
     blocks="gpt_neox.layers",
     sites=_sites,
+    attention=_attention,
     pruned_class=SnpGPTNeoXForCausalLM,
     stock={"neurons": field("intermediate_size")},
     renames=((r"^embed_out\.", "lm_head."),) if RENAMED else (),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..modeling.mistral import SnpMistralForCausalLM
 from .base import field
-from .llama import fewer_heads, like_llama
+from .grouped import fewer_heads, like_llama
 
 MISTRAL = like_llama(
     "mistral", SnpMistralForCausalLM, stock={"neurons": field("intermediate_size"), "heads": fewer_heads}

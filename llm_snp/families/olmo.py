@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from ..modeling.olmo import SnpOlmoForCausalLM
-from .llama import like_llama
+from typing import Any
 
-OLMO = like_llama("olmo", SnpOlmoForCausalLM)
+from ..modeling.olmo import SnpOlmoForCausalLM
+from .base import Attention
+from .grouped import like_llama, rotary
+
+
+def _attention(config: Any) -> Attention | None:
+    # Clipped queries, keys and values are tied to their dimensions.
+    return None if config.clip_qkv is not None else rotary(config)
+
+
+OLMO = like_llama("olmo", SnpOlmoForCausalLM, attention=_attention)

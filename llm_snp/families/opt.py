@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..modeling.opt import SnpOPTForCausalLM
-from .base import ATTENTION, MLP, Attention, Family, Rows, Site, field, whole_heads
+from .base import ATTENTION, FREE, MLP, Attention, Family, Rows, Site, field, whole_heads
 
 
 def _sites(config: Any) -> tuple[Site, ...]:
@@ -36,8 +36,9 @@ def _sites(config: Any) -> tuple[Site, ...]:
 
 
 def _attention(config: Any) -> Attention:
-    heads = config.num_attention_heads
-    return Attention("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", heads, config.hidden_size // heads)
+    heads, width = config.num_attention_heads, config.hidden_size // config.num_attention_heads
+    query, key, value = (Rows(f"self_attn.{name}_proj", width) for name in "qkv")
+    return Attention(query, key, value, heads, 1, width, FREE, "self_attn")
 
 
 OPT = Family(

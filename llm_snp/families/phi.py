@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from ..modeling.phi import SnpPhiForCausalLM
-from .base import MLP, Family, Rows, Site, field
-from .llama import check, grouped_heads
+from .base import MLP, WHOLE, Family, Rows, Site, field
+from .grouped import check, grouped_heads, rotary
 
 
 def _sites(config: Any) -> tuple[Site, ...]:
@@ -21,6 +22,7 @@ PHI = Family(
     model_type="phi",
     blocks="model.layers",
     sites=_sites,
+    attention=partial(rotary, scores=WHOLE),
     pruned_class=SnpPhiForCausalLM,
     stock={"neurons": field("intermediate_size")},
     check=check,

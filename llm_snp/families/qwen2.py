@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from ..modeling.qwen2 import SnpQwen2ForCausalLM
 from .base import field
-from .llama import fewer_heads, like_llama
+from .grouped import fewer_heads, like_llama
 
 QWEN2 = like_llama("qwen2", SnpQwen2ForCausalLM, stock={"neurons": field("intermediate_size"), "heads": fewer_heads})

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
-from ..modeling.qwen3 import SnpQwen3ForCausalLM
-from .base import field
-from .llama import fewer_heads, like_llama
+from functools import partial
 
-QWEN3 = like_llama("qwen3", SnpQwen3ForCausalLM, stock={"neurons": field("intermediate_size"), "heads": fewer_heads})
+from ..modeling.qwen3 import SnpQwen3ForCausalLM
+from .base import WHOLE, field
+from .grouped import fewer_heads, like_llama, rotary
+
+QWEN3 = like_llama(
+    "qwen3",
+    SnpQwen3ForCausalLM,
+    # A norm over a head needs all of it.
+    attention=partial(rotary, scores=WHOLE),
+    stock={"neurons": field("intermediate_size"), "heads": fewer_heads},
+)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from transformers import GemmaConfig, GemmaForCausalLM, GemmaModel
+from functools import partial
 
-from .narrowing import Narrowed, narrow_llama_block
+from transformers import GemmaConfig, GemmaForCausalLM, GemmaModel
+from transformers.models.gemma.modeling_gemma import GemmaAttention, eager_attention_forward
+
+from .narrowing import Narrowed
+from .rotary import Directions, narrow_llama_block
 
 
 class SnpGemmaConfig(GemmaConfig):  # type: ignore[misc]
-    """Gemma with `block_widths`, a dict of what is left of each block: `heads` (of keys) and `neurons`.
+    """Gemma with `block_widths`, a dict of what is left of each block: `heads` (of keys), `neurons`, and
+    the `values` and rotary `pairs` of a head.
 
     All other fields describe the dense model.
     """
@@ -17,12 +22,21 @@ class SnpGemmaConfig(GemmaConfig):  # type: ignore[misc]
     block_widths = None
 
 
+class SnpGemmaAttention(Directions, GemmaAttention):  # type: ignore[misc]
+    """`GemmaAttention` whose heads have lost directions."""
+
+    eager = staticmethod(eager_attention_forward)
+
+
+_narrow = partial(narrow_llama_block, SnpGemmaAttention)
+
+
 class SnpGemmaModel(Narrowed, GemmaModel):  # type: ignore[misc]
     """`GemmaModel`, the model without its head, with the widths of `config.block_widths`."""
 
     config_class = SnpGemmaConfig
     blocks_path = "layers"
-    narrow = staticmethod(narrow_llama_block)
+    narrow = staticmethod(_narrow)
 
 
 class SnpGemmaForCausalLM(Narrowed, GemmaForCausalLM):  # type: ignore[misc]
@@ -31,4 +45,4 @@ class SnpGemmaForCausalLM(Narrowed, GemmaForCausalLM):  # type: ignore[misc]
     config_class = SnpGemmaConfig
     base_class = SnpGemmaModel
     blocks_path = "model.layers"
-    narrow = staticmethod(narrow_llama_block)
+    narrow = staticmethod(_narrow)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from transformers import Gemma2Config, Gemma2ForCausalLM, Gemma2Model
+from functools import partial
+from typing import Any
 
-from .narrowing import Narrowed, narrow_llama_block
+from transformers import Gemma2Config, Gemma2ForCausalLM, Gemma2Model
+from transformers.models.gemma2.modeling_gemma2 import Gemma2Attention, eager_attention_forward
+
+from .narrowing import Narrowed
+from .rotary import Directions, narrow_llama_block
 
 
 class SnpGemma2Config(Gemma2Config):  # type: ignore[misc]
-    """Gemma 2 with `block_widths`, a dict of what is left of each block: `heads` (of keys) and `neurons`.
+    """Gemma 2 with `block_widths`, a dict of what is left of each block: `heads` (of keys), `neurons`, and
+    the `values` and rotary `pairs` of a head.
 
     All other fields describe the dense model.
     """
@@ -17,12 +23,24 @@ class SnpGemma2Config(Gemma2Config):  # type: ignore[misc]
     block_widths = None
 
 
+class SnpGemma2Attention(Directions, Gemma2Attention):  # type: ignore[misc]
+    """`Gemma2Attention` whose heads have lost directions."""
+
+    eager = staticmethod(eager_attention_forward)
+
+    def attention_options(self) -> dict[str, Any]:
+        return {"sliding_window": self.sliding_window, "softcap": self.attn_logit_softcapping}
+
+
+_narrow = partial(narrow_llama_block, SnpGemma2Attention)
+
+
 class SnpGemma2Model(Narrowed, Gemma2Model):  # type: ignore[misc]
     """`Gemma2Model`, the model without its head, with the widths of `config.block_widths`."""
 
     config_class = SnpGemma2Config
     blocks_path = "layers"
-    narrow = staticmethod(narrow_llama_block)
+    narrow = staticmethod(_narrow)
 
 
 class SnpGemma2ForCausalLM(Narrowed, Gemma2ForCausalLM):  # type: ignore[misc]
@@ -31,4 +49,4 @@ class SnpGemma2ForCausalLM(Narrowed, Gemma2ForCausalLM):  # type: ignore[misc]
     config_class = SnpGemma2Config
     base_class = SnpGemma2Model
     blocks_path = "model.layers"
-    narrow = staticmethod(narrow_llama_block)
+    narrow = staticmethod(_narrow)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, Gemma3TextModel
+from functools import partial
+from typing import Any
 
-from .narrowing import Narrowed, narrow_llama_block
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, Gemma3TextModel
+from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention, eager_attention_forward
+
+from .narrowing import Narrowed
+from .rotary import Directions, narrow_llama_block
 
 
 class SnpGemma3TextConfig(Gemma3TextConfig):  # type: ignore[misc]
-    """Gemma 3 (text) with `block_widths`, a dict of what is left of each block: `heads` (of keys) and `neurons`.
+    """Gemma 3 (text) with `block_widths`, a dict of what is left of each block: `heads` (of keys), `neurons` and
+    the `values` of a head.
 
     All other fields describe the dense model.
     """
@@ -17,12 +23,24 @@ class SnpGemma3TextConfig(Gemma3TextConfig):  # type: ignore[misc]
     block_widths = None
 
 
+class SnpGemma3Attention(Directions, Gemma3Attention):  # type: ignore[misc]
+    """`Gemma3Attention` whose heads have lost directions."""
+
+    eager = staticmethod(eager_attention_forward)
+
+    def attention_options(self) -> dict[str, Any]:
+        return {"sliding_window": self.sliding_window}
+
+
+_narrow = partial(narrow_llama_block, SnpGemma3Attention)
+
+
 class SnpGemma3TextModel(Narrowed, Gemma3TextModel):  # type: ignore[misc]
     """`Gemma3TextModel`, the model without its head, with the widths of `config.block_widths`."""
 
     config_class = SnpGemma3TextConfig
     blocks_path = "layers"
-    narrow = staticmethod(narrow_llama_block)
+    narrow = staticmethod(_narrow)
 
 
 class SnpGemma3ForCausalLM(Narrowed, Gemma3ForCausalLM):  # type: ignore[misc]
@@ -31,4 +49,4 @@ class SnpGemma3ForCausalLM(Narrowed, Gemma3ForCausalLM):  # type: ignore[misc]
     config_class = SnpGemma3TextConfig
     base_class = SnpGemma3TextModel
     blocks_path = "model.layers"
-    narrow = staticmethod(narrow_llama_block)
+    narrow = staticmethod(_narrow)

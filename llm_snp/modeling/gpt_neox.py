@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, GPTNeoXModel
+from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXAttention, eager_attention_forward
 
 from .narrowing import Narrowed, narrow_layer
+from .rotary import Directions, lose_directions
 
 
 class SnpGPTNeoXConfig(GPTNeoXConfig):  # type: ignore[misc]
-    """GPT-NeoX and Pythia with `block_widths`, a dict of what is left of each block: `heads` and `neurons`.
+    """GPT-NeoX and Pythia with `block_widths`, a dict of what is left of each block: `heads`, `neurons` and the
+    `values` of a head.
 
     All other fields describe the dense model.
     """
@@ -19,11 +23,25 @@ class SnpGPTNeoXConfig(GPTNeoXConfig):  # type: ignore[misc]
     block_widths = None
 
 
-def narrow_gpt_neox_block(block: Any, heads: int, neurons: int) -> None:
+class SnpGPTNeoXAttention(Directions, GPTNeoXAttention):  # type: ignore[misc]
+    """`GPTNeoXAttention` whose heads have lost directions."""
+
+    eager = staticmethod(eager_attention_forward)
+    output = "dense"
+
+    def project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        width = self.head_size
+        by_head = self.query_key_value(hidden).unflatten(-1, (-1, 2 * width + self.values))
+        query, key, value = by_head.split((width, width, self.values), dim=-1)
+        return query, key, value
+
+
+def narrow_gpt_neox_block(block: Any, heads: int, neurons: int, values: int | None = None) -> None:
     """Narrow a `GPTNeoXLayer` in place, whose query, key and value are fused head by head."""
     attention = block.attention
-    narrow_layer(attention.query_key_value, rows=3 * heads * attention.head_size)
-    narrow_layer(attention.dense, columns=heads * attention.head_size)
+    scores, values = lose_directions(attention, SnpGPTNeoXAttention, attention.head_size, heads, values)
+    narrow_layer(attention.query_key_value, rows=heads * (2 * scores + values))
+    narrow_layer(attention.dense, columns=heads * values)
     narrow_layer(block.mlp.dense_h_to_4h, rows=neurons)
     narrow_layer(block.mlp.dense_4h_to_h, columns=neurons)
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
+from functools import partial
 
-from .narrowing import Narrowed, narrow_llama_block
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers.models.llama.modeling_llama import LlamaAttention, eager_attention_forward
+
+from .narrowing import Narrowed
+from .rotary import Directions, narrow_llama_block
 
 
 class SnpLlamaConfig(LlamaConfig):  # type: ignore[misc]
-    """Llama with `block_widths`, a dict of what is left of each block: `heads` (of keys) and `neurons`.
+    """Llama with `block_widths`, a dict of what is left of each block: `heads` (of keys), `neurons`, and
+    the `values` and rotary `pairs` of a head.
 
     All other fields describe the dense model.
     """
@@ -17,12 +22,21 @@ class SnpLlamaConfig(LlamaConfig):  # type: ignore[misc]
     block_widths = None
 
 
+class SnpLlamaAttention(Directions, LlamaAttention):  # type: ignore[misc]
+    """`LlamaAttention` whose heads have lost directions."""
+
+    eager = staticmethod(eager_attention_forward)
+
+
+_narrow = partial(narrow_llama_block, SnpLlamaAttention)
+
+
 class SnpLlamaModel(Narrowed, LlamaModel):  # type: ignore[misc]
     """`LlamaModel`, the model without its head, with the widths of `config.block_widths`."""
 
     config_class = SnpLlamaConfig
     blocks_path = "layers"
-    narrow = staticmethod(narrow_llama_block)
+    narrow = staticmethod(_narrow)
 
 
 class SnpLlamaForCausalLM(Narrowed, LlamaForCausalLM):  # type: ignore[misc]
@@ -31,4 +45,4 @@ class SnpLlamaForCausalLM(Narrowed, LlamaForCausalLM):  # type: ignore[misc]
     config_class = SnpLlamaConfig
     base_class = SnpLlamaModel
     blocks_path = "model.layers"
-    narrow = staticmethod(narrow_llama_block)
+    narrow = staticmethod(_narrow)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from transformers import MistralConfig, MistralForCausalLM, MistralModel
+from functools import partial
+from typing import Any
 
-from .narrowing import Narrowed, narrow_llama_block
+from transformers import MistralConfig, MistralForCausalLM, MistralModel
+from transformers.models.mistral.modeling_mistral import MistralAttention, eager_attention_forward
+
+from .narrowing import Narrowed
+from .rotary import Directions, narrow_llama_block
 
 
 class SnpMistralConfig(MistralConfig):  # type: ignore[misc]
-    """Mistral with `block_widths`, a dict of what is left of each block: `heads` (of keys) and `neurons`.
+    """Mistral with `block_widths`, a dict of what is left of each block: `heads` (of keys), `neurons`, and
+    the `values` and rotary `pairs` of a head.
 
     All other fields describe the dense model.
     """
@@ -17,12 +23,24 @@ class SnpMistralConfig(MistralConfig):  # type: ignore[misc]
     block_widths = None
 
 
+class SnpMistralAttention(Directions, MistralAttention):  # type: ignore[misc]
+    """`MistralAttention` whose heads have lost directions."""
+
+    eager = staticmethod(eager_attention_forward)
+
+    def attention_options(self) -> dict[str, Any]:
+        return {"sliding_window": getattr(self.config, "sliding_window", None)}
+
+
+_narrow = partial(narrow_llama_block, SnpMistralAttention)
+
+
 class SnpMistralModel(Narrowed, MistralModel):  # type: ignore[misc]
     """`MistralModel`, the model without its head, with the widths of `config.block_widths`."""
 
     config_class = SnpMistralConfig
     blocks_path = "layers"
-    narrow = staticmethod(narrow_llama_block)
+    narrow = staticmethod(_narrow)
 
 
 class SnpMistralForCausalLM(Narrowed, MistralForCausalLM):  # type: ignore[misc]
@@ -31,4 +49,4 @@ class SnpMistralForCausalLM(Narrowed, MistralForCausalLM):  # type: ignore[misc]
     config_class = SnpMistralConfig
     base_class = SnpMistralModel
     blocks_path = "model.layers"
-    narrow = staticmethod(narrow_llama_block)
+    narrow = staticmethod(_narrow)

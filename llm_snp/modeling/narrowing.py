@@ -61,35 +61,6 @@ def _parameter(values: torch.Tensor, requires_grad: bool) -> nn.Parameter:
     return nn.Parameter(values.clone(memory_format=torch.contiguous_format), requires_grad)
 
 
-def narrow_grouped(attention: Any, heads: int, output: str = "o_proj") -> None:
-    """Keep `heads` key/value heads, with the query heads that read them, of an attention with q, k and v projections.
-
-    Of one with a single key/value head keep that, and `heads` query heads. `scaling` and `head_dim` stay.
-    """
-    width = attention.head_dim
-    if attention.k_proj.out_features == width:
-        queries = attention.num_key_value_groups = heads
-    else:
-        queries = heads * attention.num_key_value_groups
-        narrow_layer(attention.k_proj, rows=heads * width)
-        narrow_layer(attention.v_proj, rows=heads * width)
-    narrow_layer(attention.q_proj, rows=queries * width)
-    narrow_layer(getattr(attention, output), columns=queries * width)
-
-
-def narrow_gated(mlp: Any, neurons: int) -> None:
-    """Keep `neurons` of a gated MLP: rows of gate and up, columns of down."""
-    narrow_layer(mlp.gate_proj, rows=neurons)
-    narrow_layer(mlp.up_proj, rows=neurons)
-    narrow_layer(mlp.down_proj, columns=neurons)
-
-
-def narrow_llama_block(block: Any, heads: int, neurons: int) -> None:
-    """A block with `self_attn` (grouped queries) and a gated `mlp`, as Llama and many after it have."""
-    narrow_grouped(block.self_attn, heads)
-    narrow_gated(block.mlp, neurons)
-
-
 class ConfigView:
     """A config of which some fields read differently, for layers that look up their own width in it."""
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from transformers import OlmoConfig, OlmoForCausalLM, OlmoModel
+from functools import partial
 
-from .narrowing import Narrowed, narrow_llama_block
+from transformers import OlmoConfig, OlmoForCausalLM, OlmoModel
+from transformers.models.olmo.modeling_olmo import OlmoAttention, eager_attention_forward
+
+from .narrowing import Narrowed
+from .rotary import Directions, narrow_llama_block
 
 
 class SnpOlmoConfig(OlmoConfig):  # type: ignore[misc]
-    """OLMo with `block_widths`, a dict of what is left of each block: `heads` (of keys) and `neurons`.
+    """OLMo with `block_widths`, a dict of what is left of each block: `heads` (of keys), `neurons`, and
+    the `values` and rotary `pairs` of a head.
 
     All other fields describe the dense model.
     """
@@ -17,12 +22,21 @@ class SnpOlmoConfig(OlmoConfig):  # type: ignore[misc]
     block_widths = None
 
 
+class SnpOlmoAttention(Directions, OlmoAttention):  # type: ignore[misc]
+    """`OlmoAttention` whose heads have lost directions."""
+
+    eager = staticmethod(eager_attention_forward)
+
+
+_narrow = partial(narrow_llama_block, SnpOlmoAttention)
+
+
 class SnpOlmoModel(Narrowed, OlmoModel):  # type: ignore[misc]
     """`OlmoModel`, the model without its head, with the widths of `config.block_widths`."""
 
     config_class = SnpOlmoConfig
     blocks_path = "layers"
-    narrow = staticmethod(narrow_llama_block)
+    narrow = staticmethod(_narrow)
 
 
 class SnpOlmoForCausalLM(Narrowed, OlmoForCausalLM):  # type: ignore[misc]
@@ -31,4 +45,4 @@ class SnpOlmoForCausalLM(Narrowed, OlmoForCausalLM):  # type: ignore[misc]
     config_class = SnpOlmoConfig
     base_class = SnpOlmoModel
     blocks_path = "model.layers"
-    narrow = staticmethod(narrow_llama_block)
+    narrow = staticmethod(_narrow)

@@ -5,12 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from transformers import PhiConfig, PhiForCausalLM, PhiModel
+from transformers.models.phi.modeling_phi import PhiAttention, eager_attention_forward
 
-from .narrowing import Narrowed, narrow_grouped, narrow_layer
+from .narrowing import Narrowed, narrow_layer
+from .rotary import Directions, narrow_grouped
 
 
 class SnpPhiConfig(PhiConfig):  # type: ignore[misc]
-    """Phi (1 and 2) with `block_widths`, a dict of what is left of each block: `heads` (of keys) and `neurons`.
+    """Phi (1 and 2) with `block_widths`, a dict of what is left of each block: `heads` (of keys), `neurons` and
+    the `values` of a head.
 
     All other fields describe the dense model.
     """
@@ -19,9 +22,17 @@ class SnpPhiConfig(PhiConfig):  # type: ignore[misc]
     block_widths = None
 
 
-def narrow_phi_block(block: Any, heads: int, neurons: int) -> None:
+class SnpPhiAttention(Directions, PhiAttention):  # type: ignore[misc]
+    """`PhiAttention` whose heads have lost directions."""
+
+    eager = staticmethod(eager_attention_forward)
+    norms = ("q_layernorm", "k_layernorm")
+    output = "dense"
+
+
+def narrow_phi_block(block: Any, heads: int, neurons: int, values: int | None = None) -> None:
     """Narrow a `PhiDecoderLayer` in place."""
-    narrow_grouped(block.self_attn, heads, output="dense")
+    narrow_grouped(block.self_attn, SnpPhiAttention, heads, values)
     narrow_layer(block.mlp.fc1, rows=neurons)
     narrow_layer(block.mlp.fc2, columns=neurons)
 

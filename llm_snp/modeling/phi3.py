@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
 from transformers import Phi3Config, Phi3ForCausalLM, Phi3Model
+from transformers.models.phi3.modeling_phi3 import Phi3Attention, eager_attention_forward
 
 from .narrowing import ConfigView, Narrowed, narrow_layer
+from .rotary import Directions, lose_directions
 
 
 class SnpPhi3Config(Phi3Config):  # type: ignore[misc]
-    """Phi-3 with `block_widths`, a dict of what is left of each block: `heads` (of keys) and `neurons`.
+    """Phi-3 with `block_widths`, a dict of what is left of each block: `heads` (of keys), `neurons`, and
+    the `values` and rotary `pairs` of a head.
 
     All other fields describe the dense model.
     """
@@ -19,12 +23,30 @@ class SnpPhi3Config(Phi3Config):  # type: ignore[misc]
     block_widths = None
 
 
-def narrow_phi3_block(block: Any, heads: int, neurons: int) -> None:
+class SnpPhi3Attention(Directions, Phi3Attention):  # type: ignore[misc]
+    """`Phi3Attention` whose heads have lost directions."""
+
+    eager = staticmethod(eager_attention_forward)
+
+    def project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        heads, width = self.num_key_value_heads, self.score_width
+        sizes = (heads * self.num_key_value_groups * width, heads * width, heads * self.values)
+        query, key, value = self.qkv_proj(hidden).split(sizes, dim=-1)
+        return query.unflatten(-1, (-1, width)), key.unflatten(-1, (-1, width)), value.unflatten(-1, (-1, self.values))
+
+    def attention_options(self) -> dict[str, Any]:
+        return {"sliding_window": getattr(self.config, "sliding_window", None)}
+
+
+def narrow_phi3_block(
+    block: Any, heads: int, neurons: int, values: int | None = None, pairs: int | None = None
+) -> None:
     """Narrow a `Phi3DecoderLayer` in place, whose projections are fused."""
-    attention, width = block.self_attn, block.self_attn.head_dim
+    attention = block.self_attn
     queries = heads * attention.num_key_value_groups
-    narrow_layer(attention.qkv_proj, rows=(queries + 2 * heads) * width)
-    narrow_layer(attention.o_proj, columns=queries * width)
+    scores, values = lose_directions(attention, SnpPhi3Attention, attention.head_dim, heads, values, pairs)
+    narrow_layer(attention.qkv_proj, rows=(queries + heads) * scores + heads * values)
+    narrow_layer(attention.o_proj, columns=queries * values)
     # It splits the fused projection by these.
     attention.num_key_value_heads = heads
     attention.config = ConfigView(attention.config, num_attention_heads=queries)

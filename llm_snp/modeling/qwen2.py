@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Model
+from functools import partial
+from typing import Any
 
-from .narrowing import Narrowed, narrow_llama_block
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Model
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, eager_attention_forward
+
+from .narrowing import Narrowed
+from .rotary import Directions, narrow_llama_block
 
 
 class SnpQwen2Config(Qwen2Config):  # type: ignore[misc]
-    """Qwen2 with `block_widths`, a dict of what is left of each block: `heads` (of keys) and `neurons`.
+    """Qwen2 with `block_widths`, a dict of what is left of each block: `heads` (of keys), `neurons`, and
+    the `values` and rotary `pairs` of a head.
 
     All other fields describe the dense model.
     """
@@ -17,12 +23,24 @@ class SnpQwen2Config(Qwen2Config):  # type: ignore[misc]
     block_widths = None
 
 
+class SnpQwen2Attention(Directions, Qwen2Attention):  # type: ignore[misc]
+    """`Qwen2Attention` whose heads have lost directions."""
+
+    eager = staticmethod(eager_attention_forward)
+
+    def attention_options(self) -> dict[str, Any]:
+        return {"sliding_window": getattr(self, "sliding_window", None)}
+
+
+_narrow = partial(narrow_llama_block, SnpQwen2Attention)
+
+
 class SnpQwen2Model(Narrowed, Qwen2Model):  # type: ignore[misc]
     """`Qwen2Model`, the model without its head, with the widths of `config.block_widths`."""
 
     config_class = SnpQwen2Config
     blocks_path = "layers"
-    narrow = staticmethod(narrow_llama_block)
+    narrow = staticmethod(_narrow)
 
 
 class SnpQwen2ForCausalLM(Narrowed, Qwen2ForCausalLM):  # type: ignore[misc]
@@ -31,4 +49,4 @@ class SnpQwen2ForCausalLM(Narrowed, Qwen2ForCausalLM):  # type: ignore[misc]
     config_class = SnpQwen2Config
     base_class = SnpQwen2Model
     blocks_path = "model.layers"
-    narrow = staticmethod(narrow_llama_block)
+    narrow = staticmethod(_narrow)

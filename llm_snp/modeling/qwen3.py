@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3Model
+from functools import partial
+from typing import Any
 
-from .narrowing import Narrowed, narrow_llama_block
+from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3Model
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, eager_attention_forward
+
+from .narrowing import Narrowed
+from .rotary import Directions, narrow_llama_block
 
 
 class SnpQwen3Config(Qwen3Config):  # type: ignore[misc]
-    """Qwen3 with `block_widths`, a dict of what is left of each block: `heads` (of keys) and `neurons`.
+    """Qwen3 with `block_widths`, a dict of what is left of each block: `heads` (of keys), `neurons` and
+    the `values` of a head.
 
     All other fields describe the dense model.
     """
@@ -17,12 +23,24 @@ class SnpQwen3Config(Qwen3Config):  # type: ignore[misc]
     block_widths = None
 
 
+class SnpQwen3Attention(Directions, Qwen3Attention):  # type: ignore[misc]
+    """`Qwen3Attention` whose heads have lost directions."""
+
+    eager = staticmethod(eager_attention_forward)
+
+    def attention_options(self) -> dict[str, Any]:
+        return {"sliding_window": self.sliding_window}
+
+
+_narrow = partial(narrow_llama_block, SnpQwen3Attention)
+
+
 class SnpQwen3Model(Narrowed, Qwen3Model):  # type: ignore[misc]
     """`Qwen3Model`, the model without its head, with the widths of `config.block_widths`."""
 
     config_class = SnpQwen3Config
     blocks_path = "layers"
-    narrow = staticmethod(narrow_llama_block)
+    narrow = staticmethod(_narrow)
 
 
 class SnpQwen3ForCausalLM(Narrowed, Qwen3ForCausalLM):  # type: ignore[misc]
@@ -31,4 +49,4 @@ class SnpQwen3ForCausalLM(Narrowed, Qwen3ForCausalLM):  # type: ignore[misc]
     config_class = SnpQwen3Config
     base_class = SnpQwen3Model
     blocks_path = "model.layers"
-    narrow = staticmethod(narrow_llama_block)
+    narrow = staticmethod(_narrow)

@@ -9,12 +9,10 @@ from torch import Tensor
 from llm_snp.core.heads import (
     damp_heads,
     direction_columns,
-    score_basis,
     to_basis,
     transform_rows,
     value_basis,
 )
-from llm_snp.core.moments import Moments
 
 H, W, D, N = 3, 4, 10, 150
 
@@ -104,7 +102,6 @@ def test_dead_head_gets_a_finite_basis() -> None:
         basis = value_basis(covariance, weight, damping)
         assert torch.isfinite(basis).all()
         torch.testing.assert_close(basis @ basis.mT, torch.eye(W, dtype=torch.float64).expand(H, W, W))
-        assert all(torch.isfinite(t).all() for t in score_basis(covariance, covariance, damping))
     assert damp_heads(covariance, 0.0)[1] > 0.0
 
 
@@ -112,62 +109,8 @@ def test_inputs_are_not_modified() -> None:
     covariance, weight = centred(tokens(0)), normal(5, D, H * W)
     before = covariance.clone(), weight.clone()
     value_basis(covariance, weight, 1e-2)
-    score_basis(covariance, covariance, 1e-2)
     assert torch.equal(covariance, before[0])
     assert torch.equal(weight, before[1])
-
-
-def scores(q: Tensor, k: Tensor) -> Tensor:
-    return torch.einsum("nhw,mhw->hnm", q, k)
-
-
-def test_score_basis_at_full_rank_gives_the_scores() -> None:
-    q, k = tokens(20), tokens(30)
-    query, key, _ = score_basis(torch.einsum("nhv,nhw->hvw", q, q) / N, centred(k), 0.0)
-    q_new, k_new = (torch.einsum("hrw,nhw->nhr", t, x) for t, x in ((query, q), (key, k)))
-    torch.testing.assert_close(scores(q_new, k_new), scores(q, k))
-
-
-def test_score_basis_of_a_model_with_one_head() -> None:
-    """Moments of one group come without the head axis."""
-    q, k = tokens(20)[:, :1], tokens(30)[:, :1]
-    queries, keys = (Moments.like(x.flatten(1), groups=1) for x in (q, k))
-    queries.add(q.flatten(1))
-    keys.add(k.flatten(1))
-    query, key, power = score_basis(queries.uncentred, keys.covariance, 0.0)
-    assert query.shape == key.shape == (1, W, W)
-    assert power.shape == (1, W)
-    q_new, k_new = (torch.einsum("hrw,nhw->nhr", t, x) for t, x in ((query, q), (key, k)))
-    torch.testing.assert_close(scores(q_new, k_new), scores(q, k))
-
-
-@pytest.mark.parametrize("rank", [1, 2, 3, 4])
-def test_score_error_is_the_tail_and_the_least(rank: int) -> None:
-    """Over all pairs of tokens, with keys about their mean: a constant per query leaves the softmax as it is."""
-    q, k = tokens(20), tokens(30)
-    query, key, power = score_basis(torch.einsum("nhv,nhw->hvw", q, q) / N, centred(k), 0.0)
-    assert (power.diff(dim=1) <= 0).all()
-    about = k - k.mean(0)
-    truncated = scores(
-        torch.einsum("hrw,nhw->nhr", query[:, :rank], q), torch.einsum("hrw,nhw->nhr", key[:, :rank], about)
-    )
-    error = (scores(q, about) - truncated).square().mean((1, 2))
-    torch.testing.assert_close(error, power[:, rank:].sum(1), rtol=1e-9, atol=1e-9 * power.max().item())
-    # Eckart-Young on the matrix of all scores: no other pair of rank-r transforms does better.
-    singular = torch.linalg.svdvals(scores(q, about)) / N
-    torch.testing.assert_close(error, singular[:, rank:].square().sum(1), rtol=1e-7, atol=1e-9 * power.max().item())
-
-
-def test_key_mean_does_not_reach_the_softmax() -> None:
-    q, k = tokens(20), tokens(30)
-    query, key, _ = score_basis(torch.einsum("nhv,nhw->hvw", q, q) / N, centred(k), 0.0)
-    for rank in (2, W):
-        q_new = torch.einsum("hrw,nhw->nhr", query[:, :rank], q)
-        with_mean = scores(q_new, torch.einsum("hrw,nhw->nhr", key[:, :rank], k))
-        without = scores(q_new, torch.einsum("hrw,nhw->nhr", key[:, :rank], k - k.mean(0)))
-        assert not torch.allclose(with_mean, without, atol=0.1)
-        torch.testing.assert_close(with_mean.softmax(-1), without.softmax(-1))
-    torch.testing.assert_close(with_mean.softmax(-1), scores(q, k).softmax(-1))
 
 
 def test_transforms_fold_into_the_projections() -> None:
