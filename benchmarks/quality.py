@@ -88,6 +88,7 @@ ROWS: dict[str, list[tuple[str, Options]]] = {
     ],
     "one step aside (greedy, target residual)": [
         ("loss, fisher, heads", {**LOSS, "attention": "heads"}),
+        ("loss, fisher, query heads", {**LOSS, "attention": "queries"}),
         ("loss, scalar, both", {**LOSS, "attention": "both", "sensitivity": "scalar"}),
         ("fisher in the order, too, both", {**LOSS, "attention": "both", "sensitive_order": True}),
         ("variance, dims", {**DIMS, "allocation": "variance"}),

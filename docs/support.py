@@ -8,9 +8,10 @@ from transformers import AutoConfig
 
 from llm_snp.families import FAMILIES, FILES, REASONS, SINCE
 
-
 # What is said of the units inside a head.
 PARTS = {"dims": "directions", "values": "values", "pairs": "rotary pairs"}
+# Whether query heads can go alone shows in a model of the family in which several read one key/value head.
+GROUPED = {"num_attention_heads": 4, "num_key_value_heads": 2}
 
 
 def table() -> str:
@@ -23,7 +24,10 @@ def table() -> str:
         if model_type in SINCE:
             what += f" (from transformers {SINCE[model_type]})"
         inside = family.attention(config)
-        attention = ", ".join([*(PARTS[unit] for unit in inside.directions), "heads"]) if inside else "heads"
+        parts = [PARTS[unit] for unit in inside.directions] if inside else []
+        if hasattr(config, "num_key_value_heads") and family.queries(AutoConfig.for_model(model_type, **GROUPED)):
+            parts.append("query heads")
+        attention = ", ".join([*parts, "heads"])
         repair = "residual" if all(site.stream for site in family.sites(config)) else "dense"
         lines.append(f"| `{model_type}` | {what} | {attention} | {repair} | {', '.join(sorted(family.stock))} |")
     lines += [f"| `{model_type}` | refused: {reason} | | | |" for model_type, reason in REASONS.items()]

@@ -13,7 +13,7 @@ from .errors import OptionError, choose
 DAMPING = 1e-3
 # What the repair refits a layer to; `none` leaves the remaining weights as they are.
 TARGETS = ("self", "dense", "residual", "none")
-ATTENTION_MODES = ("heads", "dims", "both", "none")
+ATTENTION_MODES = ("heads", "queries", "dims", "both", "none")
 FORMATS = ("auto", "stock")
 SENSITIVITIES = ("relative", "scalar", "fisher")
 DEVICES = ("auto", "cpu", "cuda")
@@ -59,8 +59,8 @@ class PruneConfig:
     )
     attention: str | None = option(
         None,
-        "remove whole heads, directions inside all heads (dims), either per block (both; heads where directions cannot "
-        "go), or leave the attention as it is (none)",
+        "remove whole heads, single query heads where several read one key/value head (queries), directions inside all "
+        "heads (dims), whichever of these loses least in each block (both), or leave the attention as it is (none)",
         ATTENTION_MODES,
     )
     sensitivity: str = option(

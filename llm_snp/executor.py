@@ -40,11 +40,10 @@ Finished = Callable[[int], tuple[State, BlockLoss] | None]
 def decide(session: Session) -> Plan:
     """The plan, by measuring passes over the dense model where the allocation asks for them."""
     options, blocks = session.options, session.skeleton.blocks
-    curves = empty_curves(session.family, session.config, blocks, options)
     if options.needs_gradient:
         measure_sensitivity(session)
-    if options.measures:
-        curves = measured_curves(session, curves)
+    measured = options.measures
+    curves = measured_curves(session) if measured else empty_curves(session.family, session.config, blocks, options)
     assert options.allocation is not None
     # Nothing to remove: nothing was measured, and every allocation gives the same plan.
     by = options.allocation if options.sparsity > 0 else "uniform"
@@ -113,7 +112,8 @@ class _BlockPruner:
         self.dense = self.session.skeleton.load_block(self.index, state)
         self._load(state)
         losses: BlockLoss = {}
-        sites = self.session.sites
+        mode = "queries" if "queries" in self.kept else self.session.options.attention
+        sites = self.session.family.prunable(self.session.config, mode)
         for site in sites:
             losses[site.name] = self._prune(site, last=site is sites[-1])
         return losses

@@ -73,7 +73,15 @@ def fit_for_stock(options: PruneConfig, family: Family) -> PruneConfig:
 
 
 def fit_for_heads(options: PruneConfig, family: Family, config: Any) -> PruneConfig:
-    """Where heads can only go as a whole, `both` means heads; `options`: resolved. Raises `OptionError` for `dims`."""
+    """Where heads can only go as a whole, `both` means heads; `options`: resolved.
+
+    Raises `OptionError` for `dims` there, and for `queries` where no key/value head has several.
+    """
+    if options.attention == "queries" and family.queries(config) is None:
+        raise OptionError(
+            "--attention queries is for models in which several key/value heads have several query heads each, and "
+            "this one has none; give --attention heads"
+        )
     if not options.directions or family.attention(config) is not None:
         return options
     if options.attention == "dims":

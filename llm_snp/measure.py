@@ -19,7 +19,7 @@ from .core.moments import Moments
 from .core.repair import subspace_of_units
 from .core.scores import FreeScores, RotaryPairs
 from .families import ATTENTION, MLP, SCORES, WHOLE, Attention, Site
-from .plan import direction_curves
+from .plan import direction_curves, unit_curve
 from .prune_heads import score_directions, value_subspace
 from .prune_site import linear_weights
 from .score_costs import Sample, score_costs
@@ -30,17 +30,16 @@ from .session import Session
 SITES = (ATTENTION, SCORES, MLP)
 
 
-def measured_curves(session: Session, curves: list[SiteCurve]) -> list[SiteCurve]:
-    """`curves` with their variance and loss filled in, block by block over the dense model.
+def measured_curves(session: Session) -> list[SiteCurve]:
+    """The curves of every site with their variance and loss, block by block over the dense model.
 
-    `both` gets the cheaper of heads and dims for each block, compared at the share of parameters asked for. With
-    several processes the wide sites of as many blocks are solved at once, one by each. What the journal has of an
-    interrupted run is not measured again.
+    `both` gets the cheapest of what can go of each block's attention (`_better`). With several processes the wide sites
+    of as many blocks are solved at once, one by each. What the journal has of an interrupted run is not measured again.
     """
     skeleton, options, processes = session.skeleton, session.options, session.processes
-    sites = session.sites
-    attention = session.family.attention(session.config) if options.directions else None
-    empty = {(curve.block, curve.unit): curve for curve in curves}
+    family, sites = session.family, session.sites
+    attention = family.attention(session.config) if options.directions else None
+    kinds = _whole_units(session)
     known = _measured_before(session)
     missing = [i for i in range(len(skeleton)) if i not in known]
     if not missing:
@@ -65,11 +64,10 @@ def measured_curves(session: Session, curves: list[SiteCurve]) -> list[SiteCurve
             for site in sites:
                 g = sensitivity.get(site.name)
                 weight, _ = linear_weights(state, site.consumer, skeleton.device)
-                units = empty.get((i, site.unit))
                 if site.name != ATTENTION:
-                    assert units is not None
+                    empty = unit_curve(family, i, skeleton.blocks[i], site, options)
                     if processes.index == len(group) - 1:
-                        waiting.append(partial(_unit_curve, units, weight, site, moments[site.name], options, g))
+                        waiting.append(partial(_unit_curve, empty, weight, site, moments[site.name], options, g))
                     continue
                 scores, costs = None, None
                 if sample is not None and attention is not None:
@@ -77,10 +75,11 @@ def measured_curves(session: Session, curves: list[SiteCurve]) -> list[SiteCurve
                     costs = score_costs(block, weight, site, attention, scores, g, sample, processes)
                 if processes.main:
                     choices = []
-                    if units is not None:
-                        choices.append([_unit_curve(units, weight, site, moments[site.name], options, g)])
+                    for kind in kinds:
+                        empty = unit_curve(family, i, skeleton.blocks[i], kind, options)
+                        choices.append([_unit_curve(empty, weight, kind, moments[site.name], options, g)])
                     if attention is not None:
-                        whole = direction_curves(session.family, i, skeleton.blocks[i], site, attention, options)
+                        whole = direction_curves(family, i, skeleton.blocks[i], site, attention, options)
                         values = moments[site.name].covariance
                         choices.append(_direction_curves(whole, weight, attention, values, options, g, scores, costs))
                     mine += _better(choices, options.sparsity)
@@ -123,26 +122,33 @@ def _from_json(entry: dict[str, Any]) -> SiteCurve:
     return SiteCurve(**(entry | values))
 
 
+def _whole_units(session: Session) -> list[Site]:
+    """What can go of an attention as a whole: its heads, single query heads, or either."""
+    heads = [site for site in session.sites if site.name == ATTENTION and session.options.attention != "dims"]
+    queries = session.family.queries(session.config) if session.options.attention == "both" else None
+    return heads if queries is None else [*heads, queries]
+
+
 def _better(choices: list[list[SiteCurve]], share: float) -> list[SiteCurve]:
-    """Of heads and directions, those that lose less where a share of the attention goes; one of them may be unable."""
-    able = [curves for curves in choices if sum(curve.removable for curve in curves) >= share * _cost(curves)]
+    """Of heads, query heads and directions those that lose least where a share of the attention's parameters goes.
+
+    Some of them may be unable; where all are, the one that gives most.
+    """
+    amount = share * max(sum(curve.units * curve.cost for curve in curves) for curves in choices)
+    able = [curves for curves in choices if sum(curve.removable for curve in curves) >= amount]
     if not able:
         return max(choices, key=lambda curves: sum(curve.removable for curve in curves))
-    return min(able, key=lambda curves: _loss_at_share(curves, share)) if len(able) > 1 else able[0]
+    return min(able, key=lambda curves: _loss_of(curves, amount)) if len(able) > 1 else able[0]
 
 
-def _cost(curves: list[SiteCurve]) -> int:
-    return sum(curve.units * curve.cost for curve in curves)
-
-
-def _loss_at_share(curves: list[SiteCurve], share: float) -> float:
-    """The least loss of removing a share of the parameters of `curves`, the last of them to a fraction of a unit."""
+def _loss_of(curves: list[SiteCurve], amount: float) -> float:
+    """The least loss of removing so many parameters from `curves`, from the last of them to a fraction of a unit."""
     *others, last = curves
     least = math.inf
     for kept in product(*(range(1, curve.units + 1) for curve in others)):
         gone = sum((curve.units - count) * curve.cost for curve, count in zip(others, kept, strict=True))
-        count = last.units - (share * _cost(curves) - gone) / last.cost
-        if count <= 0:
+        count = last.units - (amount - gone) / last.cost
+        if count < last.least - 1e-6:  # but for rounding
             continue
         loss = sum(_loss_at(curve, k) for curve, k in zip(curves, (*kept, min(count, last.units)), strict=True))
         least = min(least, loss)
@@ -181,6 +187,7 @@ def _unit_curve(
         site.nonnegative,
         seed,
         options.sensitive_order,
+        parts=site.parts,
     )
     return _with_curves(curve, subspace.variance_curve, subspace.loss_curve, subspace.loss_curve[0], options)
 

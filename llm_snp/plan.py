@@ -81,9 +81,15 @@ def empty_curves(family: Family, config: Any, blocks: Sequence[nn.Module], optio
             if site.name == ATTENTION and attention is not None:
                 curves += direction_curves(family, i, block, site, attention, options)
                 continue
-            multiple = min(options.round_to, site.units) if site.unit == "neurons" else 1
-            curves.append(SiteCurve(i, site.name, site.unit, site.units, family.unit_cost(block, site), multiple))
+            curves.append(unit_curve(family, i, block, site, options))
     return curves
+
+
+def unit_curve(family: Family, index: int, block: nn.Module, site: Site, options: PruneConfig) -> SiteCurve:
+    """A site of a block counted in whole units."""
+    multiple = min(options.round_to, site.units) if site.unit == "neurons" else 1
+    cost = family.unit_cost(block, site)
+    return SiteCurve(index, site.name, site.unit, site.units, cost, multiple, least=site.parts)
 
 
 def direction_curves(

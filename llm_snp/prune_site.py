@@ -87,6 +87,7 @@ def prune_units(
             generator,
             options.sensitive_order,
             energies=False,
+            parts=site.parts,
         )
         if options.target == "none":
             return without_repair(moments, subspace, *linear_weights(state, site.consumer, device), keep)
@@ -104,6 +105,9 @@ def prune_units(
         for suffix in ("weight", "bias"):
             if f"{name}.{suffix}" in new:
                 new[f"{name}.{suffix}"] = new[f"{name}.{suffix}"][rows].contiguous()
+    if site.table is not None and keep < site.units:
+        units = columns[:: site.group] // site.group
+        new[site.table] = units // (site.units // site.parts)
     store(new, site.consumer, pruned.weight, pruned.bias if f"{site.consumer}.bias" in state else None)
     return SiteResult(new, pruned.lost, pruned.total, pruned.damping)
 

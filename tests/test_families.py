@@ -21,6 +21,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from llm_snp.checkpoint import Checkpoint
 from llm_snp.config import PruneConfig
+from llm_snp.core.subspace import one_of_each
 from llm_snp.data import Windows, evaluation_windows
 from llm_snp.errors import UnsupportedModelError
 from llm_snp.evaluation.perplexity import perplexity_loaded, perplexity_streamed
@@ -31,6 +32,8 @@ from llm_snp.skeleton import Skeleton, empty_model, linear_blocks
 
 every = pytest.mark.parametrize("name", KNOWN)
 DIRECTIONS = [name for name in KNOWN if family_of(tiny_config(name)).attention(tiny_config(name)) is not None]
+QUERIES = [name for name in KNOWN if family_of(tiny_config(name)).queries(tiny_config(name)) is not None]
+with_queries = pytest.mark.parametrize("name", QUERIES)
 with_directions = pytest.mark.parametrize("name", DIRECTIONS)
 
 
@@ -112,10 +115,10 @@ def test_cost_of_a_unit_is_what_narrowing_removes(name: str) -> None:
     config = tiny_config(name)
     family = family_of(config)
     block = linear_blocks(empty_model(config), family.blocks)[0][0]
-    modes = ("heads", "dims") if name in DIRECTIONS else ("heads",)
+    modes = [mode for mode, names in {"heads": KNOWN, "dims": DIRECTIONS, "queries": QUERIES}.items() if name in names]
     for mode in modes:
         for curve in empty_curves(family, config, [block], PruneConfig(attention=mode)):
-            for left in {1, curve.units // 2, curve.units}:
+            for left in {curve.least, curve.units // 2, curve.units}:
                 narrowed = copy.deepcopy(block)
                 family.pruned_class.narrow(narrowed, **family.widths(config, {curve.unit: left}))
                 assert parameters(block) - parameters(narrowed) == (curve.units - left) * curve.cost
@@ -164,6 +167,46 @@ def some_of_each(heads: int, count: int, kept: int, generator: torch.Generator) 
     """(heads, kept) ascending: as many of `count` for each head."""
     picked = torch.stack([torch.randperm(count, generator=generator)[:kept] for _ in range(heads)])
     return picked.sort(1).values
+
+
+@with_queries
+def test_slicing_single_query_heads_equals_masking(name: str, ids: torch.Tensor) -> None:
+    """In float64: every key/value head keeps one of its query heads, and other numbers of the rest."""
+    config, attention = tiny_config(name), attention_of(name)
+    family = family_of(config)
+    site = family.queries(config)
+    assert site is not None
+    assert site.table is not None
+    masked = tiny_model(name).double()
+    state = {key: value.clone() for key, value in masked.state_dict().items()}
+    generator = torch.Generator().manual_seed(4)
+    order = one_of_each(torch.randperm(site.units, generator=generator), site.parts)
+    assert order[: site.parts].div(attention.queries, rounding_mode="floor").unique().numel() == site.parts
+    kept_of = [{}, {"queries": site.parts + 1}, {"queries": site.parts}]
+    for i, kept in enumerate(kept_of):
+        path = f"{family.blocks}.{i}."
+        left = order[: kept.get("queries", site.units)].sort().values
+        columns = (left[:, None] * site.group + torch.arange(site.group)).flatten()
+        if kept:
+            state[path + site.table] = left // attention.queries
+        layer = attention.query.layer
+        stays = site.rows_left(layer, len(state[f"{path}{layer}.weight"]), columns)
+        gone = torch.ones(len(state[f"{path}{layer}.weight"]), dtype=torch.bool)
+        gone[stays] = False
+        for suffix in ("weight", "bias"):
+            if f"{path}{layer}.{suffix}" in state:
+                state[f"{path}{layer}.{suffix}"] = state[f"{path}{layer}.{suffix}"][stays]
+        weight = f"{path}{site.consumer}.weight"
+        state[weight] = state[weight][:, columns]
+        silent = torch.ones(site.units * site.group, dtype=torch.bool)
+        silent[columns] = False
+        with torch.no_grad():
+            masked.get_parameter(weight)[:, silent] = 0.0
+    fields = {key: value for key, value in config.to_dict().items() if key not in ("model_type", "architectures")}
+    widths = [family.widths(config, kept) for kept in kept_of]
+    sliced = family.pruned_class(family.pruned_class.config_class(**fields, block_widths=widths)).double().eval()
+    sliced.load_state_dict(state, strict=True)
+    torch.testing.assert_close(logits(sliced, ids), logits(masked, ids), rtol=1e-9, atol=1e-9)
 
 
 @with_directions
@@ -244,7 +287,10 @@ def hidden_states(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("name", "mode"), [*((name, "heads") for name in KNOWN), *((name, "dims") for name in DIRECTIONS)]
+    ("name", "mode"),
+    [(name, "heads") for name in KNOWN]
+    + [(name, "dims") for name in DIRECTIONS]
+    + [(name, "queries") for name in QUERIES],
 )
 def test_pruned_and_loaded_where_llm_snp_is_not(
     name: str, mode: str, checkpoints: dict[str, Path], prune: Prune, tmp_path: Path, ids: torch.Tensor
@@ -342,12 +388,34 @@ def test_directions_without_use_go_without_loss(name: str, prune: Prune, tmp_pat
     assert (after - before).square().mean() < 1e-6 * before.square().mean()
 
 
-@with_directions
+@with_queries
+def test_query_heads_that_are_copies_go_without_loss(
+    name: str, prune: Prune, tmp_path: Path, ids: torch.Tensor
+) -> None:
+    attention = attention_of(name)
+    model = duplicated(tiny_model(name), family_of(tiny_config(name)))
+    with torch.no_grad():
+        for block in model.get_submodule(family_of(model.config).blocks):
+            rows = attention.query.of(attention.heads).view(attention.heads, 2, -1)
+            for values in block.get_submodule(attention.query.layer).parameters():
+                values[rows[:, 1]] = values[rows[:, 0]].clone()
+    directory = save_tiny(name, tmp_path / "dense")
+    model.save_pretrained(directory)
+    exact = {"target": "self", "allocation": "uniform", "attention": "queries", "damping": 1e-8, "samples": 48}
+    report = prune(directory, tmp_path / "out", 0.3, **exact)
+    before, after = logits(load(directory), ids), logits(load(tmp_path / "out"), ids)
+    assert all(attention.heads <= kept["queries"] < 2 * attention.heads for kept in report["plan"]["kept"])
+    assert (after - before).square().mean() < 1e-6 * before.square().mean()
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"), [(name, "dims") for name in DIRECTIONS] + [(name, "queries") for name in QUERIES]
+)
 def test_every_way_to_attend_gives_the_same(
-    name: str, checkpoints: dict[str, Path], prune: Prune, tmp_path: Path, ids: torch.Tensor
+    name: str, mode: str, checkpoints: dict[str, Path], prune: Prune, tmp_path: Path, ids: torch.Tensor
 ) -> None:
     """Fast kernels and plain torch, with the attention's weights given out, and with a static cache."""
-    prune(checkpoints[name], tmp_path / "out", 0.3, attention="dims")
+    prune(checkpoints[name], tmp_path / "out", 0.3, attention=mode)
     fast, plain = (
         AutoModelForCausalLM.from_pretrained(tmp_path / "out", **kind).float().eval()
         for kind in ({}, {"attn_implementation": "eager"})

@@ -21,6 +21,7 @@ import pytest
 import torch
 from conftest import BLOCKS, LENGTH, Prune, words
 from safetensors import safe_open
+from tiny_models import save_tiny
 
 from llm_snp import cli, executor, measure, stream
 from llm_snp.errors import NumericalError, OptionError, ProcessError
@@ -215,6 +216,16 @@ def test_the_same_result(
     assert_same(tmp_path / "out", tmp_path / "one")
     assert report_of(tmp_path / "out")["device"]["processes"] == count
     assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize(("mode", "table"), [("dims", "pair_table"), ("queries", "readers")])
+def test_tables_travel(group: Group, prune: Prune, text: Path, tmp_path: Path, mode: str, table: str) -> None:
+    """Which the blocks of some families get only when they are pruned."""
+    dense = save_tiny("llama", tmp_path / "dense")
+    prune(dense, tmp_path / "one", samples=8, attention=mode)
+    assert_one_speaks(group.run(2, small_batches, *command(dense, tmp_path / "out", text, 8, attention=mode)))
+    assert_same(tmp_path / "out", tmp_path / "one")
+    assert any(name.endswith(table) for name in tensors(tmp_path / "out"))
 
 
 def test_curves_do_not_depend_on_where_the_hidden_states_are(

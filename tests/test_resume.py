@@ -23,6 +23,7 @@ import torch
 from conftest import BLOCKS, LENGTH, SAMPLES, Prune, Shell, save, tiny_opt
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
+from tiny_models import save_tiny
 
 import llm_snp.executor
 import llm_snp.files
@@ -334,6 +335,15 @@ def test_every_kind_of_run_goes_on_as_it_began(
     assert result(tmp_path / "out") == result(tmp_path / "whole")
     assert report["blocks"] == report_of(tmp_path / "whole")["blocks"]
     assert report["notes"] == report_of(tmp_path / "whole")["notes"]
+
+
+@pytest.mark.parametrize("mode", ["dims", "queries"])
+def test_a_run_whose_blocks_have_tables_goes_on_as_it_began(
+    prune: Prune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    test_every_kind_of_run_goes_on_as_it_began(
+        prune, save_tiny("llama", tmp_path / "dense"), tmp_path, monkeypatch, {"attention": mode}
+    )
 
 
 # Ctrl-C

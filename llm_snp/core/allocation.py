@@ -20,9 +20,9 @@ from ..errors import OptionError
 class SiteCurve:
     """A site as an allocation sees it.
 
-    block, site   where; unit: what is counted there (heads, dims, values, pairs, neurons)
+    block, site   where; unit: what is counted there (heads, queries, dims, values, pairs, neurons)
     units         u, how many units there are; cost: parameters per unit
-    multiple      kept counts are multiples of this, or u itself
+    multiple      kept counts are multiples of this, or u itself; least: and no fewer than this
     variance      (u+1,) or None: share of the input variance in the tail after k units (`Subspace.variance_curve`)
     loss          (u+1,) or None: loss of keeping k units, comparable between sites
     """
@@ -35,11 +35,12 @@ class SiteCurve:
     multiple: int = 1
     variance: Tensor | None = None
     loss: Tensor | None = None
+    least: int = 1
 
     @property
     def kept_counts(self) -> list[int]:
-        """Allowed kept counts, from all units down to the minimum of one multiple."""
-        counts = list(range(self.units // self.multiple * self.multiple, 0, -self.multiple))
+        """Allowed kept counts, from all units down to the least."""
+        counts = list(range(self.units // self.multiple * self.multiple, self.least - 1, -self.multiple))
         return counts if counts and counts[0] == self.units else [self.units, *counts]
 
     @property

@@ -16,7 +16,7 @@ from .linalg import ROWS, damped_cholesky, strips
 from .moments import Moments
 from .orders import ORDERS, UnitStatistics
 from .stopwatch import timed
-from .subspace import Subspace, factorise, unit_columns
+from .subspace import Subspace, factorise, one_of_each, unit_columns
 
 
 @dataclass(frozen=True)
@@ -105,17 +105,18 @@ def subspace_of_units(
     generator: torch.Generator | None = None,
     sensitive_order: bool = False,
     energies: bool = True,
+    parts: int = 1,
 ) -> Subspace:
     """Order the units of a site by a criterion of `ORDERS` and factorise. weight (d, m): refitted, see `refit_all`.
 
     The sensitivity weighs the energies, and with `sensitive_order` what the criterion sees, too. `energies` False
-    leaves them out: pruning to a known count does not need them.
+    leaves them out: pruning to a known count does not need them. parts: of which each keeps a unit (`one_of_each`).
     """
     covariance = moments.covariance
     seen = sensitivity if sensitive_order else None
     statistics = UnitStatistics(covariance, moments.mean, weight, group, damping, seen, keep, nonnegative, generator)
     with timed("order"):
-        columns = unit_columns(ORDERS[order](statistics), group)
+        columns = unit_columns(one_of_each(ORDERS[order](statistics), parts), group)
     return factorise(covariance, weight if energies else None, columns, damping, sensitivity)
 
 

@@ -53,6 +53,14 @@ def unit_columns(order: Tensor, group: int) -> Tensor:
     return order.view(-1, 1) * group + torch.arange(group, device=order.device)
 
 
+def one_of_each(order: Tensor, parts: int) -> Tensor:
+    """An order (u,) of units in `parts` equal runs in which the first of every run come first: one of each stays."""
+    part = order // (len(order) // parts)
+    first = torch.zeros_like(order, dtype=torch.bool)
+    first[(part == torch.arange(parts, device=order.device).unsqueeze(1)).int().argmax(1)] = True
+    return torch.cat([order[first], order[~first]])
+
+
 @timed("subspace")
 def factorise(
     covariance: Tensor, weight: Tensor | None, columns: Tensor, damping: float, sensitivity: Tensor | None = None

@@ -12,7 +12,9 @@ from packaging.version import Version
 
 from ..errors import UnsupportedModelError
 from ..modeling.rotary import turn
-from .base import ATTENTION, FREE, MLP, PAIRS, SCORES, WHOLE, Attention, Family, Rows, Site, linear
+from .attention import ATTENTION, FREE, PAIRS, SCORES, WHOLE, Attention
+from .base import Family
+from .sites import MLP, Rows, Site, linear
 
 __all__ = [
     "ATTENTION",

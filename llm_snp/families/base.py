@@ -1,154 +1,17 @@
-"""The vocabulary in which a model family is described.
-
-A *unit* is a neuron or an attention head. Its *producers* are the layers whose rows make it, its *consumer* is the
-linear layer that reads it. A *site* is one consumer with its producers in one decoder block.
-"""
+"""A model family as data, and the checks that the descriptions share."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.activations import ACT2FN
 
 from ..errors import UnsupportedModelError
-
-ATTENTION, SCORES, MLP = "attention", "scores", "mlp"
-# What query and key can lose: any directions of their common space, whole rotary pairs, or nothing.
-FREE, PAIRS, WHOLE = "free", "pairs", "whole"
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Rows of a linear layer that make units: unit i has `per_unit` of them from `start + i * stride` on.
-
-    stride: `per_unit`, if it is not given. Rows that belong to no unit stay. A fused layer (gate and up, or query, key
-    and value in one) has several of these.
-    """
-
-    layer: str
-    per_unit: int = 1
-    start: int = 0
-    stride: int | None = None
-
-    def of(self, units: int) -> Tensor:
-        """(units, per_unit) long: the rows of each unit."""
-        stride = self.per_unit if self.stride is None else self.stride
-        return self.start + stride * torch.arange(units).unsqueeze(1) + torch.arange(self.per_unit)
-
-
-@dataclass(frozen=True)
-class Site:
-    """One consumer with its producers; module names are relative to the decoder block.
-
-    name         `attention` or `mlp`
-    unit         what is counted: `heads` or `neurons`. With grouped queries a head is a key/value head with the query
-                 heads that read it
-    units        how many there are in the dense model
-    group        g, columns of the consumer per unit
-    producers    the rows that make the units; consumer: the linear layer that reads them
-    stream       the module whose input is the residual stream that the consumer's output is added to, as it is; None
-                 where a norm lies between
-    nonnegative  whether the consumer's input is ≥ 0 by construction
-    shared       linear layers that all units have in common, which stay whole
-    """
-
-    name: str
-    unit: str
-    units: int
-    group: int
-    producers: tuple[Rows, ...]
-    consumer: str
-    stream: str | None
-    nonnegative: bool = False
-    shared: tuple[str, ...] = ()
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """Every linear layer of the site once: the producers, what they share, then the consumer."""
-        return (*dict.fromkeys(rows.layer for rows in self.producers), *self.shared, self.consumer)
-
-    def rows_left(self, layer: str, count: int, columns: Tensor) -> Tensor:
-        """Of `count` rows of a producer those that stay, ascending, if of the consumer's `columns` (k·g,) are left."""
-        gone = torch.ones(self.units, dtype=torch.bool)
-        gone[columns // self.group] = False
-        stays = torch.ones(count, dtype=torch.bool)
-        for rows in self.producers:
-            if rows.layer == layer:
-                stays[rows.of(self.units)[gone]] = False
-        return stays.nonzero().squeeze(1)
-
-
-@dataclass(frozen=True)
-class Attention:
-    """Where the parts of the attention are, for subspaces inside the heads.
-
-    query, key, value  the rows of each key/value head; the query heads that read it lie side by side
-    heads              key/value heads
-    queries            query heads for each of them
-    head_dim           w, of query, key and value
-    scores             what query and key can lose: `FREE`, `PAIRS` or `WHOLE`
-    module             the attention itself, which has a table of the rotary pairs that are left
-    """
-
-    query: Rows
-    key: Rows
-    value: Rows
-    heads: int
-    queries: int
-    head_dim: int
-    scores: str
-    module: str
-
-    @property
-    def directions(self) -> dict[str, tuple[str, int]]:
-        """unit -> (where an allocation counts it, how many every head has).
-
-        `dims` are directions of the value path and between query and key, as many of one as of the other: where the
-        stock attention has one width for all three. Otherwise `values` and rotary `pairs` go apart.
-        """
-        if self.scores == FREE:
-            return {"dims": (ATTENTION, self.head_dim)}
-        pairs = {"pairs": (SCORES, self.head_dim // 2)} if self.scores == PAIRS else {}
-        return {"values": (ATTENTION, self.head_dim)} | pairs
-
-    def value_rank(self, kept: Mapping[str, int]) -> int:
-        """Directions that are left of each head's value path."""
-        return kept.get("dims", kept.get("values", self.head_dim))
-
-    def score_rank(self, kept: Mapping[str, int]) -> int:
-        """Directions, or rotary pairs, that are left between query and key."""
-        if self.scores == PAIRS:
-            return kept.get("pairs", self.head_dim // 2)
-        return kept.get("dims", self.head_dim)
-
-    @property
-    def score_units(self) -> int:
-        """Directions, or rotary pairs, that there are between query and key."""
-        return self.score_rank({})
-
-    @property
-    def projections(self) -> dict[str, tuple[str, Tensor]]:
-        """`query` and `key` -> layer, and its rows (heads, w) of each query or key head; empty if nothing can go."""
-        if self.scores == WHOLE:
-            return {}
-        parts = {"query": self.query, "key": self.key}
-        return {name: (rows.layer, rows.of(self.heads).view(-1, self.head_dim)) for name, rows in parts.items()}
-
-    def kernel_width(self, widths: Mapping[str, int]) -> int:
-        """Columns of a head that an attention kernel sees: `narrowing` fills up the narrower of scores and values."""
-        scores = 2 * widths["pairs"] if "pairs" in widths else self.head_dim
-        return max(scores, widths["values"]) if "values" in widths else widths.get("head_dim", self.head_dim)
-
-    def widths(self, kept: Mapping[str, int]) -> dict[str, int]:
-        """What `Family.pruned_class.narrow` is told of them."""
-        if self.scores == FREE:
-            return {"head_dim": self.value_rank(kept)}
-        pairs = {"pairs": self.score_rank(kept)} if self.scores == PAIRS else {}
-        return {"values": self.value_rank(kept)} | pairs
+from .attention import ATTENTION, Attention
+from .sites import Rows, Site, linear
 
 
 def check_config(config: Any, *sizes: str) -> None:
@@ -219,15 +82,38 @@ class Family:
         return str(self.pruned_class.config_class.model_type)
 
     def prunable(self, config: Any, attention: str | None) -> tuple[Site, ...]:
-        """The sites of a block that `--attention` lets be pruned: all, or all but the attention's."""
-        return tuple(site for site in self.sites(config) if attention != "none" or site.name != ATTENTION)
+        """The sites of a block that `--attention` lets be pruned; `queries` counts the attention in query heads."""
+        queries = self.queries(config) if attention == "queries" else None
+        sites = (queries if queries and site.name == ATTENTION else site for site in self.sites(config))
+        return tuple(site for site in sites if attention != "none" or site.name != ATTENTION)
+
+    def queries(self, config: Any) -> Site | None:
+        """The attention counted in single query heads; None where no key/value head has several, or all have one."""
+        attention = self.attention(config)
+        if attention is None or 1 in (attention.queries, attention.heads):
+            return None
+        heads = next(site for site in self.sites(config) if site.name == ATTENTION)
+        query = attention.query
+        return replace(
+            heads,
+            unit="queries",
+            units=attention.heads * attention.queries,
+            group=attention.head_dim,
+            producers=(Rows(query.layer, attention.head_dim, query.start),),
+            shared=tuple(rows.layer for rows in heads.producers if rows.layer != query.layer),
+            parts=attention.heads,
+            table=f"{attention.module}.readers",
+        )
 
     def widths(self, config: Any, kept: dict[str, int]) -> dict[str, int]:
         """Keyword arguments of `pruned_class.narrow`, an entry of `block_widths`: `kept`, and the rest as it was."""
         attention = self.attention(config)
         whole = {site.unit: site.units for site in self.sites(config)}
         directions = {} if attention is None else attention.widths(kept)
-        return {unit: kept.get(unit, units) for unit, units in whole.items()} | directions
+        queries = self.queries(config)
+        fewer = queries is not None and kept.get("queries", queries.units) < queries.units
+        alone = {"queries": kept["queries"]} if fewer else {}
+        return {unit: kept.get(unit, units) for unit, units in whole.items()} | directions | alone
 
     def stock_fields(self, config: Any, kept: Sequence[dict[str, int]]) -> dict[str, int] | None:
         """The config fields with which the stock class has the units that are `kept` in each block, or None.
@@ -236,7 +122,7 @@ class Family:
         """
         whole = self.widths(config, {})
         found = [self.widths(config, block) for block in kept]
-        changed = {name for widths in found for name in widths if widths[name] != whole[name]}
+        changed = {name for widths in found for name in widths if widths[name] != whole.get(name)}
         if any(widths != found[0] for widths in found) or not changed <= set(self.stock):
             return None
         fields: dict[str, int] = {}
@@ -266,11 +152,3 @@ class Family:
 def _row_cost(block: nn.Module, name: str) -> int:
     """Parameters of one row of a linear layer."""
     return sum(p.numel() // p.shape[0] for p in linear(block, name).parameters())
-
-
-def linear(block: nn.Module, name: str) -> nn.Linear:
-    """The linear layer of that name in a block. Raises `UnsupportedModelError` if it is something else."""
-    layer = block.get_submodule(name)
-    if not isinstance(layer, nn.Linear):
-        raise UnsupportedModelError(f"{name} is a {type(layer).__name__}, expected a linear layer")
-    return layer

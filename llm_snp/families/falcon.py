@@ -6,7 +6,9 @@ from typing import Any
 
 from ..errors import UnsupportedModelError
 from ..modeling.falcon import SnpFalconForCausalLM
-from .base import ATTENTION, MLP, Family, Rows, Site, check_multiple, field, whole_heads
+from .attention import ATTENTION
+from .base import Family, check_multiple, field, whole_heads
+from .sites import MLP, Rows, Site
 
 FUSED = "self_attention.query_key_value"
 

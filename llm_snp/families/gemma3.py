@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from ..modeling.gemma3 import SnpGemma3ForCausalLM
-from .base import WHOLE
+from .attention import WHOLE
 from .grouped import like_llama, rotary, sites
 
 GEMMA3 = like_llama(

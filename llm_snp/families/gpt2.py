@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from ..modeling.gpt2 import SnpGPT2LMHeadModel
-from .base import ATTENTION, MLP, Family, Rows, Site, field, whole_heads
+from .attention import ATTENTION
+from .base import Family, field, whole_heads
+from .sites import MLP, Rows, Site
 
 
 def _sites(config: Any) -> tuple[Site, ...]:

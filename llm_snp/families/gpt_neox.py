@@ -7,7 +7,9 @@ from typing import Any
 from transformers import GPTNeoXForCausalLM
 
 from ..modeling.gpt_neox import SnpGPTNeoXForCausalLM
-from .base import ATTENTION, MLP, WHOLE, Attention, Family, Rows, Site, field, whole_heads
+from .attention import ATTENTION, WHOLE, Attention
+from .base import Family, field, whole_heads
+from .sites import MLP, Rows, Site
 
 
 def _sites(config: Any) -> tuple[Site, ...]:

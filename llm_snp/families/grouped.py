@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from .base import ATTENTION, MLP, PAIRS, WHOLE, Attention, Family, Rows, Site, check_config, check_multiple, field
+from .attention import ATTENTION, PAIRS, WHOLE, Attention
+from .base import Family, check_config, check_multiple, field
+from .sites import MLP, Rows, Site
 
 
 def head_width(config: Any) -> int:

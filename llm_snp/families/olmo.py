@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..modeling.olmo import SnpOlmoForCausalLM
-from .base import Attention
+from .attention import Attention
 from .grouped import like_llama, rotary
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from ..modeling.opt import SnpOPTForCausalLM
-from .base import ATTENTION, FREE, MLP, Attention, Family, Rows, Site, field, whole_heads
+from .attention import ATTENTION, FREE, Attention
+from .base import Family, field, whole_heads
+from .sites import MLP, Rows, Site
 
 
 def _sites(config: Any) -> tuple[Site, ...]:

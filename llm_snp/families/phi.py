@@ -6,8 +6,10 @@ from functools import partial
 from typing import Any
 
 from ..modeling.phi import SnpPhiForCausalLM
-from .base import MLP, WHOLE, Family, Rows, Site, field
+from .attention import WHOLE
+from .base import Family, field
 from .grouped import check, grouped_heads, rotary
+from .sites import MLP, Rows, Site
 
 
 def _sites(config: Any) -> tuple[Site, ...]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from ..modeling.phi3 import SnpPhi3ForCausalLM
-from .base import ATTENTION, MLP, PAIRS, WHOLE, Attention, Family, Rows, Site, field
+from .attention import ATTENTION, PAIRS, WHOLE, Attention
+from .base import Family, field
 from .grouped import check, head_width, partly_rotary
+from .sites import MLP, Rows, Site
 
 
 def _attention(config: Any) -> Attention:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from functools import partial
 
 from ..modeling.qwen3 import SnpQwen3ForCausalLM
-from .base import WHOLE, field
+from .attention import WHOLE
+from .base import field
 from .grouped import fewer_heads, like_llama, rotary
 
 QWEN3 = like_llama(

@@ -8,12 +8,12 @@ from transformers import GemmaConfig, GemmaForCausalLM, GemmaModel
 from transformers.models.gemma.modeling_gemma import GemmaAttention, eager_attention_forward
 
 from .narrowing import Narrowed
-from .rotary import Directions, narrow_llama_block
+from .rotary import NarrowHeads, narrow_llama_block
 
 
 class SnpGemmaConfig(GemmaConfig):  # type: ignore[misc]
-    """Gemma with `block_widths`, a dict of what is left of each block: `heads` (of keys), `neurons`, and
-    the `values` and rotary `pairs` of a head.
+    """Gemma with `block_widths`, a dict of what is left of each block: `heads` (of keys), `neurons`,
+    the `values` and rotary `pairs` of a head, and `queries` where some went alone.
 
     All other fields describe the dense model.
     """
@@ -22,8 +22,8 @@ class SnpGemmaConfig(GemmaConfig):  # type: ignore[misc]
     block_widths = None
 
 
-class SnpGemmaAttention(Directions, GemmaAttention):  # type: ignore[misc]
-    """`GemmaAttention` whose heads have lost directions."""
+class SnpGemmaAttention(NarrowHeads, GemmaAttention):  # type: ignore[misc]
+    """`GemmaAttention` whose heads have lost something."""
 
     eager = staticmethod(eager_attention_forward)
 

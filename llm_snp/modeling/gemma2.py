@@ -9,12 +9,12 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, Gemma2Model
 from transformers.models.gemma2.modeling_gemma2 import Gemma2Attention, eager_attention_forward
 
 from .narrowing import Narrowed
-from .rotary import Directions, narrow_llama_block
+from .rotary import NarrowHeads, narrow_llama_block
 
 
 class SnpGemma2Config(Gemma2Config):  # type: ignore[misc]
-    """Gemma 2 with `block_widths`, a dict of what is left of each block: `heads` (of keys), `neurons`, and
-    the `values` and rotary `pairs` of a head.
+    """Gemma 2 with `block_widths`, a dict of what is left of each block: `heads` (of keys), `neurons`,
+    the `values` and rotary `pairs` of a head, and `queries` where some went alone.
 
     All other fields describe the dense model.
     """
@@ -23,8 +23,8 @@ class SnpGemma2Config(Gemma2Config):  # type: ignore[misc]
     block_widths = None
 
 
-class SnpGemma2Attention(Directions, Gemma2Attention):  # type: ignore[misc]
-    """`Gemma2Attention` whose heads have lost directions."""
+class SnpGemma2Attention(NarrowHeads, Gemma2Attention):  # type: ignore[misc]
+    """`Gemma2Attention` whose heads have lost something."""
 
     eager = staticmethod(eager_attention_forward)
 

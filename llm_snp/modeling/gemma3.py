@@ -9,12 +9,12 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, Gemma3TextModel
 from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention, eager_attention_forward
 
 from .narrowing import Narrowed
-from .rotary import Directions, narrow_llama_block
+from .rotary import NarrowHeads, narrow_llama_block
 
 
 class SnpGemma3TextConfig(Gemma3TextConfig):  # type: ignore[misc]
-    """Gemma 3 (text) with `block_widths`, a dict of what is left of each block: `heads` (of keys), `neurons` and
-    the `values` of a head.
+    """Gemma 3 (text) with `block_widths`, a dict of what is left of each block: `heads` (of keys), `neurons`,
+    the `values` of a head, and `queries` where some went alone.
 
     All other fields describe the dense model.
     """
@@ -23,8 +23,8 @@ class SnpGemma3TextConfig(Gemma3TextConfig):  # type: ignore[misc]
     block_widths = None
 
 
-class SnpGemma3Attention(Directions, Gemma3Attention):  # type: ignore[misc]
-    """`Gemma3Attention` whose heads have lost directions."""
+class SnpGemma3Attention(NarrowHeads, Gemma3Attention):  # type: ignore[misc]
+    """`Gemma3Attention` whose heads have lost something."""
 
     eager = staticmethod(eager_attention_forward)
 

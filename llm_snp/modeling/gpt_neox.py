@@ -9,7 +9,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, GPTNeoXModel
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXAttention, eager_attention_forward
 
 from .narrowing import Narrowed, narrow_layer
-from .rotary import Directions, lose_directions
+from .rotary import NarrowHeads, lose
 
 
 class SnpGPTNeoXConfig(GPTNeoXConfig):  # type: ignore[misc]
@@ -23,8 +23,8 @@ class SnpGPTNeoXConfig(GPTNeoXConfig):  # type: ignore[misc]
     block_widths = None
 
 
-class SnpGPTNeoXAttention(Directions, GPTNeoXAttention):  # type: ignore[misc]
-    """`GPTNeoXAttention` whose heads have lost directions."""
+class SnpGPTNeoXAttention(NarrowHeads, GPTNeoXAttention):  # type: ignore[misc]
+    """`GPTNeoXAttention` whose heads have lost something."""
 
     eager = staticmethod(eager_attention_forward)
     output = "dense"
@@ -39,7 +39,7 @@ class SnpGPTNeoXAttention(Directions, GPTNeoXAttention):  # type: ignore[misc]
 def narrow_gpt_neox_block(block: Any, heads: int, neurons: int, values: int | None = None) -> None:
     """Narrow a `GPTNeoXLayer` in place, whose query, key and value are fused head by head."""
     attention = block.attention
-    scores, values = lose_directions(attention, SnpGPTNeoXAttention, attention.head_size, heads, values)
+    _, scores, values = lose(attention, SnpGPTNeoXAttention, attention.head_size, heads, values)
     narrow_layer(attention.query_key_value, rows=heads * (2 * scores + values))
     narrow_layer(attention.dense, columns=heads * values)
     narrow_layer(block.mlp.dense_h_to_4h, rows=neurons)

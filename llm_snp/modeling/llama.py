@@ -8,12 +8,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers.models.llama.modeling_llama import LlamaAttention, eager_attention_forward
 
 from .narrowing import Narrowed
-from .rotary import Directions, narrow_llama_block
+from .rotary import NarrowHeads, narrow_llama_block
 
 
 class SnpLlamaConfig(LlamaConfig):  # type: ignore[misc]
-    """Llama with `block_widths`, a dict of what is left of each block: `heads` (of keys), `neurons`, and
-    the `values` and rotary `pairs` of a head.
+    """Llama with `block_widths`, a dict of what is left of each block: `heads` (of keys), `neurons`,
+    the `values` and rotary `pairs` of a head, and `queries` where some went alone.
 
     All other fields describe the dense model.
     """
@@ -22,8 +22,8 @@ class SnpLlamaConfig(LlamaConfig):  # type: ignore[misc]
     block_widths = None
 
 
-class SnpLlamaAttention(Directions, LlamaAttention):  # type: ignore[misc]
-    """`LlamaAttention` whose heads have lost directions."""
+class SnpLlamaAttention(NarrowHeads, LlamaAttention):  # type: ignore[misc]
+    """`LlamaAttention` whose heads have lost something."""
 
     eager = staticmethod(eager_attention_forward)
 

@@ -9,12 +9,12 @@ from transformers import MistralConfig, MistralForCausalLM, MistralModel
 from transformers.models.mistral.modeling_mistral import MistralAttention, eager_attention_forward
 
 from .narrowing import Narrowed
-from .rotary import Directions, narrow_llama_block
+from .rotary import NarrowHeads, narrow_llama_block
 
 
 class SnpMistralConfig(MistralConfig):  # type: ignore[misc]
-    """Mistral with `block_widths`, a dict of what is left of each block: `heads` (of keys), `neurons`, and
-    the `values` and rotary `pairs` of a head.
+    """Mistral with `block_widths`, a dict of what is left of each block: `heads` (of keys), `neurons`,
+    the `values` and rotary `pairs` of a head, and `queries` where some went alone.
 
     All other fields describe the dense model.
     """
@@ -23,8 +23,8 @@ class SnpMistralConfig(MistralConfig):  # type: ignore[misc]
     block_widths = None
 
 
-class SnpMistralAttention(Directions, MistralAttention):  # type: ignore[misc]
-    """`MistralAttention` whose heads have lost directions."""
+class SnpMistralAttention(NarrowHeads, MistralAttention):  # type: ignore[misc]
+    """`MistralAttention` whose heads have lost something."""
 
     eager = staticmethod(eager_attention_forward)
 

@@ -8,12 +8,12 @@ from transformers import OlmoConfig, OlmoForCausalLM, OlmoModel
 from transformers.models.olmo.modeling_olmo import OlmoAttention, eager_attention_forward
 
 from .narrowing import Narrowed
-from .rotary import Directions, narrow_llama_block
+from .rotary import NarrowHeads, narrow_llama_block
 
 
 class SnpOlmoConfig(OlmoConfig):  # type: ignore[misc]
-    """OLMo with `block_widths`, a dict of what is left of each block: `heads` (of keys), `neurons`, and
-    the `values` and rotary `pairs` of a head.
+    """OLMo with `block_widths`, a dict of what is left of each block: `heads` (of keys), `neurons`,
+    the `values` and rotary `pairs` of a head, and `queries` where some went alone.
 
     All other fields describe the dense model.
     """
@@ -22,8 +22,8 @@ class SnpOlmoConfig(OlmoConfig):  # type: ignore[misc]
     block_widths = None
 
 
-class SnpOlmoAttention(Directions, OlmoAttention):  # type: ignore[misc]
-    """`OlmoAttention` whose heads have lost directions."""
+class SnpOlmoAttention(NarrowHeads, OlmoAttention):  # type: ignore[misc]
+    """`OlmoAttention` whose heads have lost something."""
 
     eager = staticmethod(eager_attention_forward)
 

@@ -8,12 +8,12 @@ from transformers import PhiConfig, PhiForCausalLM, PhiModel
 from transformers.models.phi.modeling_phi import PhiAttention, eager_attention_forward
 
 from .narrowing import Narrowed, narrow_layer
-from .rotary import Directions, narrow_grouped
+from .rotary import NarrowHeads, narrow_grouped
 
 
 class SnpPhiConfig(PhiConfig):  # type: ignore[misc]
-    """Phi (1 and 2) with `block_widths`, a dict of what is left of each block: `heads` (of keys), `neurons` and
-    the `values` of a head.
+    """Phi (1 and 2) with `block_widths`, a dict of what is left of each block: `heads` (of keys), `neurons`,
+    the `values` of a head, and `queries` where some went alone.
 
     All other fields describe the dense model.
     """
@@ -22,17 +22,17 @@ class SnpPhiConfig(PhiConfig):  # type: ignore[misc]
     block_widths = None
 
 
-class SnpPhiAttention(Directions, PhiAttention):  # type: ignore[misc]
-    """`PhiAttention` whose heads have lost directions."""
+class SnpPhiAttention(NarrowHeads, PhiAttention):  # type: ignore[misc]
+    """`PhiAttention` whose heads have lost something."""
 
     eager = staticmethod(eager_attention_forward)
     norms = ("q_layernorm", "k_layernorm")
     output = "dense"
 
 
-def narrow_phi_block(block: Any, heads: int, neurons: int, values: int | None = None) -> None:
-    """Narrow a `PhiDecoderLayer` in place."""
-    narrow_grouped(block.self_attn, SnpPhiAttention, heads, values)
+def narrow_phi_block(block: Any, heads: int, neurons: int, **left: int) -> None:
+    """Narrow a `PhiDecoderLayer` in place; left: of its heads, as in `rotary.lose`."""
+    narrow_grouped(block.self_attn, SnpPhiAttention, heads, **left)
     narrow_layer(block.mlp.fc1, rows=neurons)
     narrow_layer(block.mlp.fc2, columns=neurons)
 

@@ -9,12 +9,12 @@ from transformers import Phi3Config, Phi3ForCausalLM, Phi3Model
 from transformers.models.phi3.modeling_phi3 import Phi3Attention, eager_attention_forward
 
 from .narrowing import ConfigView, Narrowed, narrow_layer
-from .rotary import Directions, lose_directions
+from .rotary import NarrowHeads, lose
 
 
 class SnpPhi3Config(Phi3Config):  # type: ignore[misc]
-    """Phi-3 with `block_widths`, a dict of what is left of each block: `heads` (of keys), `neurons`, and
-    the `values` and rotary `pairs` of a head.
+    """Phi-3 with `block_widths`, a dict of what is left of each block: `heads` (of keys), `neurons`,
+    the `values` and rotary `pairs` of a head, and `queries` where some went alone.
 
     All other fields describe the dense model.
     """
@@ -23,14 +23,15 @@ class SnpPhi3Config(Phi3Config):  # type: ignore[misc]
     block_widths = None
 
 
-class SnpPhi3Attention(Directions, Phi3Attention):  # type: ignore[misc]
-    """`Phi3Attention` whose heads have lost directions."""
+class SnpPhi3Attention(NarrowHeads, Phi3Attention):  # type: ignore[misc]
+    """`Phi3Attention` whose heads have lost something."""
 
     eager = staticmethod(eager_attention_forward)
 
     def project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         heads, width = self.num_key_value_heads, self.score_width
-        sizes = (heads * self.num_key_value_groups * width, heads * width, heads * self.values)
+        queries = heads * self.num_key_value_groups if self.readers is None else len(self.readers)
+        sizes = (queries * width, heads * width, heads * self.values)
         query, key, value = self.qkv_proj(hidden).split(sizes, dim=-1)
         return query.unflatten(-1, (-1, width)), key.unflatten(-1, (-1, width)), value.unflatten(-1, (-1, self.values))
 
@@ -39,12 +40,16 @@ class SnpPhi3Attention(Directions, Phi3Attention):  # type: ignore[misc]
 
 
 def narrow_phi3_block(
-    block: Any, heads: int, neurons: int, values: int | None = None, pairs: int | None = None
+    block: Any,
+    heads: int,
+    neurons: int,
+    values: int | None = None,
+    pairs: int | None = None,
+    queries: int | None = None,
 ) -> None:
     """Narrow a `Phi3DecoderLayer` in place, whose projections are fused."""
     attention = block.self_attn
-    queries = heads * attention.num_key_value_groups
-    scores, values = lose_directions(attention, SnpPhi3Attention, attention.head_dim, heads, values, pairs)
+    queries, scores, values = lose(attention, SnpPhi3Attention, attention.head_dim, heads, values, pairs, queries)
     narrow_layer(attention.qkv_proj, rows=(queries + heads) * scores + heads * values)
     narrow_layer(attention.o_proj, columns=queries * values)
     # It splits the fused projection by these.

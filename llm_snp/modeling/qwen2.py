@@ -9,12 +9,12 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Model
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, eager_attention_forward
 
 from .narrowing import Narrowed
-from .rotary import Directions, narrow_llama_block
+from .rotary import NarrowHeads, narrow_llama_block
 
 
 class SnpQwen2Config(Qwen2Config):  # type: ignore[misc]
-    """Qwen2 with `block_widths`, a dict of what is left of each block: `heads` (of keys), `neurons`, and
-    the `values` and rotary `pairs` of a head.
+    """Qwen2 with `block_widths`, a dict of what is left of each block: `heads` (of keys), `neurons`,
+    the `values` and rotary `pairs` of a head, and `queries` where some went alone.
 
     All other fields describe the dense model.
     """
@@ -23,8 +23,8 @@ class SnpQwen2Config(Qwen2Config):  # type: ignore[misc]
     block_widths = None
 
 
-class SnpQwen2Attention(Directions, Qwen2Attention):  # type: ignore[misc]
-    """`Qwen2Attention` whose heads have lost directions."""
+class SnpQwen2Attention(NarrowHeads, Qwen2Attention):  # type: ignore[misc]
+    """`Qwen2Attention` whose heads have lost something."""
 
     eager = staticmethod(eager_attention_forward)
 

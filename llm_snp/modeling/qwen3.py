@@ -9,12 +9,12 @@ from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3Model
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, eager_attention_forward
 
 from .narrowing import Narrowed
-from .rotary import Directions, narrow_llama_block
+from .rotary import NarrowHeads, narrow_llama_block
 
 
 class SnpQwen3Config(Qwen3Config):  # type: ignore[misc]
-    """Qwen3 with `block_widths`, a dict of what is left of each block: `heads` (of keys), `neurons` and
-    the `values` of a head.
+    """Qwen3 with `block_widths`, a dict of what is left of each block: `heads` (of keys), `neurons`,
+    the `values` of a head, and `queries` where some went alone.
 
     All other fields describe the dense model.
     """
@@ -23,8 +23,8 @@ class SnpQwen3Config(Qwen3Config):  # type: ignore[misc]
     block_widths = None
 
 
-class SnpQwen3Attention(Directions, Qwen3Attention):  # type: ignore[misc]
-    """`Qwen3Attention` whose heads have lost directions."""
+class SnpQwen3Attention(NarrowHeads, Qwen3Attention):  # type: ignore[misc]
+    """`Qwen3Attention` whose heads have lost something."""
 
     eager = staticmethod(eager_attention_forward)
 

@@ -1,7 +1,8 @@
-"""Decoder blocks with rotary positions, whose heads can lose value directions and rotary pairs.
+"""Decoder blocks with rotary positions, whose heads can lose value directions, rotary pairs and single query heads.
 
-Stock attention layers have one width for query, key and value, and turn all pairs of a head. Where heads have lost
-some, `Directions` has a width of its own for the values, and a table of the pairs that each key/value head still has.
+Stock attention layers have one width for query, key and value, turn all pairs of a head, and have as many query heads
+for each key/value head. Where some were lost, `NarrowHeads` has a width of its own for the values, a table of the pairs
+that each key/value head still has, and one of the key/value head that each query head reads.
 A copy of this file lies beside the weights of a pruned checkpoint: it imports torch and transformers only.
 """
 
@@ -24,11 +25,12 @@ CACHES = ("past_key_value", "past_key_values", "layer_past")
 ONE_WIDTH = int(transformers.__version__.split(".")[0]) < 5
 
 
-class Directions:
+class NarrowHeads:
     """In front of a stock attention class.
 
     values       width of the value heads
     pair_table   (key/value heads, pairs) long: which of the stock model's rotary pairs are left, ascending; None: all
+    readers      (query heads,) long, ascending: the key/value head that each reads; None: as many read each
     eager        the family's attention in plain torch, which no attention interface knows
     norms        the modules that norm query and key, where the model has them
     output       the projection back to the model's width
@@ -36,6 +38,7 @@ class Directions:
 
     values: int
     pair_table: Tensor | None
+    readers: Tensor | None
     eager: Any
     norms = ("q_norm", "k_norm")
     output = "o_proj"
@@ -72,6 +75,8 @@ class Directions:
             if ONE_WIDTH and isinstance(cache, StaticCache):
                 key, value = _alike(key, value)
             key, value = cache.update(key, value, self.layer_idx, **options)  # type: ignore[attr-defined]
+        if self.readers is not None:
+            key, value = key[:, self.readers], value[:, self.readers]
         kind = self.config._attn_implementation  # type: ignore[attr-defined]
         # Before transformers 4.56 it asks for the weights here, which only this function gives.
         plain = kind == "eager" or kwargs.get("output_attentions")
@@ -94,8 +99,11 @@ class Directions:
         if self.pair_table is None:
             return turn(query, cos.unsqueeze(1), sin.unsqueeze(1)), turn(key, cos.unsqueeze(1), sin.unsqueeze(1))
         cos, sin = (table[:, :, self.pair_table].transpose(1, 2) for table in (cos, sin))  # (B, heads, T, pairs left)
-        queries = query.shape[1] // key.shape[1]
-        of_queries = (table.repeat_interleave(queries, 1) for table in (cos, sin))
+        readers = self.readers
+        if readers is None:
+            heads = torch.arange(key.shape[1], device=key.device)
+            readers = heads.repeat_interleave(query.shape[1] // key.shape[1])
+        of_queries = (table[:, readers] for table in (cos, sin))
         return turn(query, *of_queries), turn(key, cos, sin)
 
 
@@ -128,59 +136,73 @@ def _cache(arguments: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     return found, {} if position is None else {"cache_kwargs": {"cache_position": position}}
 
 
-def lose_directions(
-    attention: Any, narrowed: type[Directions], width: int, heads: int, values: int | None, pairs: int | None = None
-) -> tuple[int, int]:
+def lose(
+    attention: Any,
+    narrowed: type[NarrowHeads],
+    width: int,
+    heads: int,
+    values: int | None,
+    pairs: int | None = None,
+    queries: int | None = None,
+) -> tuple[int, int, int]:
     """Make a stock attention one of `narrowed` if its heads lose anything; its layers are the caller's to narrow.
 
-    heads: its key/value heads, of `width` each; values, pairs: what is left, None for all. The table has the first
-    pairs until the weights are loaded. Returns the widths of query and key, and of value. Raises `ValueError` for more
-    than there are.
+    heads: its key/value heads, of `width` each; values, pairs, queries: what is left, None for all. The tables are
+    those of the first pairs and of even shares until the weights are loaded. Returns the number of query heads and the
+    widths of query and key, and of value. Raises `ValueError` for more than there are.
     """
+    all_queries = heads * getattr(attention, "num_key_value_groups", 1)
     values = width if values is None else values
     pairs = width // 2 if pairs is None else pairs
-    if values > width or pairs > width // 2:
-        raise ValueError(f"cannot narrow heads of {width} to {values} value directions and {pairs} rotary pairs")
-    fewer_pairs = pairs < width // 2
-    if values < width or fewer_pairs:
+    queries = all_queries if queries is None else queries
+    if values > width or pairs > width // 2 or queries > all_queries:
+        raise ValueError(
+            f"cannot narrow {all_queries} query heads of {width} to {queries} with {values} value directions and "
+            f"{pairs} rotary pairs"
+        )
+    fewer_pairs, fewer_queries = pairs < width // 2, queries < all_queries
+    if values < width or fewer_pairs or fewer_queries:
         attention.__class__ = narrowed
         attention.values = values
         device = next(attention.parameters()).device
         table = torch.arange(pairs, device=device).repeat(heads, 1) if fewer_pairs else None
         attention.register_buffer("pair_table", table)
-    return 2 * pairs if fewer_pairs else width, values
+        readers = torch.arange(queries, device=device) * heads // queries if fewer_queries else None
+        attention.register_buffer("readers", readers)
+    if fewer_queries:
+        attention.num_key_value_groups = 1  # for attention functions, which see keys and values as the queries do
+    return queries, 2 * pairs if fewer_pairs else width, values
 
 
 def narrow_grouped(
-    attention: Any, narrowed: type[Directions], heads: int, values: int | None = None, pairs: int | None = None
+    attention: Any,
+    narrowed: type[NarrowHeads],
+    heads: int,
+    values: int | None = None,
+    pairs: int | None = None,
+    queries: int | None = None,
 ) -> None:
     """Narrow an attention with q, k and v projections to `heads` key/value heads with the query heads that read them.
 
-    One with a single key/value head keeps that, and `heads` query heads. values, pairs: as in `lose_directions`.
+    One with a single key/value head keeps that, and `heads` query heads. values, pairs, queries: as in `lose`.
     `scaling` and `head_dim` stay those of the dense model.
     """
-    width = attention.head_dim
-    keys, queries = heads, heads * attention.num_key_value_groups
+    width, keys = attention.head_dim, heads
     if attention.k_proj.out_features == width:
-        keys, queries = 1, heads
-        attention.num_key_value_groups = heads
-    scores, values = lose_directions(attention, narrowed, width, keys, values, pairs)
+        keys, attention.num_key_value_groups = 1, heads
+    queries, scores, values = lose(attention, narrowed, width, keys, values, pairs, queries)
     narrow_layer(attention.q_proj, rows=queries * scores)
     narrow_layer(attention.k_proj, rows=keys * scores)
     narrow_layer(attention.v_proj, rows=keys * values)
     narrow_layer(getattr(attention, narrowed.output), columns=queries * values)
 
 
-def narrow_llama_block(
-    narrowed: type[Directions],
-    block: Any,
-    heads: int,
-    neurons: int,
-    values: int | None = None,
-    pairs: int | None = None,
-) -> None:
-    """A block with `self_attn` (grouped queries) and a gated `mlp`, as Llama and many after it have."""
-    narrow_grouped(block.self_attn, narrowed, heads, values, pairs)
+def narrow_llama_block(narrowed: type[NarrowHeads], block: Any, heads: int, neurons: int, **left: int) -> None:
+    """A block with `self_attn` (grouped queries) and a gated `mlp`, as Llama and many after it have.
+
+    left: what is left of the heads, as in `lose`.
+    """
+    narrow_grouped(block.self_attn, narrowed, heads, **left)
     narrow_layer(block.mlp.gate_proj, rows=neurons)
     narrow_layer(block.mlp.up_proj, rows=neurons)
     narrow_layer(block.mlp.down_proj, columns=neurons)

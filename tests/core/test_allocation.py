@@ -148,6 +148,9 @@ def test_kept_counts() -> None:
     assert curve(0, 1, 7).kept_counts == [1]
     assert curve(0, 10, 3, multiple=4).removable == 18
     assert curve(0, 1, 7).removable == 0
+    at_least_two = dataclasses.replace(curve(0, 5, 3), least=2)
+    assert at_least_two.kept_counts == [5, 4, 3, 2]
+    assert at_least_two.removable == 9
 
 
 def test_uniform_takes_the_same_share_everywhere() -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llm_snp.core.heads import direction_columns
-from llm_snp.core.subspace import Subspace, factorise, truncate, unit_columns
+from llm_snp.core.subspace import Subspace, factorise, one_of_each, truncate, unit_columns
 
 N, M, D = 300, 12, 5
 GROUPS = [1, 3]
@@ -170,3 +170,11 @@ def test_curves_of_a_site_without_signal() -> None:
     subspace = Subspace(unit_columns(torch.arange(2), 1), torch.eye(2, dtype=torch.float64), zeros, zeros, 0.0)
     assert subspace.variance_curve.tolist() == [0.0, 0.0, 0.0]
     assert subspace.loss_curve.tolist() == [0.0, 0.0, 0.0]
+
+
+def test_one_of_each_part_comes_first_and_the_order_stays() -> None:
+    order = torch.tensor([5, 4, 1, 0, 2, 3, 7, 6])
+    assert one_of_each(order, 4).tolist() == [5, 1, 2, 7, 4, 0, 3, 6]
+    assert one_of_each(order, 2).tolist() == [5, 1, 4, 0, 2, 3, 7, 6]
+    assert torch.equal(one_of_each(order, 1), order)
+    assert torch.equal(one_of_each(order, 8), order)

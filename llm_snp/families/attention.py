@@ -1,0 +1,84 @@
+"""Where the parts of an attention are: for directions inside its heads, and for query heads that go alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .sites import Rows
+
+# Where an allocation counts what goes of it.
+ATTENTION, SCORES = "attention", "scores"
+# What query and key can lose: any directions of their common space, whole rotary pairs, or nothing.
+FREE, PAIRS, WHOLE = "free", "pairs", "whole"
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Where the parts of the attention are, for subspaces inside the heads.
+
+    query, key, value  the rows of each key/value head; the query heads that read it lie side by side
+    heads              key/value heads
+    queries            query heads for each of them
+    head_dim           w, of query, key and value
+    scores             what query and key can lose: `FREE`, `PAIRS` or `WHOLE`
+    module             the attention itself, which has a table of the rotary pairs that are left
+    """
+
+    query: Rows
+    key: Rows
+    value: Rows
+    heads: int
+    queries: int
+    head_dim: int
+    scores: str
+    module: str
+
+    @property
+    def directions(self) -> dict[str, tuple[str, int]]:
+        """unit -> (where an allocation counts it, how many every head has).
+
+        `dims` are directions of the value path and between query and key, as many of one as of the other: where the
+        stock attention has one width for all three. Otherwise `values` and rotary `pairs` go apart.
+        """
+        if self.scores == FREE:
+            return {"dims": (ATTENTION, self.head_dim)}
+        pairs = {"pairs": (SCORES, self.head_dim // 2)} if self.scores == PAIRS else {}
+        return {"values": (ATTENTION, self.head_dim)} | pairs
+
+    def value_rank(self, kept: Mapping[str, int]) -> int:
+        """Directions that are left of each head's value path."""
+        return kept.get("dims", kept.get("values", self.head_dim))
+
+    def score_rank(self, kept: Mapping[str, int]) -> int:
+        """Directions, or rotary pairs, that are left between query and key."""
+        if self.scores == PAIRS:
+            return kept.get("pairs", self.head_dim // 2)
+        return kept.get("dims", self.head_dim)
+
+    @property
+    def score_units(self) -> int:
+        """Directions, or rotary pairs, that there are between query and key."""
+        return self.score_rank({})
+
+    @property
+    def projections(self) -> dict[str, tuple[str, Tensor]]:
+        """`query` and `key` -> layer, and its rows (heads, w) of each query or key head; empty if nothing can go."""
+        if self.scores == WHOLE:
+            return {}
+        parts = {"query": self.query, "key": self.key}
+        return {name: (rows.layer, rows.of(self.heads).view(-1, self.head_dim)) for name, rows in parts.items()}
+
+    def kernel_width(self, widths: Mapping[str, int]) -> int:
+        """Columns of a head that an attention kernel sees: `narrowing` fills up the narrower of scores and values."""
+        scores = 2 * widths["pairs"] if "pairs" in widths else self.head_dim
+        return max(scores, widths["values"]) if "values" in widths else widths.get("head_dim", self.head_dim)
+
+    def widths(self, kept: Mapping[str, int]) -> dict[str, int]:
+        """What `Family.pruned_class.narrow` is told of them."""
+        if self.scores == FREE:
+            return {"head_dim": self.value_rank(kept)}
+        pairs = {"pairs": self.score_rank(kept)} if self.scores == PAIRS else {}
+        return {"values": self.value_rank(kept)} | pairs

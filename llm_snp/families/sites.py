@@ -1,0 +1,89 @@
+"""The vocabulary in which the layers of a block are described.
+
+A *unit* is a neuron or an attention head. Its *producers* are the layers whose rows make it, its *consumer* is the
+linear layer that reads it. A *site* is one consumer with its producers in one decoder block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UnsupportedModelError
+
+MLP = "mlp"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a linear layer that make units: unit i has `per_unit` of them from `start + i * stride` on.
+
+    stride: `per_unit`, if it is not given. Rows that belong to no unit stay. A fused layer (gate and up, or query, key
+    and value in one) has several of these.
+    """
+
+    layer: str
+    per_unit: int = 1
+    start: int = 0
+    stride: int | None = None
+
+    def of(self, units: int) -> Tensor:
+        """(units, per_unit) long: the rows of each unit."""
+        stride = self.per_unit if self.stride is None else self.stride
+        return self.start + stride * torch.arange(units).unsqueeze(1) + torch.arange(self.per_unit)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One consumer with its producers; module names are relative to the decoder block.
+
+    name         `attention` or `mlp`
+    unit         what is counted: `heads` or `neurons`. With grouped queries a head is a key/value head with the query
+                 heads that read it
+    units        how many there are in the dense model
+    group        g, columns of the consumer per unit
+    producers    the rows that make the units; consumer: the linear layer that reads them
+    stream       the module whose input is the residual stream that the consumer's output is added to, as it is; None
+                 where a norm lies between
+    nonnegative  whether the consumer's input is ≥ 0 by construction
+    shared       linear layers that all units have in common, which stay whole
+    parts        runs of units, equally long, of which each keeps at least one: the query heads of a key/value head
+    table        the buffer of a pruned model that says to which part each unit belongs that is left
+    """
+
+    name: str
+    unit: str
+    units: int
+    group: int
+    producers: tuple[Rows, ...]
+    consumer: str
+    stream: str | None
+    nonnegative: bool = False
+    shared: tuple[str, ...] = ()
+    parts: int = 1
+    table: str | None = None
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Every linear layer of the site once: the producers, what they share, then the consumer."""
+        return (*dict.fromkeys(rows.layer for rows in self.producers), *self.shared, self.consumer)
+
+    def rows_left(self, layer: str, count: int, columns: Tensor) -> Tensor:
+        """Of `count` rows of a producer those that stay, ascending, if of the consumer's `columns` (k·g,) are left."""
+        gone = torch.ones(self.units, dtype=torch.bool)
+        gone[columns // self.group] = False
+        stays = torch.ones(count, dtype=torch.bool)
+        for rows in self.producers:
+            if rows.layer == layer:
+                stays[rows.of(self.units)[gone]] = False
+        return stays.nonzero().squeeze(1)
+
+
+def linear(block: nn.Module, name: str) -> nn.Linear:
+    """The linear layer of that name in a block. Raises `UnsupportedModelError` if it is something else."""
+    layer = block.get_submodule(name)
+    if not isinstance(layer, nn.Linear):
+        raise UnsupportedModelError(f"{name} is a {type(layer).__name__}, expected a linear layer")
+    return layer
