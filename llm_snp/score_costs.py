@@ -83,9 +83,10 @@ def score_costs(
                 layer.weight, layer.bias = dense[name]
     processes.sum(first)
     processes.sum(second)
-    # The mean error is no loss: the bias takes it.
-    mean = first / sample.of
-    costs = second / sample.of - (mean * (mean if g is None else mean @ g)).sum(1)
+    costs = second / sample.of
+    if linear(block, site.consumer).bias is not None:  # which takes the mean error
+        mean = first / sample.of
+        costs -= (mean * (mean if g is None else mean @ g)).sum(1)
     per_power = torch.zeros_like(tail)
     for rank, cost in zip(ranks, costs.clamp_min(0.0), strict=True):
         per_power[rank] = cost / tail[rank].clamp_min(torch.finfo(tail.dtype).tiny)

@@ -24,6 +24,14 @@ GROUPED = {
     "eos_token_id": 2,
 }
 WIDE = GROUPED | {"head_dim": 8}  # heads that are wider together than the model
+LLAMA_3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 FALCON = {
     "hidden_size": HIDDEN,
     "num_attention_heads": 8,
@@ -63,14 +71,21 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-one-query-each": ("llama", GROUPED | {"num_key_value_heads": 8, "attention_bias": True, "mlp_bias": True}),
     "llama-one-key": ("llama", GROUPED | {"num_key_value_heads": 1}),
     "llama-tied": ("llama", WIDE | {"tie_word_embeddings": True}),
+    "llama-3.1": ("llama", GROUPED | {"rope_scaling": LLAMA_3, "num_key_value_heads": 2}),
     "mistral": ("mistral", WIDE | {"sliding_window": 16}),
     "qwen2": ("qwen2", GROUPED),
+    "qwen2-partly-sliding": (
+        "qwen2",
+        GROUPED | {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
+    ),
     "qwen3": ("qwen3", WIDE),
     "gemma": ("gemma", WIDE),
     "gemma2": ("gemma2", WIDE | {"query_pre_attn_scalar": 8, "sliding_window": 16}),
     "gemma3": ("gemma3_text", WIDE | {"query_pre_attn_scalar": 8, "sliding_window": 16, "sliding_window_pattern": 2}),
     "phi": ("phi", GROUPED),
+    "phi-normed": ("phi", GROUPED | {"qk_layernorm": True}),
     "phi3": ("phi3", GROUPED),
+    "phi3-turned-in-part": ("phi3", WIDE | {"partial_rotary_factor": 0.5}),
     "gpt2": (
         "gpt2",
         {"n_embd": HIDDEN, "n_head": 4, "n_layer": BLOCKS, "n_inner": NEURONS, "n_positions": POSITIONS} | NO_DROPOUT,
@@ -84,7 +99,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon-one-key": ("falcon", FALCON | {"multi_query": True, "parallel_attn": True}),
     "falcon-in-a-row": ("falcon", FALCON | {"multi_query": False, "parallel_attn": False, "bias": True}),
     "falcon-new": ("falcon", FALCON | {"new_decoder_architecture": True, "num_kv_heads": 4}),
-    "olmo": ("olmo", GROUPED | {"clip_qkv": 4.0}),
+    "olmo": ("olmo", GROUPED),
+    "olmo-clipped": ("olmo", GROUPED | {"clip_qkv": 4.0}),
 }
 # Families that the installed transformers does not have are left out.
 KNOWN = [name for name, (model_type, _) in MODELS.items() if model_type in FAMILIES]
