@@ -53,10 +53,23 @@ def main() -> None:
         print(f"static cache, tokens as with a dynamic cache   {(static == greedy).float().mean():.0%}")
     print(f"padded batch, tokens as one prompt at a time   {(batch == single).float().mean():.0%}")
 
-    widths = getattr(model.config, "block_widths", None)  # None: a stock checkpoint, of which the MLP alone is smaller
-    dense = model.config.hidden_size * model.config.num_hidden_layers
-    kept = sum(width["heads"] * width["head_dim"] for width in widths) if widths else dense
-    print(f"KV cache, values per token                     {2 * kept:,} of {2 * dense:,}")
+    config = model.config  # of the dense model, but for its `block_widths`
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    dense = 2 * config.num_hidden_layers * heads * width
+    kept = cached_values(model, tokenizer(args.prompt, return_tensors="pt"))
+    print(f"KV cache, values per token                     {kept:,} of {dense:,}")
+
+
+@torch.no_grad()
+def cached_values(model: Any, batch: Any) -> int:
+    """Keys and values that the cache has of each token."""
+    cache = model(**batch, use_cache=True).past_key_values
+    if hasattr(cache, "layers"):
+        tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    else:  # before transformers 4.54
+        tensors = [*cache.key_cache, *cache.value_cache]
+    return sum(tensor.numel() for tensor in tensors) // batch.input_ids.shape[1]
 
 
 if __name__ == "__main__":

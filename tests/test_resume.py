@@ -325,6 +325,13 @@ def test_killed_while_tidying_and_then_started_anew(runs: Runs) -> None:
 def test_every_kind_of_run_goes_on_as_it_began(
     prune: Prune, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
+    goes_on_as_it_began(prune, dense, tmp_path, monkeypatch, options)
+
+
+def goes_on_as_it_began(
+    prune: Prune, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    """Interrupted twice, a run comes to the same bytes."""
     prune(dense, tmp_path / "whole", **options)
     for resume in (False, True):
         with monkeypatch.context() as patch:
@@ -341,9 +348,7 @@ def test_every_kind_of_run_goes_on_as_it_began(
 def test_a_run_whose_blocks_have_tables_goes_on_as_it_began(
     prune: Prune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
-    test_every_kind_of_run_goes_on_as_it_began(
-        prune, save_tiny("llama", tmp_path / "dense"), tmp_path, monkeypatch, {"attention": mode}
-    )
+    goes_on_as_it_began(prune, save_tiny("llama", tmp_path / "dense"), tmp_path, monkeypatch, {"attention": mode})
 
 
 # Ctrl-C

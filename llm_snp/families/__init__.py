@@ -50,8 +50,9 @@ FILES = {
     "falcon": "falcon",
     "olmo": "olmo",
 }
-# The first transformers with which a family works: before, these had a KV cache of one shape for all blocks.
-SINCE = {"gemma2": "4.56", "gemma3_text": "4.56"}
+# The first transformers with which a family works: before, Qwen3 was not there, and Gemma 2 and 3 had a KV cache of one
+# shape for all blocks.
+SINCE = {"qwen3": "4.51", "gemma2": "4.56", "gemma3_text": "4.56"}
 # What is asked for and cannot be had, with the reason.
 REASONS = {
     "mixtral": "which experts read a token depends on the text, and their layers are stored as one",
