@@ -27,7 +27,7 @@ def table() -> str:
         parts = [PARTS[unit] for unit in inside.directions] if inside else []
         if hasattr(config, "num_key_value_heads") and family.queries(AutoConfig.for_model(model_type, **GROUPED)):
             parts.append("query heads")
-        attention = ", ".join([*parts, "heads"])
+        attention = ", ".join([*parts, *["heads"] * family.whole_heads])
         repair = "residual" if all(site.stream for site in family.sites(config)) else "dense"
         lines.append(f"| `{model_type}` | {what} | {attention} | {repair} | {', '.join(sorted(family.stock))} |")
     lines += [f"| `{model_type}` | refused: {reason} | | | |" for model_type, reason in REASONS.items()]

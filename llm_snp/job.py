@@ -73,10 +73,17 @@ def fit_for_stock(options: PruneConfig, family: Family) -> PruneConfig:
 
 
 def fit_for_heads(options: PruneConfig, family: Family, config: Any) -> PruneConfig:
-    """Where heads can only go as a whole, `both` means heads; `options`: resolved.
+    """Where heads can only go as a whole, `both` means heads, and where they cannot, `dims`; `options`: resolved.
 
-    Raises `OptionError` for `dims` there, and for `queries` where no key/value head has several.
+    Raises `OptionError` for what cannot be: `dims`, or `heads`, and `queries` where no key/value head has several.
     """
+    if not family.whole_heads and options.attention in ("heads", "queries"):
+        raise OptionError(
+            f"--attention {options.attention} is not possible for models of type {family.model_type!r}, whose heads "
+            "are normed together; give --attention dims"
+        )
+    if not family.whole_heads and options.attention == "both":
+        options = dataclasses.replace(options, attention="dims")
     if options.attention == "queries" and family.queries(config) is None:
         raise OptionError(
             "--attention queries is for models in which several key/value heads have several query heads each, and "

@@ -211,7 +211,8 @@ def _direction_curves(
         if curve.unit == "pairs":
             assert scores is not None
             assert score_costs is not None
-            variance = torch.cat([scores.power, scores.power.new_zeros(1)]).flip(0).cumsum(0).flip(0)
+            # Power is a query's variance times a key's; its root is what the variances of other sites compare with.
+            variance = torch.cat([scores.power.sqrt(), scores.power.new_zeros(1)]).flip(0).cumsum(0).flip(0)
             variance /= variance[0].clamp_min(torch.finfo(variance.dtype).tiny)
             found.append(_with_curves(curve, variance, score_costs, total, options))
             continue

@@ -23,7 +23,7 @@ from llm_snp.checkpoint import Checkpoint
 from llm_snp.config import PruneConfig
 from llm_snp.core.subspace import one_of_each
 from llm_snp.data import Windows, evaluation_windows
-from llm_snp.errors import UnsupportedModelError
+from llm_snp.errors import OptionError, UnsupportedModelError
 from llm_snp.evaluation.perplexity import perplexity_loaded, perplexity_streamed
 from llm_snp.families import ATTENTION, FAMILIES, FILES, PAIRS, WHOLE, Attention, Family, Site, family_of
 from llm_snp.hub import load_config, load_tokenizer
@@ -34,6 +34,8 @@ every = pytest.mark.parametrize("name", KNOWN)
 DIRECTIONS = [name for name in KNOWN if family_of(tiny_config(name)).attention(tiny_config(name)) is not None]
 QUERIES = [name for name in KNOWN if family_of(tiny_config(name)).queries(tiny_config(name)) is not None]
 with_queries = pytest.mark.parametrize("name", QUERIES)
+WHOLE_HEADS = [name for name in KNOWN if family_of(tiny_config(name)).whole_heads]
+with_whole_heads = pytest.mark.parametrize("name", WHOLE_HEADS)
 with_directions = pytest.mark.parametrize("name", DIRECTIONS)
 
 
@@ -63,7 +65,8 @@ def widths_by_block(family: Family, config: Any) -> list[dict[str, int]]:
     """Other widths in every block, and one block whole."""
     found: list[dict[str, int]] = [{}]
     for block in range(1, BLOCKS):
-        found.append({site.unit: max(1, site.units * block // BLOCKS) for site in family.sites(config)})
+        sites = (site for site in family.sites(config) if site.name != ATTENTION or family.whole_heads)
+        found.append({site.unit: max(1, site.units * block // BLOCKS) for site in sites})
     return found
 
 
@@ -115,7 +118,9 @@ def test_cost_of_a_unit_is_what_narrowing_removes(name: str) -> None:
     config = tiny_config(name)
     family = family_of(config)
     block = linear_blocks(empty_model(config), family.blocks)[0][0]
-    modes = [mode for mode, names in {"heads": KNOWN, "dims": DIRECTIONS, "queries": QUERIES}.items() if name in names]
+    modes = [
+        mode for mode, names in {"heads": WHOLE_HEADS, "dims": DIRECTIONS, "queries": QUERIES}.items() if name in names
+    ]
     for mode in modes:
         for curve in empty_curves(family, config, [block], PruneConfig(attention=mode)):
             for left in {curve.least, curve.units // 2, curve.units}:
@@ -288,7 +293,7 @@ def hidden_states(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("name", "mode"),
-    [(name, "heads") for name in KNOWN]
+    [(name, "heads") for name in WHOLE_HEADS]
     + [(name, "dims") for name in DIRECTIONS]
     + [(name, "queries") for name in QUERIES],
 )
@@ -322,7 +327,8 @@ def test_repair_follows_the_dense_model(
     reference = logits(load(checkpoints[name]), ids)
     errors = {}
     for target in ("residual", "none"):
-        options = {"target": target, "allocation": "uniform", "attention": "heads", "samples": 48}
+        mode = "heads" if name in WHOLE_HEADS else "dims"
+        options = {"target": target, "allocation": "uniform", "attention": mode, "samples": 48}
         prune(checkpoints[name], tmp_path / target, 0.3, **options)
         errors[target] = (logits(load(tmp_path / target), ids) - reference).square().mean().item()
     assert errors["residual"] < errors["none"]
@@ -345,7 +351,7 @@ def duplicated(model: Any, family: Family) -> Any:
     return model
 
 
-@every
+@with_whole_heads
 def test_duplicated_units_go_without_loss(name: str, prune: Prune, tmp_path: Path, ids: torch.Tensor) -> None:
     model = duplicated(tiny_model(name), family_of(tiny_config(name)))
     directory = save_tiny(name, tmp_path / "dense")
@@ -481,11 +487,30 @@ def test_stock_checkpoints_with_fewer_heads(
     assert torch.isfinite(logits(model, ids)).all()
 
 
+@pytest.mark.skipif("olmo2" not in KNOWN, reason="this transformers does not have OLMo 2")
+def test_heads_that_cannot_go(checkpoints: dict[str, Path], prune: Prune, tmp_path: Path) -> None:
+    """Asked for, they are refused; left to llm_snp, directions go in their place."""
+    for options in ({"attention": "heads"}, {"attention": "queries"}, {"method": "snp"}):
+        with pytest.raises(OptionError, match=r"not possible for .*'olmo2', whose heads are normed together; give"):
+            prune(checkpoints["olmo2"], tmp_path / "out", **options)
+    with pytest.raises(
+        OptionError, match=r"queries is for models in which several .* heads each, .* --attention heads"
+    ):
+        prune(checkpoints["opt"], tmp_path / "out", attention="queries")
+    with pytest.raises(
+        OptionError, match=r"dims is not possible for models of type 'gpt2', whose heads can only go as"
+    ):
+        prune(checkpoints["gpt2"], tmp_path / "out", attention="dims")
+    assert not (tmp_path / "out").exists()
+    report = prune(checkpoints["olmo2"], tmp_path / "out", attention="both")
+    assert {tuple(kept) for kept in report["plan"]["kept"]} == {("values", "neurons")}
+
+
 def test_what_cannot_be_pruned_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     class Config:
         model_type = "mixtral"
 
-    with pytest.raises(UnsupportedModelError, match="'mixtral' cannot be pruned: which experts read a token"):
+    with pytest.raises(UnsupportedModelError, match="'mixtral' cannot be pruned: each expert reads other tokens"):
         family_of(Config())
     Config.model_type = "gemma2"
     monkeypatch.setattr("llm_snp.families.FAMILIES", {"opt": FAMILIES["opt"]})

@@ -100,6 +100,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon-in-a-row": ("falcon", FALCON | {"multi_query": False, "parallel_attn": False, "bias": True}),
     "falcon-new": ("falcon", FALCON | {"new_decoder_architecture": True, "num_kv_heads": 4}),
     "olmo": ("olmo", GROUPED),
+    "olmo2": ("olmo2", GROUPED),
+    "olmo3": ("olmo3", GROUPED | {"sliding_window": 16}),
     "olmo-clipped": ("olmo", GROUPED | {"clip_qkv": 4.0}),
 }
 # Families that the installed transformers does not have are left out.

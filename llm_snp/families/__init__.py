@@ -49,18 +49,21 @@ FILES = {
     "gpt_neox": "gpt_neox",
     "falcon": "falcon",
     "olmo": "olmo",
+    "olmo2": "olmo2",
+    "olmo3": "olmo3",
 }
-# The first transformers with which a family works: before, Qwen3 was not there, and Gemma 2 and 3 had a KV cache of one
-# shape for all blocks.
-SINCE = {"qwen3": "4.51", "gemma2": "4.56", "gemma3_text": "4.56"}
+# The first transformers with which a family works: before, Qwen3 and OLMo 3 were not there, and Gemma 2 and 3 had a KV
+# cache of one shape for all blocks.
+SINCE = {"qwen3": "4.51", "gemma2": "4.56", "gemma3_text": "4.56", "olmo3": "4.57"}
+EXPERTS = "each expert reads other tokens, and would need moments, a repair and a width of its own"
 # What is asked for and cannot be had, with the reason.
 REASONS = {
-    "mixtral": "which experts read a token depends on the text, and their layers are stored as one",
-    "qwen2_moe": "which experts read a token depends on the text, and their layers are stored as one",
-    "qwen3_moe": "which experts read a token depends on the text, and their layers are stored as one",
+    "mixtral": EXPERTS,
+    "qwen2_moe": EXPERTS,
+    "qwen3_moe": EXPERTS,
+    "olmoe": EXPERTS,
+    "phimoe": EXPERTS,
     "gemma3": "it is the model for images and text; save its language model by itself, as gemma3_text",
-    "olmo2": "its norms of queries and keys go over all heads together, so that no head can go alone",
-    "olmo3": "its norms of queries and keys go over all heads together, so that no head can go alone",
 }
 
 

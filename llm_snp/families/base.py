@@ -61,6 +61,7 @@ class Family:
     blocks       path of the decoder blocks in the causal-LM model
     sites        config -> the sites of a block, in the order in which they are pruned
     attention    config -> where the parts of the heads are, or None where heads can only go as a whole
+    whole_heads  whether heads can go as a whole
     pruned_class of `llm_snp.modeling`: its `config_class` has the widths, its `base_class` is the model without the
                  head, its `narrow` narrows a live block in place
     stock        unit -> (config, count) -> the config fields with which the stock class has as many of them
@@ -75,6 +76,7 @@ class Family:
     stock: Mapping[str, Callable[[Any, int], dict[str, int]]]
     check: Callable[[Any], None]
     attention: Callable[[Any], Attention | None] = no_directions
+    whole_heads: bool = True
     renames: tuple[tuple[str, str], ...] = ()
 
     @property
@@ -90,7 +92,7 @@ class Family:
     def queries(self, config: Any) -> Site | None:
         """The attention counted in single query heads; None where no key/value head has several, or all have one."""
         attention = self.attention(config)
-        if attention is None or 1 in (attention.queries, attention.heads):
+        if attention is None or 1 in (attention.queries, attention.heads) or not self.whole_heads:
             return None
         heads = next(site for site in self.sites(config) if site.name == ATTENTION)
         query = attention.query

@@ -5,6 +5,7 @@ Mistral, Qwen2, Qwen3, OLMo and Gemma differ in biases, norms and masks only, wh
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from .attention import ATTENTION, PAIRS, WHOLE, Attention
@@ -65,6 +66,17 @@ def fewer_heads(config: Any, heads: int) -> dict[str, int]:
     keys = config.num_key_value_heads
     counts = (1, heads) if keys == 1 else (heads, heads * (config.num_attention_heads // keys))
     return {"num_key_value_heads": counts[0], "num_attention_heads": counts[1], "head_dim": head_width(config)}
+
+
+def normed_as_one(model_type: str, pruned_class: Any) -> Family:
+    """A family like Llama's in which all query heads are normed together, and all keys, and what each layer gives."""
+    return like_llama(
+        model_type,
+        pruned_class,
+        sites=partial(sites, attention=None, mlp=None),
+        attention=partial(rotary, scores=WHOLE),
+        whole_heads=False,
+    )
 
 
 def like_llama(model_type: str, pruned_class: Any, **others: Any) -> Family:

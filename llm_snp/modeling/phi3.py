@@ -32,8 +32,7 @@ class SnpPhi3Attention(NarrowHeads, Phi3Attention):  # type: ignore[misc]
         heads, width = self.num_key_value_heads, self.score_width
         queries = heads * self.num_key_value_groups if self.readers is None else len(self.readers)
         sizes = (queries * width, heads * width, heads * self.values)
-        query, key, value = self.qkv_proj(hidden).split(sizes, dim=-1)
-        return query.unflatten(-1, (-1, width)), key.unflatten(-1, (-1, width)), value.unflatten(-1, (-1, self.values))
+        return self.by_head(*self.qkv_proj(hidden).split(sizes, dim=-1))
 
     def attention_options(self) -> dict[str, Any]:
         return {"sliding_window": getattr(self.config, "sliding_window", None)}

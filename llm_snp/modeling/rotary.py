@@ -32,7 +32,7 @@ class NarrowHeads:
     pair_table   (key/value heads, pairs) long: which of the stock model's rotary pairs are left, ascending; None: all
     readers      (query heads,) long, ascending: the key/value head that each reads; None: as many read each
     eager        the family's attention in plain torch, which no attention interface knows
-    norms        the modules that norm query and key, where the model has them
+    norms        the modules that norm the query and key heads, where the model has them
     output       the projection back to the model's width
     """
 
@@ -40,14 +40,16 @@ class NarrowHeads:
     pair_table: Tensor | None
     readers: Tensor | None
     eager: Any
-    norms = ("q_norm", "k_norm")
+    norms: tuple[str, ...] = ("q_norm", "k_norm")
     output = "o_proj"
 
     def project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """hidden (B, T, d) to query, key and value, each (B, T, its heads, its width)."""
-        width = self.score_width
-        query, key, value = (getattr(self, f"{part}_proj")(hidden) for part in "qkv")
-        return query.unflatten(-1, (-1, width)), key.unflatten(-1, (-1, width)), value.unflatten(-1, (-1, self.values))
+        return self.by_head(*(getattr(self, f"{part}_proj")(hidden) for part in "qkv"))
+
+    def by_head(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The heads told apart: (B, T, heads · width) to (B, T, heads, width)."""
+        return _heads(query, self.score_width), _heads(key, self.score_width), _heads(value, self.values)
 
     def attention_options(self) -> dict[str, Any]:
         """What the family hands to attention functions besides the scaling."""
@@ -67,7 +69,7 @@ class NarrowHeads:
     ) -> tuple[Tensor, Any]:
         states = self.project(hidden_states)
         query, key, value = (state.transpose(1, 2) for state in states)
-        if hasattr(self, self.norms[0]):
+        if self.norms and hasattr(self, self.norms[0]):
             query, key = (getattr(self, norm)(state) for norm, state in zip(self.norms, (query, key), strict=True))
         query, key = self._rotate(query, key, *position_embeddings)
         cache, options = _cache(kwargs)
@@ -105,6 +107,10 @@ class NarrowHeads:
             readers = heads.repeat_interleave(query.shape[1] // key.shape[1])
         of_queries = (table[:, readers] for table in (cos, sin))
         return turn(query, *of_queries), turn(key, cos, sin)
+
+
+def _heads(states: Tensor, width: int) -> Tensor:
+    return states.view(*states.shape[:-1], -1, width)
 
 
 def turn(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
