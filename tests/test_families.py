@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,16 @@ def widths_by_block(family: Family, config: Any) -> list[dict[str, int]]:
         sites = (site for site in family.sites(config) if site.name != ATTENTION or family.whole_heads)
         found.append({site.unit: max(1, site.units * block // BLOCKS) for site in sites})
     return found
+
+
+def narrowed(config: Any, kept: Sequence[dict[str, int]], state: dict[str, torch.Tensor]) -> Any:
+    """The pruned model in float64 in which each block has what is `kept`, with weights cut by hand."""
+    family = family_of(config)
+    fields = {key: value for key, value in config.to_dict().items() if key not in ("model_type", "architectures")}
+    widths = [family.widths(config, block) for block in kept]
+    model = family.pruned_class(family.pruned_class.config_class(**fields, block_widths=widths)).double().eval()
+    model.load_state_dict(state, strict=True)
+    return model
 
 
 def kept_columns(site: Site, kept: int, seed: int) -> torch.Tensor:
@@ -159,12 +170,7 @@ def test_slicing_equals_masking(name: str, ids: torch.Tensor) -> None:
             weight = block.get_submodule(site.consumer).weight
             with torch.no_grad():
                 (weight.mT if f"{site.consumer}.weight" in transposed else weight)[:, gone] = 0.0
-    fields = {key: value for key, value in config.to_dict().items() if key not in ("model_type", "architectures")}
-    pruned_config = family.pruned_class.config_class(
-        **fields, block_widths=[family.widths(config, block) for block in kept]
-    )
-    sliced = family.pruned_class(pruned_config).double().eval()
-    sliced.load_state_dict(state, strict=True)
+    sliced = narrowed(config, kept, state)
     torch.testing.assert_close(logits(sliced, ids), logits(masked, ids), rtol=1e-9, atol=1e-9)
 
 
@@ -207,10 +213,7 @@ def test_slicing_single_query_heads_equals_masking(name: str, ids: torch.Tensor)
         silent[columns] = False
         with torch.no_grad():
             masked.get_parameter(weight)[:, silent] = 0.0
-    fields = {key: value for key, value in config.to_dict().items() if key not in ("model_type", "architectures")}
-    widths = [family.widths(config, kept) for kept in kept_of]
-    sliced = family.pruned_class(family.pruned_class.config_class(**fields, block_widths=widths)).double().eval()
-    sliced.load_state_dict(state, strict=True)
+    sliced = narrowed(config, kept_of, state)
     torch.testing.assert_close(logits(sliced, ids), logits(masked, ids), rtol=1e-9, atol=1e-9)
 
 
@@ -256,10 +259,7 @@ def test_slicing_directions_equals_masking(name: str, ids: torch.Tensor) -> None
                         masked.get_parameter(key)[~stays[layer]] = 0.0
         columns = (torch.arange(h * q) * w).unsqueeze(1) + values.repeat_interleave(q, 0)
         state[f"{path}{site.consumer}.weight"] = state[f"{path}{site.consumer}.weight"][:, columns.flatten()]
-    fields = {key: value for key, value in config.to_dict().items() if key not in ("model_type", "architectures")}
-    widths = [family.widths(config, kept) for kept in kept_of]
-    sliced = family.pruned_class(family.pruned_class.config_class(**fields, block_widths=widths)).double().eval()
-    sliced.load_state_dict(state, strict=True)
+    sliced = narrowed(config, kept_of, state)
     torch.testing.assert_close(logits(sliced, ids), logits(masked, ids), rtol=1e-9, atol=1e-9)
 
 
