@@ -13,7 +13,7 @@ import torch
 
 from .config import PruneConfig
 from .core.linalg import working_dtype
-from .families import ATTENTION, Family, Site, linear
+from .families import ATTENTION, WHOLE, Attention, Family, Site, linear
 from .sensitivity import gradient_windows
 from .skeleton import HEAD_TOKENS
 from .stream import BATCH_TOKENS
@@ -50,7 +50,9 @@ class Estimate:
 
 @dataclass(frozen=True)
 class _Sizes:
-    """tokens: of the calibration; length: of a window; block: linear parameters; hidden, vocabulary: as the config."""
+    """tokens: of the calibration; length: of a window; block: linear parameters; hidden: width of the stream; scores:
+    entries of the moments of query and key.
+    """
 
     sites: tuple[Site, ...]
     outputs: dict[str, int]
@@ -59,6 +61,7 @@ class _Sizes:
     tokens: int
     length: int
     hidden: int
+    scores: int
 
 
 def estimate(
@@ -115,8 +118,15 @@ def estimate(
         options.samples * length,
         length,
         d,
+        _score_moments(family.attention(config)),
     )
     return Estimate(on_device, on_host, on_disk, operations(sizes, options))
+
+
+def _score_moments(attention: Attention | None) -> int:
+    if attention is None or attention.scores == WHOLE:
+        return 0
+    return int(attention.heads * (attention.queries + 1) * attention.head_dim**2)
 
 
 def operations(sizes: _Sizes, options: PruneConfig) -> dict[str, float]:
@@ -146,7 +156,7 @@ def operations(sizes: _Sizes, options: PruneConfig) -> dict[str, float]:
         found["moments"] += collected * sizes.tokens * m * m
         found["moments"] += follows_dense * 2 * sizes.tokens * d * m
         if by_direction:
-            found["moments"] += (options.measures + 1) * 4 * sizes.tokens * m * site.group
+            found["moments"] += (options.measures + 1) * 2 * sizes.tokens * sizes.scores
         order = {
             "greedy": m**3 + 2 * d * m * m + ELIMINATION * m**3,
             "zca": (EIGENDECOMPOSITION + 2) * m**3,

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import LENGTH, SAMPLES, Prune, save, tiny_opt
+from tiny_models import save_tiny
 from torch.utils.flop_counter import FlopCounterMode
 
 from llm_snp.config import PruneConfig
@@ -47,14 +48,22 @@ CHOICES: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("options", CHOICES, ids=lambda o: "-".join(map(str, o.values())))
+GROUPED = {"method": "best", "allocation": "uniform"}
+
+
+@pytest.mark.parametrize(
+    ("options", "grouped"),
+    [*((options, False) for options in CHOICES), *((GROUPED | {"attention": m}, True) for m in ("dims", "queries"))],
+    ids=lambda o: "-".join(map(str, o.values())) if isinstance(o, dict) else ("llama" if o else "opt"),
+)
 def test_operations_are_those_that_torch_counts(
-    prune: Prune, tmp_path: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    prune: Prune, tmp_path: Path, options: dict[str, Any], grouped: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Forward, backward and moments, as far as torch counts them: it does not know the CPU's fused attention."""
     # Low strips, as of a wide site: of a product of moments half is multiplied, as the formula has it.
     monkeypatch.setattr("llm_snp.core.linalg.STRIP_ROWS", 8)
-    model = save(tiny_opt(ffn_dim=128), tmp_path / "model")
+    model = tmp_path / "model"
+    save_tiny("llama-tied", model) if grouped else save(tiny_opt(ffn_dim=128), model)
     # Short windows, so that attention is little; one of eight dims or neurons goes, so that every block is pruned but
     # costs about what the dense one does.
     size: dict[str, Any] = {"samples": 48, "sequence_length": 8, "sparsity": 0.125}
