@@ -1,10 +1,10 @@
-# make demo | test | check | bench   (each sets up .venv first)
+# make demo | test | check | bench   (each sets up .venv first); make test-oldest has an environment of its own
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SPARSITY ?= 0.3
 
-.PHONY: demo test check bench clean
+.PHONY: demo test test-oldest check bench clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -21,6 +21,13 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
+# What depends on transformers most, with the oldest one that is supported.
+test-oldest:
+	test -x $(VENV)-oldest/bin/python || $(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip install -q --disable-pip-version-check -c constraints-oldest.txt -e . pytest pytest-xdist
+	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -n auto tests/test_families.py tests/test_result_loads.py \
+	    tests/test_opt_variants.py tests/test_end_to_end.py tests/test_stock_format.py
+
 check: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -35,4 +42,4 @@ ifdef CALIBRATION
 endif
 
 clean:
-	rm -rf $(VENV) demo-output build *.egg-info
+	rm -rf $(VENV) $(VENV)-oldest demo-output build *.egg-info
