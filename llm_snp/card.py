@@ -243,7 +243,8 @@ def _speed(report: dict[str, Any]) -> str:
 
 
 def _removed(report: dict[str, Any]) -> str:
-    sites = list(dict.fromkeys(site for block in report["blocks"] for site in block if site != "block"))
+    fullest_first = sorted(report["blocks"], key=len, reverse=True)  # not every block has all sites
+    sites = list(dict.fromkeys(site for block in fullest_first for site in block if site != "block"))
     rows = []
     for block in report["blocks"]:
         kept = (f"{s['kept']} of {s['units']} {s['unit']}" if (s := block.get(site)) else "" for site in sites)

@@ -34,7 +34,8 @@ LABEL = 24  # characters of a text's or benchmark's name
 
 def site_names(report: dict[str, Any]) -> list[str]:
     """The sites that blocks have, in the order in which they are pruned."""
-    return list(dict.fromkeys(name for block in report["blocks"] for name in block if name != "block"))
+    fullest_first = sorted(report["blocks"], key=len, reverse=True)  # not every block has all
+    return list(dict.fromkeys(name for block in fullest_first for name in block if name != "block"))
 
 
 def _figure(height: float, rows: int = 1, **options: Any) -> tuple[Figure, list[Axes]]:

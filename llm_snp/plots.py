@@ -98,7 +98,8 @@ PLOTS: dict[str, Plot] = {
     ),
     "kept": Plot(
         "Share kept per block",
-        "How much of each block's attention and MLP stays, first block on the left.",
+        "How much of each block's attention and MLP stays, first block on the left (no bar for pairs where heads "
+        "went).",
         drawing.kept,
     ),
     "errors": Plot(

@@ -23,6 +23,7 @@ from llm_snp.documents import read_report, write_documents
 from llm_snp.errors import CheckpointError
 from llm_snp.page import html_page
 from llm_snp.plots import PLOTS, figures, write_plots
+from llm_snp.report import block_line
 
 pytestmark = pytest.mark.documents
 
@@ -288,6 +289,26 @@ def test_bars_of_errors_are_all_inside_one_scale_from_zero() -> None:
     assert low == 0
     assert high > 0.5
     assert [bar.get_height() for bar in panels[1].patches] == [0.0, 0.005, 0.01, 0.015, 0.5]
+
+
+def with_pairs(report: dict[str, Any]) -> dict[str, Any]:
+    """Its last block has lost rotary pairs, whose error is part of the attention's."""
+    pairs = {"unit": "pairs", "units": 8, "kept": 3, "lost": None, "total": None, "damping": None}
+    block = report["blocks"][-1]
+    block["scores"], block["mlp"] = pairs, block.pop("mlp")  # between the others
+    return report
+
+
+def test_what_has_no_error_of_its_own_shows_none() -> None:
+    report = with_pairs(made_up())
+    drawn = {name: [axes.get_title("left") for axes in figure.axes] for name, figure in figures(report).items()}
+    assert drawn["errors"] == ["attention", "mlp"]
+    assert drawn["kept"] == ["attention, dims", "scores, pairs", "mlp, neurons"]
+    cells = re.findall(r"<td[^>]*>([^<]*)</td>", html_page(report))
+    assert cells[cells.index("3 of 8 pairs") + 1] == "–"
+    line = block_line({"blocks": report["blocks"], "plan": {"kept": report["plan"]["kept"]}})
+    assert "pairs 3/8" in line
+    assert re.findall(r"(\w+) [\d.]+%", line) == ["attention", "mlp"]
 
 
 def test_the_cut_is_marked_on_the_curve() -> None:

@@ -72,7 +72,7 @@ class Attention:
         return {name: (rows.layer, rows.of(self.heads).view(-1, self.head_dim)) for name, rows in parts.items()}
 
     def kernel_width(self, widths: Mapping[str, int]) -> int:
-        """Columns of a head that an attention kernel sees: `modeling.rotary` fills up the narrower of scores and values."""
+        """Columns of a head that an attention kernel sees: the narrower of scores and values is filled up for it."""
         scores = 2 * widths["pairs"] if "pairs" in widths else self.head_dim
         return max(scores, widths["values"]) if "values" in widths else widths.get("head_dim", self.head_dim)
 
