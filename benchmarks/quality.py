@@ -48,6 +48,7 @@ from llm_snp.families import family_of
 from llm_snp.hub import config_dtype, load_config, load_tokenizer, locate
 from llm_snp.job import fit_for_heads, window_length
 from llm_snp.journal import Journal
+from llm_snp.plan import check_order
 from llm_snp.processes import Processes
 from llm_snp.progress import Progress
 from llm_snp.session import Session
@@ -170,6 +171,14 @@ class Bench:
 
     def options(self, row: Row, sparsity: float) -> PruneConfig:
         return PruneConfig(sparsity=sparsity, samples=self.args.samples, seed=self.args.seed, **row.options).resolved()
+
+    def possible(self, row: Row) -> bool:
+        """Whether a row's choices can be made for this model."""
+        try:
+            check_order(self.family, self.config, fit_for_heads(self.options(row, 0.1), self.family, self.config))
+        except OptionError:
+            return False
+        return True
 
     @contextmanager
     def pruned(self, options: PruneConfig, windows: int) -> Iterator[tuple[Skeleton, dict[str, Any]]]:
@@ -363,7 +372,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         origin = provenance(__file__, arguments)
         code = _sha256(sorted(Path(llm_snp.__file__).parent.rglob("*.py")))[:12]
         results = Results(origin | {"code": code, **bench.facts}, args.json)
-        fill(bench, results, rows, progress)
+        fill(bench, results, [row for row in rows if bench.possible(row)], progress)
     except (SnpError, torch.OutOfMemoryError) as error:
         print(f"quality: {str(error).splitlines()[0]}", file=sys.stderr)
         return BAD_INPUT

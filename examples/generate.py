@@ -67,8 +67,8 @@ def cached_values(model: Any, batch: Any) -> int:
     cache = model(**batch, use_cache=True).past_key_values
     if hasattr(cache, "layers"):
         tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
-    else:  # before transformers 4.54
-        tensors = [*cache.key_cache, *cache.value_cache]
+    else:  # before transformers 4.54; pairs of keys and values, whatever has them
+        tensors = [tensor for layer in cache for tensor in layer]
     return sum(tensor.numel() for tensor in tensors) // batch.input_ids.shape[1]
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.dynamic_module_utils import get_relative_import_files
 
+from .bundle import bundle
 from .checkpoint import Checkpoint
 from .executor import BlockLoss, SiteLoss
 from .hub import load_config
@@ -23,8 +23,8 @@ from .skeleton import Skeleton
 from .writer import TOKENIZER_FILES, Writer
 
 KEPT = "kept"
-# What a result brings along that needs a class of its own: its family's file of `llm_snp.modeling` under this name,
-# and what that imports.
+# What a result brings along that needs a class of its own: its family's file of `llm_snp.modeling`, with what that
+# imports, under this name.
 MODELING = "modeling_snp.py"
 
 
@@ -127,9 +127,7 @@ def write_rest(writer: Writer, job: Job, skeleton: Skeleton, plan: Plan, tokeniz
             "AutoModel": f"{module}.{family.pruned_class.base_class.__name__}",
             "AutoModelForCausalLM": f"{module}.{family.pruned_class.__name__}",
         }
-        writer.text(MODELING, source.read_text(encoding="utf-8"))
-        for name in get_relative_import_files(source):
-            writer.copy(Path(name))
+        writer.text(MODELING, bundle(source))
     writer.text("config.json", result.to_json_string())
     writer.copy(job.directory, TOKENIZER_FILES)
     writer.index()

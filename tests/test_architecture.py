@@ -130,7 +130,7 @@ def test_only_families_and_registration_know_a_family() -> None:
 
 # From the bottom to the top; a module may import what is to its left, and what is in its own group.
 LAYERS: list[set[str]] = [
-    {"errors", "version", "progress", "allocator", "device", *MODELING},
+    {"errors", "version", "progress", "allocator", "device", "bundle", *MODELING},
     {*FAMILY_FILES},
     set(CORE),
     {"config", "registration"},

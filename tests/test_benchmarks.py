@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from conftest import load
 from transformers import OPTConfig, OPTForCausalLM
 
@@ -182,9 +183,11 @@ def test_every_row_runs(place: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert not [r["error"] for r in data["results"] if "error" in r]
     assert {corpus["windows"] for corpus in data["corpora"].values()} == {3}
     # Rows with equal choices are measured once.
-    assert len(data["results"]) == len({json.dumps(row.choices) for row in quality.all_rows()})
+    rows = [row for row in quality.all_rows() if row.choices["attention"] != "queries"]  # which an OPT does not have
+    assert len(rows) == len(quality.all_rows()) - 1
+    assert len(data["results"]) == len({json.dumps(row.choices) for row in rows})
     lines = [line.strip() for line in out.splitlines()]
-    assert all(any(line.startswith(row.name) for line in lines) for row in quality.all_rows())
+    assert all(any(line.startswith(row.name) for line in lines) for row in rows)
     assert "30 %: " in lines[-2] or "30 %: " in lines[-1]
     assert "times as long" in lines[-1]
     assert image.read_bytes().startswith(b"\x89PNG")
@@ -320,7 +323,8 @@ def test_memory_compares_the_dry_run_with_a_real_one(
 def test_a_checkpoint_of_a_shape_is_one_that_transformers_loads(tmp_path: Path) -> None:
     shape = shapes.Shape(2, 32, 128, 4, 2048, 64)
     shapes.make_checkpoint(tmp_path, shape, torch.bfloat16)
-    model, info = OPTForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    stored = {"dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype": "auto"}
+    model, info = OPTForCausalLM.from_pretrained(tmp_path, output_loading_info=True, **stored)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert model.config.ffn_dim == 128
     assert model.dtype == torch.bfloat16

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import copy
+import inspect
 import json
 import shutil
 from collections.abc import Sequence
@@ -20,6 +22,7 @@ from tiny_models import BLOCKS, KNOWN, MODELS, save_tiny, tiny_config, tiny_mode
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 
+from llm_snp.bundle import bundle
 from llm_snp.checkpoint import Checkpoint
 from llm_snp.config import PruneConfig
 from llm_snp.core.subspace import one_of_each
@@ -264,6 +267,20 @@ def test_slicing_directions_equals_masking(name: str, ids: torch.Tensor) -> None
 
 
 @every
+def test_what_travels_is_one_file_that_imports_no_neighbour(name: str) -> None:
+    family = family_of(tiny_config(name))
+    source = Path(inspect.getfile(family.pruned_class))
+    text = bundle(source)
+    tree = ast.parse(text)
+    assert ast.get_docstring(tree) == ast.get_docstring(ast.parse(source.read_text()))
+    assert all(node.level == 0 for node in ast.walk(tree) if isinstance(node, ast.ImportFrom))
+    defined = [node.name for node in tree.body if isinstance(node, (ast.ClassDef, ast.FunctionDef))]
+    assert len(defined) == len(set(defined))
+    assert {"Narrowed", family.pruned_class.__name__} <= set(defined)
+    assert text.count("from __future__") == 1
+
+
+@every
 def test_streaming_equals_the_whole_model(name: str, checkpoints: dict[str, Path], ids: torch.Tensor) -> None:
     directory = checkpoints[name]
     config = load_config(directory)
@@ -300,12 +317,13 @@ def hidden_states(model: Any, ids: torch.Tensor) -> torch.Tensor:
 def test_pruned_and_loaded_where_llm_snp_is_not(
     name: str, mode: str, checkpoints: dict[str, Path], prune: Prune, tmp_path: Path, ids: torch.Tensor
 ) -> None:
-    report = prune(checkpoints[name], tmp_path / "out", 0.3, attention=mode)
+    output = tmp_path / "out-1.3b"  # with a dot, which module names cannot have
+    report = prune(checkpoints[name], output, 0.3, attention=mode)
     assert report["sparsity"]["achieved"] == pytest.approx(0.3, abs=0.02)
     assert len({str(kept) for kept in report["plan"]["kept"]}) > 1
-    found = elsewhere(tmp_path / "out", tmp_path, ids)
-    whole = load(tmp_path / "out")
-    headless = AutoModel.from_pretrained(tmp_path / "out").float().eval()
+    found = elsewhere(output, tmp_path, ids)
+    whole = load(output)
+    headless = AutoModel.from_pretrained(output).float().eval()
     states = [hidden_states(model, ids) for model in (load(checkpoints[name]), whole)]
     if torch.equal(states[0], hidden_states(AutoModel.from_pretrained(checkpoints[name]).float().eval(), ids)):
         assert torch.equal(states[1], hidden_states(headless, ids))  # in 4.56 not even the stock Gemma 3 does this

@@ -1,7 +1,7 @@
 """A stock model whose decoder blocks are narrowed, each to widths of its own.
 
 The forward pass is the stock one: the stock model is built, its linear layers are cut, and the weights are loaded.
-A copy of this file lies beside the weights of a pruned checkpoint: it imports torch and transformers only.
+A pruned checkpoint carries a copy of this: it imports torch and transformers only.
 """
 
 from __future__ import annotations

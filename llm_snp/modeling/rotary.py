@@ -3,7 +3,7 @@
 Stock attention layers have one width for query, key and value, turn all pairs of a head, and have as many query heads
 for each key/value head. Where some were lost, `NarrowHeads` has a width of its own for the values, a table of the pairs
 that each key/value head still has, and one of the key/value head that each query head reads.
-A copy of this file lies beside the weights of a pruned checkpoint: it imports torch and transformers only.
+A pruned checkpoint carries a copy of this: it imports torch and transformers only.
 """
 
 from __future__ import annotations
