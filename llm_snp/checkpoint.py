@@ -27,6 +27,7 @@ LISTED = 5  # at most so many keys are named in an error
 WEIGHT_TYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 # Of tables of numbers that a model keeps beside its weights; no quantised weight is stored in it.
 TABLE_TYPE = torch.int64
+TYPES = WEIGHT_TYPES | {"I64": TABLE_TYPE}
 ZIP_START = b"PK\x03\x04"
 
 
@@ -201,11 +202,13 @@ class Checkpoint:
             )
         for name in present - set(expected):
             del self._where[name]
-        weights = set(expected) - set(tables)
+        tables = set(tables)
         for name, shape in expected.items():
-            if name in present and name in weights and self._facts[name][1] == TABLE_TYPE:
+            if name not in present:
+                continue
+            if self._facts[name][1] == TABLE_TYPE and name not in tables:
                 self._checked(name, TABLE_TYPE)
-            if name in present and self.shape(name) != tuple(shape):
+            if self.shape(name) != tuple(shape):
                 raise CheckpointError(
                     f"{name} in {self.directory} has shape {self.shape(name)}, but config.json implies {tuple(shape)}"
                 )
@@ -250,8 +253,7 @@ def _facts(handle: Any, key: str) -> tuple[tuple[int, ...], Any]:
     if isinstance(handle, dict):
         return tuple(handle[key].shape), handle[key].dtype
     found = handle.get_slice(key)
-    types = WEIGHT_TYPES | {"I64": TABLE_TYPE}
-    return tuple(found.get_shape()), types.get(found.get_dtype(), found.get_dtype())
+    return tuple(found.get_shape()), TYPES.get(found.get_dtype(), found.get_dtype())
 
 
 def _tensors(names: list[str]) -> str:

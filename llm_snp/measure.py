@@ -15,6 +15,7 @@ from torch import Tensor
 from .calibrate import block_moments
 from .config import PruneConfig
 from .core.allocation import SiteCurve
+from .core.linalg import tail_sums
 from .core.moments import Moments
 from .core.repair import subspace_of_units
 from .core.scores import FreeScores, RotaryPairs
@@ -212,7 +213,7 @@ def _direction_curves(
             assert scores is not None
             assert score_costs is not None
             # Power is a query's variance times a key's; its root is what the variances of other sites compare with.
-            variance = torch.cat([scores.power.sqrt(), scores.power.new_zeros(1)]).flip(0).cumsum(0).flip(0)
+            variance = tail_sums(scores.power.sqrt())
             variance /= variance[0].clamp_min(torch.finfo(variance.dtype).tiny)
             found.append(_with_curves(curve, variance, score_costs, total, options))
             continue

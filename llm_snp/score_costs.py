@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .core.heads import transform_rows
+from .core.linalg import tail_sums
 from .core.scores import FreeScores, RotaryPairs
 from .families import Attention, Site, linear
 from .processes import Processes
@@ -65,7 +66,7 @@ def score_costs(
     weight (d, m): of the consumer; g: sensitivity (d, d) or None.
     """
     units = attention.score_units
-    tail = torch.cat([scores.power, scores.power.new_zeros(1)]).flip(0).cumsum(0).flip(0)
+    tail = tail_sums(scores.power)
     ranks = sorted({max(1, units * j // SCORE_PARTS) for j in range(1, SCORE_PARTS)})
     first = weight.new_zeros(len(ranks), weight.shape[0])
     second = weight.new_zeros(len(ranks))

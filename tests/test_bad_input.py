@@ -217,6 +217,7 @@ FC1 = "model.decoder.layers.1.fc1.weight"
         (lambda t: t[FC1][0].fill_(torch.nan), [f"{FC1} in model.safetensors has 32 entries that are NaN or inf"]),
         (lambda t: t[FC1][0, :3].fill_(torch.inf), ["has 3 entries that are NaN or infinite; the file is damaged"]),
         (lambda t: t.update({FC1: t[FC1].to(torch.int8)}), [f"{FC1} in ", "has type int8, expected one of float16"]),
+        (lambda t: t.update({FC1: t[FC1].to(torch.int64)}), [f"{FC1} in ", "has type int64, expected one of float16"]),
         (lambda t: t.update({FC1: t[FC1].to(torch.float8_e4m3fn)}), ["has type float8_e4m3fn, expected one of"]),
         (lambda t: t.clear(), ["has weight files (model.safetensors), but no tensor in them"]),
         (

@@ -31,6 +31,11 @@ def strips(rows: int, height: int | None = None) -> Iterator[slice]:
         yield slice(start, min(start + height, rows))
 
 
+def tail_sums(values: Tensor) -> Tensor:
+    """(u+1,): entry k is the sum of values (u,) from k on."""
+    return torch.cat([values, values.new_zeros(1)]).flip(0).cumsum(0).flip(0)
+
+
 def mirror_lower(matrix: Tensor) -> None:
     """Make matrix (m, m) symmetric in place by its lower triangle."""
     for rows in strips(matrix.shape[0]):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .linalg import ROWS, damped_cholesky, strips
+from .linalg import ROWS, damped_cholesky, strips, tail_sums
 from .stopwatch import timed
 
 
@@ -38,13 +38,12 @@ class Subspace:
     def loss_curve(self) -> Tensor:
         """(u+1,): entry k is the (damped) output energy lost when the first k units are kept and refitted."""
         assert self.energy is not None
-        tail = torch.cat([self.energy, self.energy.new_zeros(1)])
-        return tail.flip(0).cumsum(0).flip(0)
+        return tail_sums(self.energy)
 
     @property
     def variance_curve(self) -> Tensor:
         """(u+1,): entry k is Σ_{i>k} tr D_i as a share of Σ tr D_i, the quantity that τ cuts."""
-        tail = torch.cat([self.variance, self.variance.new_zeros(1)]).flip(0).cumsum(0).flip(0)
+        tail = tail_sums(self.variance)
         return tail / tail[0].clamp_min(torch.finfo(tail.dtype).tiny)
 
 

@@ -20,14 +20,12 @@ def head_width(config: Any) -> int:
 
 def grouped_heads(config: Any, output: str, stream: str | None) -> Site:
     """Key/value heads with the query heads that read them; query heads, if they all read a single one."""
-    width, consumer = head_width(config), f"self_attn.{output}"
-    query, key, value = (f"self_attn.{name}_proj" for name in "qkv")
-    heads, all_queries = config.num_key_value_heads, config.num_attention_heads
-    if heads == 1:
-        rows: tuple[Rows, ...] = (Rows(query, width),)
-        return Site(ATTENTION, "heads", all_queries, width, rows, consumer, stream, shared=(key, value))
-    rows = (Rows(query, all_queries // heads * width), Rows(key, width), Rows(value, width))
-    return Site(ATTENTION, "heads", heads, all_queries // heads * width, rows, consumer, stream)
+    of, consumer = rotary(config), f"self_attn.{output}"
+    if of.heads == 1:
+        rows, shared = (Rows(of.query.layer, of.head_dim),), (of.key.layer, of.value.layer)
+        return Site(ATTENTION, "heads", of.queries, of.head_dim, rows, consumer, stream, shared=shared)
+    parts = (of.query, of.key, of.value)
+    return Site(ATTENTION, "heads", of.heads, of.queries * of.head_dim, parts, consumer, stream)
 
 
 def partly_rotary(config: Any) -> bool:

@@ -40,8 +40,8 @@ class Site:
     """One consumer with its producers; module names are relative to the decoder block.
 
     name         `attention` or `mlp`
-    unit         what is counted: `heads` or `neurons`. With grouped queries a head is a key/value head with the query
-                 heads that read it
+    unit         what is counted: `heads`, `queries` or `neurons`. With grouped queries a head is a key/value head with
+                 the query heads that read it, and these alone are `queries`
     units        how many there are in the dense model
     group        g, columns of the consumer per unit
     producers    the rows that make the units; consumer: the linear layer that reads them

@@ -38,17 +38,10 @@ class SnpPhi3Attention(NarrowHeads, Phi3Attention):  # type: ignore[misc]
         return {"sliding_window": getattr(self.config, "sliding_window", None)}
 
 
-def narrow_phi3_block(
-    block: Any,
-    heads: int,
-    neurons: int,
-    values: int | None = None,
-    pairs: int | None = None,
-    queries: int | None = None,
-) -> None:
-    """Narrow a `Phi3DecoderLayer` in place, whose projections are fused."""
+def narrow_phi3_block(block: Any, heads: int, neurons: int, **left: int) -> None:
+    """Narrow a `Phi3DecoderLayer` in place, whose projections are fused; left: of its heads, as in `rotary.lose`."""
     attention = block.self_attn
-    queries, scores, values = lose(attention, SnpPhi3Attention, attention.head_dim, heads, values, pairs, queries)
+    queries, scores, values = lose(attention, SnpPhi3Attention, attention.head_dim, heads, **left)
     narrow_layer(attention.qkv_proj, rows=(queries + heads) * scores + heads * values)
     narrow_layer(attention.o_proj, columns=queries * values)
     # It splits the fused projection by these.

@@ -147,7 +147,7 @@ def lose(
     narrowed: type[NarrowHeads],
     width: int,
     heads: int,
-    values: int | None,
+    values: int | None = None,
     pairs: int | None = None,
     queries: int | None = None,
 ) -> tuple[int, int, int]:
@@ -180,23 +180,16 @@ def lose(
     return queries, 2 * pairs if fewer_pairs else width, values
 
 
-def narrow_grouped(
-    attention: Any,
-    narrowed: type[NarrowHeads],
-    heads: int,
-    values: int | None = None,
-    pairs: int | None = None,
-    queries: int | None = None,
-) -> None:
+def narrow_grouped(attention: Any, narrowed: type[NarrowHeads], heads: int, **left: int) -> None:
     """Narrow an attention with q, k and v projections to `heads` key/value heads with the query heads that read them.
 
-    One with a single key/value head keeps that, and `heads` query heads. values, pairs, queries: as in `lose`.
+    One with a single key/value head keeps that, and `heads` query heads. left: what is left of the heads, as in `lose`.
     `scaling` and `head_dim` stay those of the dense model.
     """
     width, keys = attention.head_dim, heads
     if attention.k_proj.out_features == width:
         keys, attention.num_key_value_groups = 1, heads
-    queries, scores, values = lose(attention, narrowed, width, keys, values, pairs, queries)
+    queries, scores, values = lose(attention, narrowed, width, keys, **left)
     narrow_layer(attention.q_proj, rows=queries * scores)
     narrow_layer(attention.k_proj, rows=keys * scores)
     narrow_layer(attention.v_proj, rows=keys * values)
