@@ -28,10 +28,10 @@ from shapes import SHAPES, make_checkpoint, make_config, make_text, run_options
 from llm_snp.cli import BAD_INPUT
 from llm_snp.core.allocation import ALLOCATIONS
 from llm_snp.errors import SnpError
-from llm_snp.preview import preview
+from llm_snp.running.preview import preview
 
 # What a process that has only imported everything takes is measured, too: the estimate is without it.
-IMPORTS = "import llm_snp.run; from llm_snp.report import peak_host_bytes; print(peak_host_bytes())"
+IMPORTS = "import llm_snp.running.run; from llm_snp.documents.report import peak_host_bytes; print(peak_host_bytes())"
 
 
 def estimated(name: str, args: argparse.Namespace, folder: Path, device: str) -> dict[str, Any]:

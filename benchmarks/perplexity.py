@@ -28,17 +28,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from llm_snp import SnpError
-from llm_snp.checkpoint import Checkpoint
 from llm_snp.cli import BAD_INPUT, INTERRUPTED
 from llm_snp.config import DTYPES, PruneConfig
-from llm_snp.data import evaluation_windows
-from llm_snp.device import device_facts, resolve_device, resolve_dtype
+from llm_snp.dense.checkpoint import Checkpoint
+from llm_snp.dense.data import evaluation_windows
+from llm_snp.dense.hub import config_dtype, load_tokenizer, locate
+from llm_snp.documents.report import versions
 from llm_snp.errors import CheckpointError, OutputError
 from llm_snp.evaluation.perplexity import perplexity_loaded
-from llm_snp.hub import config_dtype, load_tokenizer, locate
-from llm_snp.job import window_length
-from llm_snp.progress import Progress
-from llm_snp.report import versions
+from llm_snp.pruning.job import window_length
+from llm_snp.system.device import device_facts, resolve_device, resolve_dtype
+from llm_snp.system.progress import Progress
 
 REASON = 200  # characters at most that an error quotes
 

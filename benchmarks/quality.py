@@ -35,26 +35,26 @@ from transformers.utils import logging
 
 import llm_snp
 from llm_snp import SnpError
-from llm_snp.checkpoint import Checkpoint
 from llm_snp.cli import BAD_INPUT, INTERRUPTED
 from llm_snp.config import DTYPES, METHODS, PruneConfig
 from llm_snp.core.orders import ORDERS
-from llm_snp.data import Windows, calibration_windows, evaluation_windows
-from llm_snp.device import device_facts, resolve_device, resolve_dtype
+from llm_snp.dense.checkpoint import Checkpoint
+from llm_snp.dense.data import Windows, calibration_windows, evaluation_windows
+from llm_snp.dense.hub import config_dtype, load_config, load_tokenizer, locate
+from llm_snp.dense.skeleton import Skeleton
+from llm_snp.dense.storage import Storage
 from llm_snp.errors import NumericalError, OptionError
 from llm_snp.evaluation.perplexity import perplexity_streamed
-from llm_snp.executor import decide, prune_blocks
 from llm_snp.families import family_of
-from llm_snp.hub import config_dtype, load_config, load_tokenizer, locate
-from llm_snp.job import fit_for_heads, window_length
-from llm_snp.journal import Journal
-from llm_snp.plan import check_order
-from llm_snp.processes import Processes
-from llm_snp.progress import Progress
-from llm_snp.session import Session
-from llm_snp.skeleton import Skeleton
-from llm_snp.storage import Storage
-from llm_snp.writer import Writer
+from llm_snp.pruning.executor import decide, prune_blocks
+from llm_snp.pruning.job import fit_for_heads, window_length
+from llm_snp.pruning.plan import check_order
+from llm_snp.pruning.session import Session
+from llm_snp.result.writer import Writer
+from llm_snp.system.device import device_facts, resolve_device, resolve_dtype
+from llm_snp.system.journal import Journal
+from llm_snp.system.processes import Processes
+from llm_snp.system.progress import Progress
 
 Options = dict[str, Any]
 

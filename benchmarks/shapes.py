@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from transformers import OPTConfig
 
 from llm_snp.config import PruneConfig
-from llm_snp.hub import EMBEDDED
-from llm_snp.skeleton import empty_model
+from llm_snp.dense.hub import EMBEDDED
+from llm_snp.dense.skeleton import empty_model
 
 WORDS = 4000
 

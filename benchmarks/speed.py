@@ -30,10 +30,10 @@ from llm_snp.cli import BAD_INPUT
 from llm_snp.config import DTYPES, METHODS, PruneConfig
 from llm_snp.core.allocation import ALLOCATIONS
 from llm_snp.core.stopwatch import Stopwatch
-from llm_snp.device import device_facts
 from llm_snp.errors import SnpError
-from llm_snp.preview import preview
-from llm_snp.run import run
+from llm_snp.running.preview import preview
+from llm_snp.running.run import run
+from llm_snp.system.device import device_facts
 
 # Sides of the matrices whose product gives the rate.
 SIDE = {"cpu": 2048, "cuda": 8192}

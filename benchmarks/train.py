@@ -22,9 +22,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from llm_snp.cli import BAD_INPUT
-from llm_snp.data import documents
+from llm_snp.dense.data import documents
+from llm_snp.dense.hub import EMBEDDED
 from llm_snp.errors import CorpusError, SnpError
-from llm_snp.hub import EMBEDDED
 
 LENGTH = 256
 # About a million parameters each.

@@ -16,7 +16,7 @@ from .version import __version__
 __all__ = ["SnpError", "__version__", "prune"]
 
 from .errors import SnpError
-from .registration import register_auto_classes
+from .families.registration import register_auto_classes
 
 register_auto_classes()
 
@@ -28,6 +28,6 @@ def prune(model: str | None = None, sparsity: float = 0.3, **options: Any) -> di
     parameters to remove. Returns the report, the same as `report.json` in the output directory. Raises `SnpError`.
     """
     from .config import PruneConfig
-    from .run import run
+    from .running.run import run
 
     return run(PruneConfig(model=model, sparsity=sparsity, **options))

@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from . import __version__
 from .errors import OptionError, SnpError
-from .processes import name_of_process
+from .system.processes import name_of_process
 
 BAD_INPUT = 2
 INTERRUPTED = 130

@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
 from llm_snp.cli import main
 from llm_snp.config import PruneConfig
-from llm_snp.hub import EMBEDDED
-from llm_snp.run import run
+from llm_snp.dense.hub import EMBEDDED
+from llm_snp.running.run import run
 
 HIDDEN, HEADS, BLOCKS, NEURONS, POSITIONS, VOCABULARY = 32, 4, 3, 64, 64, 2048
 LENGTH = 32  # tokens per window
@@ -45,8 +45,8 @@ def documents(request: pytest.FixtureRequest) -> Iterator[None]:
     marked = any(mark.name == "documents" for mark in request.node.iter_markers())
     with pytest.MonkeyPatch.context() as patch:
         if not marked:
-            patch.setattr("llm_snp.documents.write_plots", lambda report, directory: [])
-            patch.setattr("llm_snp.documents.html_page", lambda report: "")
+            patch.setattr("llm_snp.documents.writing.write_plots", lambda report, directory: [])
+            patch.setattr("llm_snp.documents.writing.html_page", lambda report: "")
         yield
 
 

@@ -62,8 +62,8 @@ def foreign(name: str) -> set[str]:
 
 
 def test_the_reader_of_imports_reads_them() -> None:
-    assert {"core/moments", "families/__init__", "errors"} <= own("calibrate")
-    assert "__init__" in own("report")
+    assert {"core/moments", "families/__init__", "errors"} <= own("pruning/calibrate")
+    assert "version" in own("documents/report")
     assert "torch" in foreign("core/moments")
 
 
@@ -84,20 +84,20 @@ def test_errors_need_nothing() -> None:
 
 
 def test_the_card_reads_only_the_report() -> None:
-    assert own("card") == set()
-    assert foreign("card") <= {"huggingface_hub"}
+    assert own("documents/card") == set()
+    assert foreign("documents/card") <= {"huggingface_hub"}
 
 
 @pytest.mark.parametrize("name", FAMILY_FILES)
 def test_a_family_is_a_short_file(name: str) -> None:
-    if name in ("families/__init__", *VOCABULARY):
+    if name in ("families/__init__", "families/registration", *VOCABULARY):
         return
     assert len(MODULES[name].read_text().splitlines()) < 60
     assert own(name) <= {*VOCABULARY, "errors", name.replace("families/", "modeling/")}
 
 
 def test_what_people_read_is_made_from_the_report_only() -> None:
-    tree = ast.parse(MODULES["report"].read_text())
+    tree = ast.parse(MODULES["documents/report"].read_text())
     functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
     allowed = {*functions, *dir(__builtins__), "Any", "Path", "Report", "harness_rows", "speed_table"}
     for name in ("summary", "block_line", "relative_error"):
@@ -109,63 +109,83 @@ def test_what_people_read_is_made_from_the_report_only() -> None:
 
 
 def test_the_executor_names_no_family_and_no_criterion() -> None:
-    source = MODULES["executor"].read_text().lower()
+    source = MODULES["pruning/executor"].read_text().lower()
     names = {*FAMILIES, *ORDERS, *ALLOCATIONS, *METHODS, *ATTENTION_MODES, "llama", "q_proj", "fc1", "fc2"}
     # `dims`, `heads`, `queries` and `both` are units and modes that every family has; variance and loss are words.
     names -= {"dims", "heads", "queries", "both", "none", "loss", "variance", "random", "energy", "best", "uniform"}
     assert {"opt", "zca", "greedy"} <= names
     for name in names:
         assert not re.search(rf"(?<![a-z]){re.escape(name)}(?![a-z])", source), name
-    assert not any(module.startswith("core/orders") or module == "families/opt" for module in own("executor"))
+    assert not any(module.startswith("core/orders") or module == "families/opt" for module in own("pruning/executor"))
 
 
-def test_only_families_and_registration_know_a_family() -> None:
+def test_only_families_know_a_family() -> None:
     for name in MODULES:
         if name.startswith(("families/", "modeling/")):
             continue
-        assert not own(name) & {*FAMILY_FILES} - {"families/__init__"}, name
+        assert not own(name) & {*FAMILY_FILES} - {"families/__init__", "families/registration"}, name
         assert not own(name) & {*MODELING}, name
         assert not re.search(r"\b(OPTConfig|OPTForCausalLM|q_proj|k_proj|v_proj|fc1|fc2)\b", code(name)), name
 
 
-# From the bottom to the top; a module may import what is to its left, and what is in its own group.
-LAYERS: list[set[str]] = [
-    {"errors", "version", "progress", "allocator", "device", "bundle", *MODELING},
-    {*FAMILY_FILES},
-    set(CORE),
-    {"config", "registration"},
-    {"__init__"},
-    {"files", "processes"},
-    {"checkpoint", "data", "hub", "storage", "journal"},
-    {"writer", "workspace"},
-    {"skeleton", "stream", "session"},
-    {"plan", "prune_site", "prune_heads", "calibrate", "sensitivity", "score_costs", "measure", "estimate"},
-    {"executor"},
-    {"job", "text"},
-    {"evaluation/__init__", "evaluation/perplexity", "evaluation/clock", "evaluation/widths", "evaluation/speed"},
-    {"evaluation/speed_table", "evaluation/harness_tasks", "evaluation/harness"},
-    {"report", "result", "preview", "resume"},
-    {"card", "comparison", "drawing", "plots", "page_template", "page", "documents"},
-    {"publish", "afterwards"},
-    {"run"},
-    {"commands/__init__", "commands/prune", "commands/push", "commands/report", "commands/bench"},
-    {"cli"},
-    {"__main__"},
-]
+# From the bottom to the top: the way of the data, from the dense checkpoint to what people read about the smaller one.
+# A room may import the rooms named beside it, itself, and `errors`.
+ROOMS: dict[str, set[str]] = {
+    "system": set(),
+    "core": set(),
+    "modeling": set(),
+    "families": {"modeling"},
+    "dense": {"families", "core", "system"},
+    "pruning": {"dense", "families", "core", "system"},
+    "evaluation": {"pruning", "dense", "families", "core", "system"},
+    "documents": {"evaluation", "pruning", "dense", "families", "core", "system"},
+    "result": {"documents", "evaluation", "pruning", "dense", "families", "core", "system"},
+    "running": {"result", "documents", "evaluation", "pruning", "dense", "families", "core", "system"},
+    "commands": {"running", "result", "documents", "evaluation", "pruning", "dense", "families", "core", "system"},
+}
+# Beside the rooms, and who may import them.
+DOOR = {"__init__", "__main__", "cli", "config", "errors", "version"}
+OPTIONS = {"dense", "pruning", "evaluation", "documents", "result", "running", "commands"}
+VERSION = {"documents", "result", "running"}
 
 
-def test_imports_point_one_way() -> None:
-    level = {name: i for i, layer in enumerate(LAYERS) for name in layer}
-    assert set(MODULES) == set(level), "put new modules into LAYERS"
-    # `llm_snp.prune` imports the run when it is called.
-    late = {("__init__", "config"), ("__init__", "run")}
+def room_of(name: str) -> str:
+    return name.split("/")[0]
+
+
+def test_every_module_has_a_room() -> None:
+    assert {name for name in MODULES if "/" not in name} == DOOR
+    assert {room_of(name) for name in MODULES} == {*ROOMS, *DOOR}
+    for room in ROOMS:
+        docstring = ast.get_docstring(ast.parse(MODULES[f"{room}/__init__"].read_text()))
+        assert docstring, f"{room} does not say what belongs there"
+
+
+def test_imports_point_downwards() -> None:
+    order = list(ROOMS)
+    for room, below in ROOMS.items():
+        assert all(order.index(other) < order.index(room) for other in below), room
+    allowed = {room: {room, "errors", *below} for room, below in ROOMS.items()}
+    for room in OPTIONS:
+        allowed[room].add("config")
+    for room in VERSION:
+        allowed[room].add("version")
+    allowed |= {
+        "errors": set(),
+        "version": set(),
+        "config": {"core", "errors"},
+        # `llm_snp.prune` imports the run when it is called.
+        "__init__": {"errors", "version", "families", "config", "running"},
+        "cli": {"__init__", "errors", "system"},
+        "__main__": {"cli"},
+    }
     for name in MODULES:
         for module in own(name):
-            assert (name, module) in late or level[module] <= level[name], f"{name} imports {module}"
+            assert room_of(module) in allowed[room_of(name)], f"{name} imports {module}"
 
 
 def test_no_circles() -> None:
-    graph = {name: own(name) - ({"config", "run"} if name == "__init__" else set()) for name in MODULES}
+    graph = {name: own(name) - ({"config", "running/run"} if name == "__init__" else set()) for name in MODULES}
     while True:
         leaves = {name for name, needs in graph.items() if not needs}
         if not leaves:

@@ -39,11 +39,11 @@ from pyarrow import parquet
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-import llm_snp.files
-from llm_snp.data import calibration_windows
-from llm_snp.hub import SAFETENSORS, load_tokenizer
-from llm_snp.workspace import JOURNAL
-from llm_snp.writer import Writer
+import llm_snp.system.files
+from llm_snp.dense.data import calibration_windows
+from llm_snp.dense.hub import SAFETENSORS, load_tokenizer
+from llm_snp.result.writer import Writer
+from llm_snp.system.workspace import JOURNAL
 
 # Options
 
@@ -626,7 +626,7 @@ def second_shard_fails(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseExcepti
     """Make writing the second shard of every run fail."""
 
     def install(error: BaseException) -> None:
-        whole, count = llm_snp.files.save_file, 0
+        whole, count = llm_snp.system.files.save_file, 0
 
         def save_file(tensors: Any, path: Any, metadata: Any) -> None:
             nonlocal count
@@ -636,7 +636,7 @@ def second_shard_fails(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseExcepti
                 raise error
             whole(tensors, path, metadata=metadata)
 
-        monkeypatch.setattr(llm_snp.files, "save_file", save_file)
+        monkeypatch.setattr(llm_snp.system.files, "save_file", save_file)
 
     return install
 
@@ -731,7 +731,7 @@ def test_a_disk_that_is_really_full(shell: Shell, dense: Path, small_disk: Path)
     message = shell.refused(dense, "--output", small_disk / "out", "--sparsity", "0.5")
     assert message.startswith("the result needs up to ")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("llm_snp.run.check_space", lambda *a: None)
+        patch.setattr("llm_snp.running.run.check_space", lambda *a: None)
         code, _, message = shell.prune(dense, "--output", small_disk / "out", "--sparsity", "0.5")
     assert code == 2
     assert "cannot be written: the disk is full" in message
@@ -754,7 +754,7 @@ def test_interrupted(shell: Shell, dense: Path, second_shard_fails: Any, existin
 
 
 def test_interrupted_before_anything_is_finished(shell: Shell, dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llm_snp.run.decide", raising(KeyboardInterrupt()))
+    monkeypatch.setattr("llm_snp.running.run.decide", raising(KeyboardInterrupt()))
     code, _, err = shell.prune(dense)
     assert (code, err) == (130, "llm_snp: interrupted; nothing was left behind\n")
     assert not list(shell.directory.iterdir())
@@ -804,7 +804,7 @@ def test_neurons_that_never_change_cost_nothing(
 ) -> None:
     dense = with_neurons(change, tmp_path / "dense")
     monkeypatch.setattr(
-        "llm_snp.plan.allocate", lambda by, curves, _: [c.units - 10 * (c.unit == "neurons") for c in curves]
+        "llm_snp.pruning.plan.allocate", lambda by, curves, _: [c.units - 10 * (c.unit == "neurons") for c in curves]
     )
     choices = {"order": order, "allocation": "uniform", "attention": "heads", "target": "self", "damping": damping}
     report = prune(dense, tmp_path / "out", **choices)

@@ -18,7 +18,7 @@ from conftest import load
 from transformers import OPTConfig, OPTForCausalLM
 
 import llm_snp
-from llm_snp.hub import EMBEDDED
+from llm_snp.dense.hub import EMBEDDED
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))

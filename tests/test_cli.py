@@ -17,7 +17,7 @@ import llm_snp
 from llm_snp import cli
 from llm_snp.commands import prune
 from llm_snp.config import METHODS, PruneConfig
-from llm_snp.report import command_line
+from llm_snp.documents.report import command_line
 
 
 def test_help_lists_every_option(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,8 +14,8 @@ import pytest
 from conftest import copy_tokenizer, paragraphs, save, tiny_opt
 from hub_server import USER, HubServer
 
-from llm_snp import data
 from llm_snp.cli import main
+from llm_snp.dense import data
 from llm_snp.families import FAMILIES, FILES
 
 ROOT = Path(__file__).parent.parent

@@ -1,1 +1,4 @@
-"""What `python -m llm_snp` can do: one module per command, found by its name."""
+"""What can be typed after `python -m llm_snp`: one module per command, found by its name.
+
+May import every other room.
+"""

@@ -10,13 +10,13 @@ from typing import Any
 from tqdm import tqdm
 
 from ..config import DEVICES, DTYPES
-from ..device import resolve_device, resolve_dtype
-from ..documents import read_report, write_documents
+from ..dense.hub import EMBEDDED, config_dtype, load_config, locate
+from ..documents.writing import read_report, write_documents
 from ..errors import OptionError, SnpError, choose
 from ..evaluation.speed import NEW, PROMPT, RUNS, SpeedProgress, measure_speed, positions
 from ..evaluation.speed_table import speed_table
-from ..hub import EMBEDDED, config_dtype, load_config, locate
-from ..workspace import is_result
+from ..system.device import resolve_device, resolve_dtype
+from ..system.workspace import is_result
 
 HELP = "time a pruned model beside the dense one, and count their memory"
 

@@ -6,12 +6,12 @@ import argparse
 import dataclasses
 from typing import Any
 
-from ..allocator import give_back_freed_memory
 from ..config import PruneConfig
-from ..preview import preview, preview_text
-from ..processes import name_of_process
-from ..report import summary
-from ..run import run
+from ..documents.report import summary
+from ..running.preview import preview, preview_text
+from ..running.run import run
+from ..system.allocator import give_back_freed_memory
+from ..system.processes import name_of_process
 
 HELP = "prune a language model in one shot and write the smaller one as a Hugging Face checkpoint"
 TYPES = {"sparsity": float, "samples": int, "sequence_length": int, "seed": int, "round_to": int}

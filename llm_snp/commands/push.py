@@ -21,7 +21,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    from ..publish import push
+    from ..result.publish import push
 
     url = push(args.directory, args.repo, args.private, args.overwrite, args.message)
     trust = ", trust_remote_code=True" if any(args.directory.glob("modeling_*.py")) else ""

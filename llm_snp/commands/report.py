@@ -17,10 +17,10 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Write the documents, print their paths and what the run came to. Raises `SnpError` if DIR is no result."""
-    from ..documents import CARD, read_report, write_documents
-    from ..files import write_text
-    from ..page import html_page
-    from ..report import summary
+    from ..documents.page import html_page
+    from ..documents.report import summary
+    from ..documents.writing import CARD, read_report, write_documents
+    from ..system.files import write_text
 
     report = read_report(args.directory)
     if args.output is not None:

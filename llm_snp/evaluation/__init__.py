@@ -1,1 +1,4 @@
-"""What is left of a model: perplexity, of a checkpoint streamed block by block or of a loaded model."""
+"""What is left of a model: perplexity (streamed or loaded), speed, tasks of lm-evaluation-harness.
+
+May import pruning and what is below it.
+"""

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
+from ..dense.hub import load_tokenizer
 from ..errors import CheckpointError, DeviceMemoryError, NumericalError, OptionError, SnpError
-from ..hub import load_tokenizer
 from .harness_tasks import PREFIX, find_tasks, reason
 
 # Draws for standard errors without a formula, of perplexities, say: 2 % exact. The harness's 100,000 take minutes.

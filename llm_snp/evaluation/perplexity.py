@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.linalg import strips
-from ..data import Windows
+from ..dense.data import Windows
+from ..dense.skeleton import HEAD_TOKENS, Skeleton
+from ..dense.storage import Storage
+from ..dense.stream import Stream
 from ..errors import NumericalError
-from ..processes import Processes
-from ..skeleton import HEAD_TOKENS, Skeleton
-from ..storage import Storage
-from ..stream import Stream
+from ..system.processes import Processes
 
 
 @dataclass(frozen=True)

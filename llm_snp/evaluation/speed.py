@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from ..device import device_facts
+from ..dense.hub import load_config
 from ..errors import CheckpointError, DeviceMemoryError, OptionError, UnsupportedModelError, first_line
-from ..hub import load_config
+from ..system.device import device_facts
 from .clock import timed
 from .widths import Mlp, WidthTiming, head_dims, mlp_of
 

@@ -1,6 +1,7 @@
 """Model families: what is a unit, who makes it, who reads it. One short file of data per family.
 
 `FAMILIES` maps a config's `model_type` to its `Family`; `family_of` looks one up with a clear error.
+May import modeling only.
 """
 
 from __future__ import annotations

@@ -1,0 +1,265 @@
+"""A lazy reader of Hugging Face checkpoints: safetensors or pytorch_model.bin, sharded or not, a few tensors at a time.
+
+Tensors are copied out of the mapped file, which is closed again: pages that stay mapped count as this process's memory.
+Every key is accounted for on both sides before anything is computed (`Checkpoint.audit`): a silently skipped tensor
+is a wrong model.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import warnings
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
+
+from ..errors import CheckpointError
+
+LISTED = 5  # at most so many keys are named in an error
+WEIGHT_TYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+# Of tables of numbers that a model keeps beside its weights; no quantised weight is stored in it.
+TABLE_TYPE = torch.int64
+TYPES = WEIGHT_TYPES | {"I64": TABLE_TYPE}
+ZIP_START = b"PK\x03\x04"
+
+
+class Checkpoint:
+    """The tensors of a checkpoint directory by their name in the model.
+
+    `renames` are (regular expression, replacement) pairs that turn other key spellings into the model's own.
+    Raises `CheckpointError` if the directory has no weights or a file is missing, truncated or not a weight file.
+    """
+
+    def __init__(self, directory: str | Path, renames: Iterable[tuple[str, str]] = ()):
+        self.directory = Path(directory)
+        self._legacy: dict[str, dict[str, Tensor]] = {}  # files that cannot be mapped are read once, as a whole
+        self._where: dict[str, tuple[str, str]] = {}  # name in the model -> (file, key in the file)
+        self._facts: dict[str, tuple[tuple[int, ...], Any]] = {}  # name in the model -> (shape, type)
+        self._stamps: dict[str, tuple[int, int]] = {}  # file -> its size and time when it was first opened
+        listed = self._files()
+        self.files = [self.directory / file for file in listed]
+        renames = list(renames)
+        for file, keys in listed.items():
+            handle = self._open(file)
+            present = handle.keys()
+            for key in present if keys is None else keys:
+                if key not in present:
+                    raise CheckpointError(f"{self.directory / file} has no tensor {key!r}, which the index expects")
+                name = key
+                for pattern, replacement in renames:
+                    name = re.sub(pattern, replacement, name)
+                if name in self._where:
+                    raise CheckpointError(f"{self.directory} has {name} twice, as {self._where[name][1]} and as {key}")
+                self._where[name] = (file, key)
+                self._facts[name] = _facts(handle, key)
+        if not self._where:
+            raise CheckpointError(f"{self.directory} has weight files ({_some(list(listed))}), but no tensor in them")
+
+    def _files(self) -> dict[str, list[str] | None]:
+        """Weight files and the keys the index expects in each (None: no index, whatever the file holds).
+
+        Of several the same one is taken that transformers would load.
+        """
+        for index_name, single in ((SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME), (WEIGHTS_INDEX_NAME, WEIGHTS_NAME)):
+            if (self.directory / single).is_file():
+                return {single: None}
+            index = self.directory / index_name
+            if index.is_file():
+                files: dict[str, list[str] | None] = {**_read_index(index)}
+                absent = [file for file in files if not (self.directory / file).is_file()]
+                if absent:
+                    are = "is" if len(absent) == 1 else "are"
+                    raise CheckpointError(
+                        f"{index} lists {len(files)} weight files, but {_some(absent)} {are} missing; download again"
+                    )
+                return files
+        raise CheckpointError(
+            f"{self.directory} has no weights: expected {SAFE_WEIGHTS_NAME} or {WEIGHTS_NAME}, or the index of one"
+        )
+
+    def _open(self, file: str) -> Any:
+        """The tensors of a file by their key. Raises `CheckpointError`, also if it is not the file it was before."""
+        path = self.directory / file
+        if file in self._legacy:
+            return self._legacy[file]
+        try:
+            found = path.stat()
+            stamp = (found.st_size, found.st_mtime_ns)
+            if self._stamps.setdefault(file, stamp) != stamp:
+                raise CheckpointError(f"{path} has changed since it was first read; put back the file as it was")
+            if path.suffix == ".safetensors":
+                return safe_open(path, framework="pt")
+            tensors, mapped = _read_pickled(path)
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{path} is gone; download it again") from error
+        except (SafetensorError, EOFError, RuntimeError, ValueError, OSError) as error:
+            reason = next(iter(str(error).strip().splitlines()), "the file ends too early")
+            raise CheckpointError(f"{path} cannot be read, it may be truncated: {reason}; download it again") from error
+        if not mapped:
+            self._legacy[file] = tensors
+        return tensors
+
+    def names(self) -> list[str]:
+        """The tensors there are, by their name in the model."""
+        return list(self._where)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, without reading it."""
+        return self._facts[name][0]
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Type of a weight, without reading it. Raises `CheckpointError` if it is not floating-point."""
+        return self._checked(name, self._facts[name][1])
+
+    def _checked(self, name: str, dtype: Any) -> torch.dtype:
+        if dtype in WEIGHT_TYPES.values():
+            return dtype  # type: ignore[no-any-return]
+        found, *allowed = (str(kind).removeprefix("torch.") for kind in (dtype, *WEIGHT_TYPES.values()))
+        raise CheckpointError(
+            f"{name} in {self._where[name][0]} has type {found}, expected one of {', '.join(allowed)}; "
+            "a quantised model cannot be pruned: prune first, quantise afterwards"
+        )
+
+    def tensors(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Tensors by name (host, dtype of the file), each file opened once.
+
+        Raises `CheckpointError` for one that is not finite, or neither floating-point nor a table (int64), and for a
+        file that has changed.
+        """
+        by_file: dict[str, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self._where[name][0], []).append(name)
+        for file, members in by_file.items():
+            handle = self._open(file)
+            for name in members:
+                key = self._where[name][1]
+                try:
+                    tensor = handle[key] if isinstance(handle, dict) else handle.get_tensor(key)
+                except (KeyError, SafetensorError) as error:
+                    raise CheckpointError(f"{key} is gone from {self.directory / file}: it has changed") from error
+                if tensor.dtype != TABLE_TYPE:
+                    self._checked(name, tensor.dtype)
+                if file not in self._legacy:
+                    tensor = tensor.clone()
+                bad = tensor.numel() - int(torch.isfinite(tensor).sum())
+                if bad:
+                    raise CheckpointError(
+                        f"{name} in {file} has {bad} entries that are NaN or infinite; the file is damaged"
+                    )
+                yield name, tensor
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor, as `tensors` gives it."""
+        return next(self.tensors([name]))[1]
+
+    def block(self, prefix: str) -> dict[str, Tensor]:
+        """All tensors under `prefix` + '.', by their name relative to it."""
+        start = prefix + "."
+        inside = [name for name in self._where if name.startswith(start)]
+        return {name[len(start) :]: tensor for name, tensor in self.tensors(inside)}
+
+    def audit(
+        self,
+        expected: Mapping[str, tuple[int, ...]],
+        tied: Mapping[str, str],
+        ignored: Iterable[str] = (),
+        tables: Iterable[str] = (),
+    ) -> None:
+        """Account for every key. `expected`: name -> shape in the model; `tied`: name -> the name it shares.
+
+        A tied name may be absent, or present (then it is the duplicate that is dropped). `ignored` are patterns
+        that the model class itself declares harmless: such tensors are forgotten. `tables` are the names of those that
+        hold int64. Raises `CheckpointError` naming missing, extra and misshaped tensors, and weights that are tables.
+        """
+        present = set(self._where)
+        for name, source in tied.items():
+            # A checkpoint may have stored only the other half of the pair.
+            if source not in present and name in present:
+                self._where[source], self._facts[source] = self._where.pop(name), self._facts.pop(name)
+                present = set(self._where)
+            elif source in present and name in present and not torch.equal(self.tensor(name), self.tensor(source)):
+                raise CheckpointError(
+                    f"{name} and {source} in {self.directory} differ, but config.json says that they are one; "
+                    'set "tie_word_embeddings": false in it if they should differ'
+                )
+        missing = [name for name in expected if name not in present and name not in tied]
+        patterns = [re.compile(pattern) for pattern in ignored]
+        extra = [n for n in present - set(expected) if not any(pattern.search(n) for pattern in patterns)]
+        if missing:
+            raise CheckpointError(f"{self.directory} lacks {_tensors(missing)} of the model: {_some(missing)}")
+        if extra:
+            raise CheckpointError(
+                f"{self.directory} has {_tensors(extra)} the model has no place for: {_some(sorted(extra))}; "
+                "its config.json may belong to another model"
+            )
+        for name in present - set(expected):
+            del self._where[name]
+        tables = set(tables)
+        for name, shape in expected.items():
+            if name not in present:
+                continue
+            if self._facts[name][1] == TABLE_TYPE and name not in tables:
+                self._checked(name, TABLE_TYPE)
+            if self.shape(name) != tuple(shape):
+                raise CheckpointError(
+                    f"{name} in {self.directory} has shape {self.shape(name)}, but config.json implies {tuple(shape)}"
+                )
+
+
+def _read_index(index: Path) -> dict[str, list[str]]:
+    """The keys in each file that an index lists."""
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files: dict[str, list[str]] = {}
+        for key, file in weight_map.items():
+            files.setdefault(str(file), []).append(key)
+        return files
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise CheckpointError(f'{index} is not a checkpoint index, a JSON object with a "weight_map"') from error
+
+
+def _read_pickled(path: Path) -> tuple[dict[str, Tensor], bool]:
+    """The tensors of a pytorch_model.bin, and whether they are mapped, not read (the zip format of torch >= 1.6)."""
+    zipped = zipfile.is_zipfile(path)
+    with open(path, "rb") as file:
+        if not zipped and file.read(len(ZIP_START)) == ZIP_START:
+            raise CheckpointError(f"{path} is truncated: its table of contents is missing; download it again")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    # torch's own text advises to load it unsafely; what is no pickle at all can fail in its reader in other ways.
+    except (pickle.UnpicklingError, LookupError, ValueError, EOFError) as error:
+        raise CheckpointError(
+            f"{path} is damaged, or holds more than tensors and was not loaded for safety; download it again"
+        ) from error
+    if not isinstance(loaded, dict) or not all(isinstance(tensor, Tensor) for tensor in loaded.values()):
+        raise CheckpointError(
+            f"{path} is not the state dict of a model: expected tensors by name; save model.state_dict()"
+        )
+    return loaded, zipped
+
+
+def _facts(handle: Any, key: str) -> tuple[tuple[int, ...], Any]:
+    """Shape and type of a tensor in an open file; safetensors' own name for a type that is none of a weight."""
+    if isinstance(handle, dict):
+        return tuple(handle[key].shape), handle[key].dtype
+    found = handle.get_slice(key)
+    return tuple(found.get_shape()), TYPES.get(found.get_dtype(), found.get_dtype())
+
+
+def _tensors(names: list[str]) -> str:
+    return f"{len(names)} tensor{'' if len(names) == 1 else 's'}"
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(names[:LISTED]) + more

@@ -1,0 +1,115 @@
+"""Hidden states of all token windows, moved through the model one block at a time, and taps into a running block."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from types import TracebackType
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UnsupportedModelError
+from ..system.processes import Processes
+from .skeleton import Call, Skeleton, run_block
+from .storage import Storage
+
+# Tokens that go through a block at once.
+BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
+
+
+class Stream:
+    """The hidden states (N, T, d) of this process's windows before some block, on the host, in the computing dtype.
+
+    windows (M, T) long: those of all processes; tokens (N, T): this process's share, from window `first` on. Windows
+    are unpadded and equally long, so what a block is called with depends only on the number of windows in the batch;
+    that is checked, and another model is refused with `UnsupportedModelError`.
+    """
+
+    def __init__(
+        self, skeleton: Skeleton, windows: Tensor, processes: Processes | None = None, storage: Storage | None = None
+    ):
+        self.skeleton, self.windows = skeleton, windows
+        self.processes = processes or Processes()
+        self.storage = storage or Storage()
+        share = self.processes.share(windows.shape[0])
+        self.first, self.tokens = share.start, windows[share.start : share.stop]
+        self.batch = max(1, BATCH_TOKENS.get(skeleton.device.type, 4096) // windows.shape[1])
+        self.calls: dict[int, list[Call]] = {}
+        with skeleton.outer_weights():
+            width = skeleton.enter(windows[:1, :1])[0].shape[-1]
+            self.states = self.storage.empty((*self.tokens.shape, width), skeleton.dtype)
+            for rows in self.rows():
+                hidden, calls = skeleton.enter(self.tokens[rows])
+                known = self.calls.setdefault(hidden.shape[0], calls)
+                if not all(map(Call.same_as, known, calls)):
+                    raise UnsupportedModelError(
+                        "the arguments of this model's blocks depend on the text; cannot stream it"
+                    )
+                self.states[rows] = hidden.cpu()
+
+    def copy(self) -> Stream:
+        """A second stream that starts where this one is."""
+        other = copy.copy(self)
+        other.states = self.storage.empty(tuple(self.states.shape), self.states.dtype).copy_(self.states)
+        return other
+
+    def rows(self) -> Iterator[slice]:
+        """The windows of each batch."""
+        for start in range(0, self.tokens.shape[0], self.batch):
+            yield slice(start, min(start + self.batch, self.tokens.shape[0]))
+
+    def batches(self, index: int) -> Iterator[tuple[slice, Tensor, Call]]:
+        """For each batch: its windows, their hidden states (B, T, d) on the device, and the call of block `index`."""
+        for rows in self.rows():
+            hidden = self.states[rows].to(self.skeleton.device, non_blocking=True)
+            yield rows, hidden, self.calls[hidden.shape[0]][index]
+
+    @torch.no_grad()
+    def advance(self, index: int, block: nn.Module) -> None:
+        """Move all hidden states through block `index`."""
+        for rows, hidden, call in self.batches(index):
+            self.states[rows] = run_block(block, hidden, call).cpu()
+
+
+class Taps:
+    """Inputs and outputs of named submodules while a block runs.
+
+    with Taps(block, inputs=["fc2"]) as taps: run the block, then read taps.input("fc2"), (tokens, width).
+    `inputs` and `outputs` hold the tensors themselves, which are part of the autograd graph.
+    """
+
+    def __init__(self, block: nn.Module, inputs: Iterable[str] = (), outputs: Iterable[str] = ()):
+        self.inputs: dict[str, Tensor] = {}
+        self.outputs: dict[str, Tensor] = {}
+        self._block, self._in, self._out = block, tuple(inputs), tuple(outputs)
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+
+    def input(self, name: str) -> Tensor:
+        """Input of a submodule, flattened to (tokens, width)."""
+        return self.inputs[name].flatten(0, -2)
+
+    def output(self, name: str) -> Tensor:
+        """Output of a submodule, flattened to (tokens, width)."""
+        return self.outputs[name].flatten(0, -2)
+
+    def __enter__(self) -> Taps:
+        for name in self._in:
+
+            def before(module: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
+                self.inputs[name] = args[0]
+
+            self._hooks.append(self._block.get_submodule(name).register_forward_pre_hook(before))
+        for name in self._out:
+
+            def after(module: nn.Module, args: tuple[Tensor, ...], output: Tensor, name: str = name) -> None:
+                self.outputs[name] = output
+
+            self._hooks.append(self._block.get_submodule(name).register_forward_hook(after))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for hook in self._hooks:
+            hook.remove()

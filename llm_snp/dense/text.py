@@ -1,0 +1,66 @@
+"""Calibration and evaluation windows of a run; loads the whole model only if it has to write the text itself."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from ..config import PruneConfig
+from ..errors import CheckpointError
+from .data import Windows, calibration_windows, evaluation_windows, self_written
+
+# Text that the model writes itself: calibration and evaluation must not be the same.
+EVALUATION_SEED = 1
+SELF_EVALUATION_WINDOWS = 64
+
+
+class Text:
+    """Calibration and evaluation windows; loads the whole model only if it has to write the text itself."""
+
+    def __init__(
+        self, directory: Path, tokenizer: Any, config: Any, length: int, dtype: torch.dtype, device: torch.device
+    ):
+        self.directory, self.tokenizer, self.length = directory, tokenizer, length
+        self.dtype, self.device, self.vocabulary = dtype, device, config.vocab_size
+        self.start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else config.bos_token_id
+        self._model: Any = None
+
+    def _write(self, samples: int, seed: int) -> Windows:
+        if self._model is None:
+            model = AutoModelForCausalLM.from_pretrained(self.directory)
+            self._model = model.to(self.device, self.dtype).eval()
+        return self_written(self._model, samples, self.length, seed, self.start)
+
+    def calibration(self, options: PruneConfig) -> Windows:
+        """Windows (N, T) to calibrate on."""
+        assert options.calibration is not None
+        if options.calibration == "self":
+            return self._write(options.samples, 2 * options.seed)
+        windows = calibration_windows(options.calibration, self.tokenizer, options.samples, self.length, options.seed)
+        return self._known(windows)
+
+    def evaluation(self, source: str, seed: int) -> Windows:
+        """Windows to measure perplexity on."""
+        if source == "self":
+            return self._write(SELF_EVALUATION_WINDOWS, 2 * seed + EVALUATION_SEED)
+        return self._known(evaluation_windows(source, self.tokenizer, self.length))
+
+    def _known(self, windows: Windows) -> Windows:
+        """`windows`, whose tokens the model all knows; `CheckpointError` otherwise."""
+        largest = int(windows.tokens.max())
+        if largest >= self.vocabulary:
+            raise CheckpointError(
+                f"the tokenizer in {self.directory} gives token {largest}, but the model has {self.vocabulary} tokens; "
+                "it is the tokenizer of another model"
+            )
+        return windows
+
+    def close(self) -> None:
+        """Let go of the whole model, if it was loaded."""
+        if self._model is not None:
+            self._model = None
+            gc.collect()

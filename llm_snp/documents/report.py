@@ -1,0 +1,253 @@
+"""report.json: everything a later reader needs, and the lines and tables a person sees."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+import re
+import resource
+import shlex
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..core.allocation import SiteCurve
+from ..dense.checkpoint import Checkpoint
+from ..dense.data import Windows
+from ..dense.hub import card_metadata
+from ..evaluation.harness import harness_rows
+from ..evaluation.perplexity import Perplexity
+from ..evaluation.speed_table import speed_table
+from ..families import SCORES
+from ..pruning.executor import BlockLoss
+from ..pruning.job import Job
+from ..pruning.plan import Plan
+from ..system.device import device_facts, dtype_name
+from ..version import __version__
+
+FORMAT = 1
+CURVE_POINTS = 33
+LIBRARIES = ("torch", "transformers", "accelerate", "safetensors", "huggingface_hub", "datasets", "tokenizers")
+
+
+class Report:
+    """Collects `data`, a JSON-ready dict, while a run goes on."""
+
+    def __init__(
+        self,
+        job: Job,
+        checkpoint: Checkpoint,
+        calibration: Windows,
+        dtype: torch.dtype,
+        stored: torch.dtype,
+        processes: int = 1,
+    ):
+        self.options = options = job.options
+        self.data: dict[str, Any] = {
+            "format": FORMAT,
+            "versions": versions(),
+            "command": command_line(),
+            "options": dataclasses.asdict(options),
+            "seed": options.seed,
+            "model": {
+                "name": options.model or job.directory.name,
+                "type": job.config.model_type,
+                "dtype": dtype_name(stored),
+                "bytes": sum(file.stat().st_size for file in checkpoint.files),
+                "card": card_metadata(job.directory),
+            },
+            "device": device_facts(job.device, dtype) | {"processes": processes},
+            "calibration": {
+                "source": calibration.source,
+                "sha256": calibration.sha256,
+                "windows": calibration.tokens.shape[0],
+                "windows_available": calibration.available,
+                "text_tokens": calibration.text_tokens,
+                "sequence_length": job.length,
+                "sequence_length_asked": options.sequence_length,
+            },
+            "blocks": [],
+            "evaluation": {},
+            "notes": [],
+        }
+        sites = job.family.prunable(job.config, options.attention)
+        widest = max(site.units * site.group for site in sites)
+        if calibration.tokens.numel() < widest:
+            self.note(
+                f"{calibration.tokens.numel()} calibration tokens for layers of up to {widest} inputs: the repair "
+                "rests on the damping; give more --samples"
+            )
+        if options.target == "residual" and any(site.stream is None for site in sites):
+            self.note(
+                "a norm lies between the pruned layers and the residual stream: they were refitted to their own output "
+                "in the dense model"
+            )
+        if job.length < options.sequence_length:
+            self.note(f"windows have {job.length} tokens: the model has no more positions")
+
+    def note(self, text: str) -> None:
+        """Something a reader should know: a rescue, a limit, a rounding."""
+        self.data["notes"].append(text)
+
+    def planned(self, plan: Plan, parameters: int, custom_code: bool) -> None:
+        """The plan; parameters: of the whole dense model; custom_code: whether the result brings a class of its own."""
+        options, model = self.options, self.data["model"]
+        model["custom_code"] = custom_code
+        model["parameters"] = parameters
+        model["parameters_pruned"] = parameters - plan.removed
+        self.data["sparsity"] = {
+            "asked": options.sparsity,
+            "achieved": plan.achieved,
+            "of_all_parameters": plan.removed / parameters,
+            "block_parameters": plan.base,
+            "block_parameters_removed": plan.removed,
+        }
+        self.data["plan"] = {
+            "allocation": plan.made_by,
+            "why": plan.why,
+            "kept": list(plan.kept),
+            "curves": [_curve(curve) for curve in plan.curves],
+        }
+        if options.round_to > 1 and abs(plan.removed - plan.asked) > min(c.cost for c in plan.curves):
+            self.note(
+                f"--round-to {options.round_to} allows {plan.achieved:.2%} of the block parameters to go, "
+                f"{options.sparsity:.2%} was asked"
+            )
+
+    def block(self, index: int, losses: BlockLoss) -> None:
+        """What pruning block `index` did. What query and key lose is part of the attention's error: no `lost` there."""
+        curves = {c["site"]: c for c in self.data["plan"]["curves"] if c["block"] == index}
+        kept = self.data["plan"]["kept"][index]
+        entry: dict[str, Any] = {"block": index}
+        for site, curve in curves.items():
+            result, whole = losses.get(site), None if site == SCORES else 0.0
+            entry[site] = {
+                "unit": curve["unit"],
+                "units": curve["units"],
+                "kept": kept[curve["unit"]],
+                "lost": result.lost if result else whole,
+                "total": result.total if result else None,
+                "damping": result.damping if result else None,
+            }
+            asked = self.options.damping
+            if result and not isinstance(asked, str) and result.damping > asked:
+                self.note(
+                    f"block {index} {site}: moments were singular, damping raised from {asked:g} to {result.damping:g}"
+                )
+        self.data["blocks"].append(entry)
+
+    def evaluated(self, source: str, which: str, result: Perplexity) -> None:
+        self.data["evaluation"].setdefault(source, {})[which] = dataclasses.asdict(result)
+
+    def finished(self, output: Path, weight_bytes: int, seconds: dict[str, float]) -> None:
+        self.data["model"]["bytes_pruned"] = weight_bytes
+        self.data["output"] = str(output)
+        self.data["seconds"] = {name: round(value, 3) for name, value in seconds.items()}
+        self.data["peak_memory"] = {
+            "host_bytes": peak_host_bytes(),
+            "device_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
+        }
+
+
+def peak_host_bytes() -> int:
+    """The largest resident size of this process so far.
+
+    On Linux the program's own (VmHWM): `ru_maxrss` begins with that of the process that started it.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        found = re.search(r"^VmHWM:\s+(\d+) kB$", status.read_text(), re.MULTILINE)
+        if found:
+            return int(found[1]) * 1024
+    scale = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+def versions() -> dict[str, str]:
+    """Of llm_snp, Python and the libraries that matter."""
+    return {"llm_snp": __version__, "python": platform.python_version()} | {name: version(name) for name in LIBRARIES}
+
+
+def command_line() -> str:
+    """The command as it can be typed again."""
+    program = Path(sys.argv[0])
+    head = ["python", "-m", "llm_snp"] if program.name == "__main__.py" else [program.name]
+    processes, here = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    if processes > 1 and program.name == "__main__.py":
+        nodes = ["--nnodes", str(processes // here)] if processes > here else []
+        head = ["torchrun", *nodes, "--nproc-per-node", str(here), "-m", "llm_snp"]
+    return shlex.join([*head, *sys.argv[1:]])
+
+
+def _curve(curve: SiteCurve) -> dict[str, Any]:
+    """A site and its curves at up to `CURVE_POINTS` kept counts."""
+    at = sorted({round(j * curve.units / (CURVE_POINTS - 1)) for j in range(CURVE_POINTS)})
+    entry: dict[str, Any] = {
+        "block": curve.block,
+        "site": curve.site,
+        "unit": curve.unit,
+        "units": curve.units,
+        "parameters_per_unit": curve.cost,
+    }
+    for name, values in (("variance", curve.variance), ("loss", curve.loss)):
+        if values is not None:
+            entry["at_kept"] = at
+            entry[name] = [values[k].item() for k in at]
+    return entry
+
+
+def relative_error(site: dict[str, Any]) -> float | None:
+    """Lost output energy as a share of the total; None for what has no error of its own."""
+    if site["lost"] is None:
+        return None
+    return site["lost"] / site["total"] if site["total"] else 0.0
+
+
+def block_line(data: dict[str, Any]) -> str:
+    """`block 3/24  heads 9/12  neurons 2100/3072  error: attention 1.2%, mlp 3.4%`"""
+    entry = data["blocks"][-1]
+    sites = {name: value for name, value in entry.items() if name != "block"}
+    total = len(data["plan"]["kept"])
+    kept = "  ".join(f"{s['unit']} {s['kept']}/{s['units']}" for s in sites.values())
+    found = {name: relative_error(s) for name, s in sites.items()}
+    errors = ", ".join(f"{name} {error:.2%}" for name, error in found.items() if error is not None)
+    return f"block {entry['block'] + 1:>{len(str(total))}}/{total}  {kept}  error: {errors}"
+
+
+def summary(data: dict[str, Any]) -> str:
+    """The table at the end of a run."""
+    model, sparsity = data["model"], data["sparsity"]
+    rows = [
+        ("", "dense", "pruned", "change"),
+        _row("parameters", model["parameters"], model["parameters_pruned"], "{:,.0f}"),
+        _row("size on disk, MB", model["bytes"] / 1e6, model["bytes_pruned"] / 1e6, "{:,.1f}"),
+    ]
+    for source, result in data["evaluation"].items():
+        dense, pruned = result["dense"]["perplexity"], result["pruned"]["perplexity"]
+        rows.append(_row(f"perplexity, {Path(source).name}", dense, pruned, "{:,.2f}"))
+    rows += harness_rows(data.get("harness", {}))
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]).rstrip()
+        for row in rows
+    ]
+    trust = ", trust_remote_code=True" if model.get("custom_code", True) else ""
+    lines += ["", *speed_table(data["speed"])] if "speed" in data else []
+    lines += [
+        "",
+        f"removed  {sparsity['achieved']:.2%} of the blocks' linear parameters ({sparsity['asked']:.2%} asked), "
+        f"{sparsity['of_all_parameters']:.2%} of all",
+        "seconds  " + ", ".join(f"{name} {value:.1f}" for name, value in data["seconds"].items()),
+        *(f"note     {note}" for note in data["notes"]),
+        f"result   {data['output']}",
+        f"load it  AutoModelForCausalLM.from_pretrained({data['output']!r}{trust})",
+    ]
+    return "\n".join(lines)
+
+
+def _row(name: str, dense: float, pruned: float, style: str) -> tuple[str, str, str, str]:
+    return name, style.format(dense), style.format(pruned), f"{pruned / dense - 1:+.1%}" if dense else ""

@@ -1,0 +1,157 @@
+"""Run calibration windows through a block and collect the moments that a decision needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..core.moments import Moments
+from ..dense.skeleton import Call, run_block
+from ..dense.stream import Stream, Taps
+from ..errors import NumericalError
+from ..families import PAIRS, Attention, Site, linear, turn
+from .prune_site import SiteMoments
+
+# --damping auto holds out one window in so many, and at least one.
+HELD_OUT = 8
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The dense block that a repair refits to.
+
+    stream       hidden states of the dense model; None: the dense block reads the pruned stream (target self)
+    residual     whether the difference of the residual streams counts as well (target residual)
+    advance      whether the reference's stream moves on to the next block in the same pass
+    """
+
+    block: nn.Module
+    stream: Stream | None
+    residual: bool = False
+    advance: bool = False
+
+
+@torch.no_grad()
+def site_moments(
+    index: int, block: nn.Module, stream: Stream, site: Site, reference: Reference | None, hold_out: bool
+) -> SiteMoments:
+    """Moments of a consumer's input in block `index`, with the repair's target from `reference` if there is one.
+
+    The residual is r = reference output - present output, plus the difference of the residual streams at the site.
+    Raises `NumericalError` naming the layer if activations overflow.
+    """
+    layer = linear(block, site.consumer)
+    fit: Moments | None = None
+    held: Moments | None = None
+    for rows, hidden, call in stream.batches(index):
+        x, residual = _read(block, site, rows, hidden, call, reference)
+        if fit is None:
+            fit = Moments.like(x, residual, centred=layer.bias is not None)
+            stream.processes.same(fit.shift)
+            held = fit.empty() if hold_out else None
+        if held is None:
+            fit.add(x, residual)
+            continue
+        windows = stream.first + torch.arange(rows.start, rows.stop, device=x.device)
+        out = (windows % HELD_OUT == HELD_OUT - 1) | (windows == stream.windows.shape[0] - 1)
+        token_out = out.repeat_interleave(x.shape[0] // len(windows))
+        for moments, choice in ((fit, ~token_out), (held, token_out)):
+            if choice.any():
+                moments.add(x[choice], None if residual is None else residual[choice])
+    del x, residual, hidden  # solving follows, and needs the memory
+    assert fit is not None
+    fit.reduce(stream.processes.sum)
+    if held is not None:
+        held.reduce(stream.processes.sum)
+    check_finite(fit, index, site.consumer)
+    return SiteMoments(fit, held)
+
+
+def _read(
+    block: nn.Module, site: Site, rows: slice, hidden: Tensor, call: Call, reference: Reference | None
+) -> tuple[Tensor, Tensor | None]:
+    """What a site's consumer reads in a batch (n, m), and the residual (n, d) if there is a reference."""
+    wanted = [site.consumer]
+    if reference is not None and reference.residual:
+        assert site.stream is not None
+        wanted.append(site.stream)
+    with Taps(block, inputs=wanted, outputs=[site.consumer]) as taps:
+        run_block(block, hidden, call)
+    if reference is None:
+        return taps.input(site.consumer), None
+    other = hidden if reference.stream is None else reference.stream.states[rows].to(hidden.device)
+    with Taps(reference.block, inputs=wanted, outputs=[site.consumer]) as dense:
+        output = run_block(reference.block, other, call)
+    residual = dense.output(site.consumer).float() - taps.output(site.consumer).float()
+    if reference.residual:
+        residual += dense.input(wanted[1]).float() - taps.input(wanted[1]).float()
+    if reference.advance and reference.stream is not None:
+        reference.stream.states[rows] = output.cpu()
+    return taps.input(site.consumer), residual
+
+
+@torch.no_grad()
+def block_moments(
+    index: int,
+    block: nn.Module,
+    stream: Stream,
+    sites: tuple[Site, ...],
+    attention: Attention | None = None,
+    advance: bool = False,
+) -> dict[str, Moments]:
+    """Moments of the inputs of all consumers of `sites`, by site name, in one pass.
+
+    With `attention` also those of `query` and `key`, grouped by head, if they can lose directions; as the scores see
+    them, turned by position. With `advance` the stream moves on to the next block. Raises `NumericalError` if
+    activations overflow.
+    """
+    found: dict[str, Moments] = {}
+    layers = {site.name: site.consumer for site in sites}
+    projections = {} if attention is None else attention.projections
+    layers |= {name: layer for name, (layer, _) in projections.items()}
+    outputs = {layer for layer, _ in projections.values()}
+    for rows, hidden, call in stream.batches(index):
+        with Taps(block, inputs=[site.consumer for site in sites], outputs=outputs) as taps:
+            output = run_block(block, hidden, call)
+        for site in sites:
+            x = taps.input(site.consumer)
+            if site.name not in found:
+                centred = linear(block, site.consumer).bias is not None
+                found[site.name] = Moments.like(x, centred=centred)
+                stream.processes.same(found[site.name].shift)
+            found[site.name].add(x)
+        for name, (layer, heads) in projections.items():
+            x = taps.output(layer)
+            if heads.numel() < x.shape[1]:  # one layer for several of them
+                x = x[:, heads.flatten().to(x.device)]
+            assert attention is not None
+            if attention.scores == PAIRS:
+                x = _turned(x, len(heads), hidden.shape[1], call)
+            if name not in found:
+                found[name] = Moments.like(x, groups=len(heads))
+                stream.processes.same(found[name].shift)
+            found[name].add(x)
+        if advance:
+            stream.states[rows] = output.cpu()
+    del taps, output, x  # solving follows, and needs the memory
+    for name, moments in found.items():
+        moments.reduce(stream.processes.sum)
+        check_finite(moments, index, layers[name])
+    return found
+
+
+def _turned(x: Tensor, heads: int, length: int, call: Call) -> Tensor:
+    """Queries or keys (n, heads · w) of windows of `length` tokens, turned by position as the block does."""
+    cos, sin = (table[..., : table.shape[-1] // 2].unsqueeze(2) for table in call.kwargs["position_embeddings"])
+    return turn(x.view(-1, length, heads, x.shape[1] // heads), cos, sin).flatten(2).flatten(0, 1)
+
+
+def check_finite(moments: Moments, index: int, name: str) -> None:
+    """Raise `NumericalError` naming the layer whose activations are infinite or NaN."""
+    if not moments.finite:
+        raise NumericalError(
+            f"activations at {name} of block {index} overflow the type they are computed in; "
+            "use --dtype float32 or bfloat16"
+        )

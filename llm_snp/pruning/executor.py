@@ -1,0 +1,185 @@
+"""The loop: plan, then block by block moments, solve, shrink, save; the hidden states move through the pruned block.
+
+Names no family and no criterion. Attention is pruned before the MLP, so that the MLP is fitted to what it will read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from torch import Tensor, nn
+
+from ..dense.stream import Stream
+from ..families import Site
+from .calibrate import Reference, block_moments, site_moments
+from .measure import measured_curves
+from .plan import Plan, empty_curves, make_plan
+from .prune_heads import narrow_heads
+from .prune_site import SiteResult, State, prune_units, refit_consumer
+from .sensitivity import measure_sensitivity, read_sensitivity
+from .session import Session
+
+
+@dataclass(frozen=True)
+class SiteLoss:
+    """What pruning a site lost: output energies and the damping that was used (`core.repair.Pruned`)."""
+
+    lost: float
+    total: float
+    damping: float
+
+
+# site name -> what pruning it lost; empty for a block that stays as it was
+BlockLoss = dict[str, SiteLoss]
+# Gives a block's pruned tensors and losses if an earlier run has finished it.
+Finished = Callable[[int], tuple[State, BlockLoss] | None]
+
+
+def decide(session: Session) -> Plan:
+    """The plan, by measuring passes over the dense model where the allocation asks for them."""
+    options, blocks = session.options, session.skeleton.blocks
+    if options.needs_gradient:
+        measure_sensitivity(session)
+    measured = options.measures
+    curves = measured_curves(session) if measured else empty_curves(session.family, session.config, blocks, options)
+    assert options.allocation is not None
+    # Nothing to remove: nothing was measured, and every allocation gives the same plan.
+    by = options.allocation if options.sparsity > 0 else "uniform"
+    return make_plan(session.family, session.config, blocks, options, curves, by)
+
+
+def prune_blocks(
+    session: Session, plan: Plan, save: Callable[[int, State, BlockLoss], None], finished: Finished | None = None
+) -> None:
+    """Prune all blocks front to back and hand each finished block's tensors to `save`.
+
+    A block that `finished` gives is not pruned again: the hidden states only move through it.
+    """
+    skeleton, family, config = session.skeleton, session.family, session.config
+    follows_dense = session.options.target in ("dense", "residual")
+    with session.progress.phase("prune", len(skeleton)) as step:
+        stream = session.stream()
+        dense_stream: Stream | None = None
+        for i, dense_state in skeleton.block_states(range(len(skeleton))):
+            last = i + 1 == len(skeleton)
+            done = finished(i) if finished else None
+            if dense_stream is None and plan.untouched(i):
+                # So far the pruned model is the dense model: there is nothing to repair.
+                if done is None:
+                    save(i, dense_state, {})
+                if not last:
+                    stream.advance(i, skeleton.load_block(i, dense_state))
+                step()
+                continue
+            if follows_dense and dense_stream is None:
+                dense_stream = stream.copy()
+            if done is None:
+                pruner = _BlockPruner(session, plan.kept[i], i, stream, dense_stream)
+                losses = pruner.run(dense_state)
+                save(i, pruner.state, losses)
+                block = pruner.block
+                del pruner
+            else:
+                widths = family.widths(config, plan.kept[i])
+                block = skeleton.load_block(i, done[0], partial(family.pruned_class.narrow, **widths))
+                if dense_stream is not None and not last:
+                    dense_stream.advance(i, skeleton.load_block(i, dense_state))
+            if not last:
+                stream.advance(i, block)
+            del block  # or it would live on while the next one is pruned
+            step()
+
+
+class _BlockPruner:
+    """One block while it is pruned: its tensors, the live block with them, and what they are fitted to.
+
+    Every process measures its share of the windows; the main one solves, and the others get what it found.
+    """
+
+    def __init__(self, session: Session, kept: dict[str, int], index: int, stream: Stream, dense_stream: Stream | None):
+        self.session, self.kept, self.index = session, kept, index
+        self.stream, self.dense_stream = stream, dense_stream
+        weighs = session.options.sensitive_order
+        self.sensitivity: dict[str, Tensor] = read_sensitivity(session, index) if weighs else {}
+        self.done: dict[str, int] = {}
+        self.state: State = {}
+        self.block: nn.Module
+        self.dense: nn.Module | None = None
+
+    def run(self, state: State) -> BlockLoss:
+        self.dense = self.session.skeleton.load_block(self.index, state)
+        self._load(state)
+        losses: BlockLoss = {}
+        mode = "queries" if "queries" in self.kept else self.session.options.attention
+        sites = self.session.family.prunable(self.session.config, mode)
+        for site in sites:
+            losses[site.name] = self._prune(site, last=site is sites[-1])
+        return losses
+
+    def _load(self, state: State) -> None:
+        """Take new tensors, and a live block with the widths that are done so far."""
+        self.state = state
+        family = self.session.family
+        widths = family.widths(self.session.config, self.done)
+        self.block = self.session.skeleton.load_block(self.index, state, partial(family.pruned_class.narrow, **widths))
+
+    def _prune(self, site: Site, last: bool) -> SiteLoss:
+        options = self.session.options
+        g = self.sensitivity.get(site.name)
+        whole = site.unit in self.kept  # units go as a whole
+        narrowed = False if whole else self._narrow_heads(site, g)
+        reference = None
+        assert self.dense is not None
+        if self.dense_stream is not None:
+            residual = options.target == "residual" and site.stream is not None
+            reference = Reference(self.dense, self.dense_stream, residual, advance=last)
+        elif narrowed:  # what the whole heads give on the pruned stream
+            reference = Reference(self.dense, None)
+        moments = site_moments(self.index, self.block, self.stream, site, reference, hold_out=options.damping == "auto")
+        # Solving works on the tensors alone, and needs the memory.
+        del reference, self.block
+        if last:
+            self.dense = None
+
+        def solve() -> SiteResult:
+            if not whole:
+                return refit_consumer(self.state, site, moments, options)
+            seed = options.seed + 1_000_003 * self.index + sum(map(ord, site.name))
+            return prune_units(self.state, site, moments, self.kept[site.unit], options, g, seed)
+
+        result = self.session.processes.on_main(solve)
+        loss = self.session.processes.from_main(lambda: _loss(result))
+        if whole:
+            self.done[site.unit] = self.kept[site.unit]
+        self._load(self._from_main(None if result is None else result.state))
+        return loss
+
+    def _narrow_heads(self, site: Site, g: Tensor | None) -> bool:
+        """Cut the heads to the directions that are kept, chosen on the pruned stream; False if all of them are."""
+        attention = self.session.family.attention(self.session.config)
+        assert attention is not None
+        kept = {unit: self.kept[unit] for unit in attention.directions}
+        if all(kept[unit] == units for unit, (_, units) in attention.directions.items()):
+            return False
+        moments = block_moments(self.index, self.block, self.stream, (site,), attention)
+        options = self.session.options
+        state = self.session.processes.on_main(
+            lambda: narrow_heads(self.state, site, attention, moments, kept, options, g)
+        )
+        self.done |= kept
+        self._load(self._from_main(state))
+        return True
+
+    def _from_main(self, state: State | None) -> State:
+        """The tensors of the main process, of which only those that changed travel."""
+        changed = None
+        if state is not None:
+            changed = {name: tensor for name, tensor in state.items() if tensor is not self.state.get(name)}
+        return self.state | self.session.processes.tensors_from_main(changed, self.session.skeleton.device)
+
+
+def _loss(result: SiteResult | None) -> SiteLoss:
+    assert result is not None
+    return SiteLoss(result.lost, result.total, result.damping)

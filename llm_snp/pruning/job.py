@@ -1,0 +1,111 @@
+"""What a run is about: options resolved, model and output found, everything checked that needs no weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config import PruneConfig
+from ..dense.hub import EMBEDDED, load_config, locate
+from ..errors import OptionError
+from ..families import Family, family_of
+from ..system.device import resolve_device
+from .plan import check_order
+
+
+@dataclass(frozen=True)
+class Job:
+    """options: resolved; directory: of the dense model; config: its transformers config; length: tokens per window."""
+
+    options: PruneConfig
+    directory: Path
+    config: Any
+    family: Family
+    output: Path
+    device: torch.device
+    length: int
+
+
+def open_job(options: PruneConfig, weights: bool, local_index: int = 0) -> Job:
+    """Resolve and check `options`; `weights` False fetches a model's config only. Raises `SnpError`.
+
+    local_index: of this process among those on its machine; it takes the GPU of that number.
+    """
+    options.validate()
+    if options.revision and (options.model is None or os.path.isdir(os.path.expanduser(options.model))):
+        raise OptionError("--revision is for models on the Hub, and this one is a local directory; leave it out")
+    directory = locate(options.model, options.revision, weights)
+    config = load_config(directory)
+    family = family_of(config)
+    options = fit_for_stock(options, family)
+    options = fit_for_heads(options.resolved(), family, config)
+    check_order(family, config, options)
+    output = Path(options.output).expanduser() if options.output else default_output(options)
+    device = resolve_device(options.device, local_index)
+    return Job(options, directory, config, family, output, device, window_length(options, config))
+
+
+def fit_for_stock(options: PruneConfig, family: Family) -> PruneConfig:
+    """With --format stock, the choices that lead to what the stock class can express; else `options` as they are.
+
+    Raises `OptionError` where another choice was made.
+    """
+    if options.format != "stock":
+        return options
+    modes = ("none", "heads") if "heads" in family.stock else ("none",)
+    if options.attention is not None and options.attention not in modes:
+        raise OptionError(
+            f"--format stock and --attention {options.attention} exclude each other: the stock class of model type "
+            f"{family.model_type!r} cannot have such attention layers; leave one of them out, or give --attention "
+            f"{' or '.join(modes)}"
+        )
+    if options.allocation not in (None, "uniform"):
+        raise OptionError(
+            f"--format stock and --allocation {options.allocation} exclude each other: the stock class has the same "
+            "widths in every block; leave one of them out, or give --allocation uniform"
+        )
+    return dataclasses.replace(options, attention=options.attention or modes[0], allocation="uniform")
+
+
+def fit_for_heads(options: PruneConfig, family: Family, config: Any) -> PruneConfig:
+    """Where heads can only go as a whole, `both` means heads, and where they cannot, `dims`; `options`: resolved.
+
+    Raises `OptionError` for what cannot be: `dims`, or `heads`, and `queries` where no key/value head has several.
+    """
+    if not family.whole_heads and options.attention in ("heads", "queries"):
+        raise OptionError(
+            f"--attention {options.attention} is not possible for models of type {family.model_type!r}, whose heads "
+            "are normed together; give --attention dims"
+        )
+    if not family.whole_heads and options.attention == "both":
+        options = dataclasses.replace(options, attention="dims")
+    if options.attention == "queries" and family.queries(config) is None:
+        raise OptionError(
+            "--attention queries is for models in which several key/value heads have several query heads each, and "
+            "this one has none; give --attention heads"
+        )
+    if not options.directions or family.attention(config) is not None:
+        return options
+    if options.attention == "dims":
+        raise OptionError(
+            f"--attention dims is not possible for models of type {family.model_type!r}, whose heads can only go as a "
+            "whole; give --attention heads"
+        )
+    return dataclasses.replace(options, attention="heads")
+
+
+def default_output(options: PruneConfig) -> Path:
+    """./<model name>-snp-<percent>"""
+    path = EMBEDDED if options.model is None else Path(options.model).expanduser()
+    name = path.resolve().name if path.exists() else path.name  # a Hub id ends in the model's name, too
+    return Path(f"{name}-snp-{100 * options.sparsity:g}")
+
+
+def window_length(options: PruneConfig, config: Any) -> int:
+    """--sequence-length, capped by the positions the model has."""
+    return min(options.sequence_length, getattr(config, "max_position_embeddings", options.sequence_length))

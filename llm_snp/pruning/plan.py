@@ -1,0 +1,163 @@
+"""The plan: how many units of which site stay, and who decided it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..config import PruneConfig
+from ..core.allocation import ALLOCATIONS, SiteCurve, allocate
+from ..core.orders import NEEDS_NONNEGATIVE
+from ..errors import OptionError
+from ..families import ATTENTION, Attention, Family, Site
+
+# Attention kernels want head dimensions that are multiples of 8; more would forbid pruning heads of 64.
+HEAD_DIM_MULTIPLE = 8
+
+
+@dataclass(frozen=True)
+class Plan:
+    """kept[i] maps a unit name (heads, or directions inside them, and neurons) to how many are left in block i.
+
+    asked, removed: parameters; base: linear parameters of all blocks, of which `sparsity` is the share.
+    curves: what the allocation saw.
+    """
+
+    kept: tuple[dict[str, int], ...]
+    curves: tuple[SiteCurve, ...]
+    made_by: str
+    asked: float
+    removed: int
+    base: int
+
+    @property
+    def why(self) -> str:
+        """The allocation's reason in one sentence, with the number at which the budget was met."""
+        taken = [
+            priorities[curve.kept_counts.index(self.kept[curve.block][curve.unit]) - 1]
+            for curve, priorities in zip(self.curves, ALLOCATIONS[self.made_by](self.curves), strict=True)
+            if self.kept[curve.block][curve.unit] < curve.units
+        ]
+        cut = max(taken, default=0.0)
+        return {
+            "uniform": "every site gives the same share",
+            "variance": f"every site drops the longest tail with at most {cut:.3g} of its variance (τ)",
+            "loss": f"units go in order of loss per parameter, over all sites, up to {cut:.3g}",
+        }[self.made_by]
+
+    @property
+    def achieved(self) -> float:
+        """Share of the blocks' linear parameters that goes."""
+        return self.removed / self.base
+
+    def untouched(self, block: int) -> bool:
+        """Whether everything in a block stays."""
+        return all(self.kept[c.block][c.unit] == c.units for c in self.curves if c.block == block)
+
+
+def check_order(family: Family, config: Any, options: PruneConfig) -> None:
+    """Raise `OptionError` if the order cannot rank the units of some site, before anything is loaded."""
+    for site in family.prunable(config, options.attention):
+        by_direction = site.name == ATTENTION and options.attention == "dims"
+        if options.order in NEEDS_NONNEGATIVE and not (site.nonnegative or by_direction):
+            directions = site.name == ATTENTION and family.attention(config) is not None
+            remedy = "--attention dims" if directions else "another order, such as greedy"
+            raise OptionError(
+                f"--order {options.order} needs activations that cannot be negative, and the {site.unit} of this "
+                f"model's {site.name} layers can be; choose {remedy}"
+            )
+
+
+def empty_curves(family: Family, config: Any, blocks: Sequence[nn.Module], options: PruneConfig) -> list[SiteCurve]:
+    """Sites with their costs but nothing measured; blocks may be on meta. `both` counts heads here."""
+    attention = family.attention(config) if options.attention == "dims" else None
+    curves = []
+    for i, block in enumerate(blocks):
+        for site in family.prunable(config, options.attention):
+            if site.name == ATTENTION and attention is not None:
+                curves += direction_curves(family, i, block, site, attention, options)
+                continue
+            curves.append(unit_curve(family, i, block, site, options))
+    return curves
+
+
+def unit_curve(family: Family, index: int, block: nn.Module, site: Site, options: PruneConfig) -> SiteCurve:
+    """A site of a block counted in whole units."""
+    multiple = min(options.round_to, site.units) if site.unit == "neurons" else 1
+    cost = family.unit_cost(block, site)
+    return SiteCurve(index, site.name, site.unit, site.units, cost, multiple, least=site.parts)
+
+
+def direction_curves(
+    family: Family, index: int, block: nn.Module, site: Site, attention: Attention, options: PruneConfig
+) -> list[SiteCurve]:
+    """The attention site of a block counted in directions of all its heads instead of heads."""
+    multiple = min(options.round_to, HEAD_DIM_MULTIPLE, attention.head_dim)
+    return [
+        SiteCurve(
+            index,
+            where,
+            unit,
+            units,
+            family.direction_cost(block, site, attention, unit),
+            max(1, multiple // 2) if unit == "pairs" else multiple,
+        )
+        for unit, (where, units) in attention.directions.items()
+    ]
+
+
+def check_budget(family: Family, config: Any, blocks: Sequence[nn.Module], options: PruneConfig) -> None:
+    """Raise `OptionError` if no plan can meet the budget, before anything is measured."""
+    modes = ("heads", "dims") if options.attention == "both" else (options.attention,)
+    most = 0
+    for block in blocks:
+        choices = (
+            empty_curves(family, config, [block], dataclasses.replace(options, attention=mode)) for mode in modes
+        )
+        most += max(sum(curve.removable for curve in curves) for curves in choices)
+    _check_removable(options, most, sum(family.linear_parameters(block, config) for block in blocks))
+
+
+def _check_removable(options: PruneConfig, most: int, base: int) -> None:
+    """most: parameters that can go; base: all linear ones of the blocks."""
+    if options.sparsity * base > most:
+        raise OptionError(
+            f"--sparsity {options.sparsity:g} would leave a block empty; with one unit left everywhere at most "
+            f"{int(1000 * most / base) / 1000:g} can be removed from this model{_with(options)}: lower it"
+        )
+
+
+def make_plan(
+    family: Family, config: Any, blocks: Sequence[nn.Module], options: PruneConfig, curves: Sequence[SiteCurve], by: str
+) -> Plan:
+    """Allocate the budget over `curves` with allocation `by`. Raises `OptionError` if that cannot be met."""
+    base = sum(family.linear_parameters(block, config) for block in blocks)
+    asked = options.sparsity * base
+    _check_removable(options, sum(curve.removable for curve in curves), base)
+    if options.format == "stock":
+        alike = allocate(by, _alike(curves), asked)
+        counts = alike * len(blocks)
+    else:
+        counts = allocate(by, curves, asked)
+    kept: list[dict[str, int]] = [{} for _ in blocks]
+    for curve, count in zip(curves, counts, strict=True):
+        kept[curve.block][curve.unit] = count
+    removed = sum((curve.units - count) * curve.cost for curve, count in zip(curves, counts, strict=True))
+    return Plan(tuple(kept), tuple(curves), by, asked, removed, base)
+
+
+def _alike(curves: Sequence[SiteCurve]) -> list[SiteCurve]:
+    """The sites of the first block, each for those of all blocks: one config field says how wide all of them are."""
+    blocks = 1 + max(curve.block for curve in curves)
+    return [dataclasses.replace(curve, cost=curve.cost * blocks) for curve in curves if curve.block == 0]
+
+
+def _with(options: PruneConfig) -> str:
+    """What narrows the choice of what can be removed."""
+    if options.format == "stock":
+        return " with --format stock"
+    return f" with --attention {options.attention}" if options.attention == "none" else ""

@@ -1,0 +1,122 @@
+"""Prune directions inside the heads of a block: of the value path, and between query and key."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ..config import PruneConfig
+from ..core import heads as head_space
+from ..core.moments import Moments
+from ..core.scores import FreeScores, RotaryPairs
+from ..core.subspace import Subspace, factorise, truncate
+from ..families import FREE, Attention, Site
+from .prune_site import State, linear_weights, store
+
+
+def narrow_heads(
+    state: State,
+    site: Site,
+    attention: Attention,
+    moments: Mapping[str, Moments],
+    kept: Mapping[str, int],
+    options: PruneConfig,
+    sensitivity: Tensor | None,
+) -> State:
+    """Keep as many directions of every head as `kept` says; the consumer is refitted to itself.
+
+    moments: of the consumer's input (by the site's name), and of the outputs of `query` and `key`, grouped by head.
+    """
+    values, damping = moments[site.name], options.curve_damping
+    device, new = values.first.device, dict(state)
+    # layer -> rows of its heads (h, w), and what they become (h, r, w)
+    cuts: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+    rank = attention.value_rank(kept)
+    if rank < attention.head_dim:
+        weight, bias = linear_weights(state, site.consumer, device)
+        basis, in_basis, subspace = value_subspace(
+            values.covariance, weight, attention, damping, sensitivity, options.sensitive_order
+        )
+        cuts[attention.value.layer].append((attention.value.of(attention.heads), basis[:, :rank]))
+        columns, refit = truncate(subspace, in_basis, rank)
+        if bias is not None:
+            mean = head_space.to_basis(values.mean[None], basis.repeat_interleave(attention.queries, 0))[0]
+            bias = bias + in_basis @ mean - refit @ mean[columns]
+        store(new, site.consumer, refit, bias)
+    rank = attention.score_rank(kept)
+    if rank < attention.score_units:
+        scores = score_directions(attention, moments, damping)
+        for (layer, rows), transform in zip(attention.projections.values(), scores.left(rank), strict=True):
+            cuts[layer].append((rows, transform))
+        table = scores.table(rank)
+        if table is not None:
+            new[f"{attention.module}.pair_table"] = table.cpu()
+    for layer, parts in cuts.items():
+        weight, bias = linear_weights(state, layer, device)
+        store(new, layer, *cut_rows(weight, bias, parts))
+    return new
+
+
+def cut_rows(weight: Tensor, bias: Tensor | None, parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor | None]:
+    """A layer (n, d) in whose place of the rows (h, w) of some heads are fewer, transformed by (h, r, w)."""
+    turned, turned_bias = weight.clone(), None if bias is None else bias.clone()
+    stays = torch.ones(len(weight), dtype=torch.bool, device=weight.device)
+    for rows, transform in parts:
+        rank, flat = transform.shape[1], rows.flatten()
+        found, found_bias = head_space.transform_rows(weight[flat], None if bias is None else bias[flat], transform)
+        first = rows[:, :rank].flatten()
+        turned[first] = found
+        if turned_bias is not None and found_bias is not None:
+            turned_bias[first] = found_bias
+        stays[rows[:, rank:].flatten()] = False
+    return turned[stays], None if turned_bias is None else turned_bias[stays]
+
+
+def score_directions(attention: Attention, moments: Mapping[str, Moments], damping: float) -> FreeScores | RotaryPairs:
+    """What can go between query and key; moments: of the outputs of `query` and `key`, grouped by head."""
+    queries, keys = moments["query"], moments["key"]
+    if attention.scores == FREE:
+        return FreeScores.of(by_head(queries.uncentred), by_head(keys.covariance), damping)
+    return RotaryPairs.of(by_head(queries.uncentred), by_head(keys.covariance))
+
+
+def by_head(second: Tensor) -> Tensor:
+    """(h, w, w), also of a single head."""
+    return second.reshape(-1, *second.shape[-2:])
+
+
+def value_subspace(
+    covariance: Tensor,
+    weight: Tensor,
+    attention: Attention,
+    damping: float,
+    sensitivity: Tensor | None,
+    sensitive_basis: bool = False,
+) -> tuple[Tensor, Tensor, Subspace]:
+    """The value path in its best bases: bases (key/value heads, w, w), the consumer in them (d, m), and the subspace.
+
+    In the full basis the block is what it was; its directions are then units like any others.
+    covariance (m, m) of the attended values, weight (d, m) of the consumer. The sensitivity weighs the energies, and
+    with `sensitive_basis` the bases, too.
+    """
+    seen = sensitivity if sensitive_basis else None
+    heads, queries = attention.heads * attention.queries, attention.queries
+    basis = head_space.value_basis(head_blocks(covariance, heads).double(), weight, damping, seen, queries)
+    rotated, in_basis = rotate(covariance, weight, basis.repeat_interleave(queries, 0))
+    columns = head_space.direction_columns(heads, basis.shape[-1], weight.device)
+    return basis, in_basis, factorise(rotated, in_basis, columns, damping, sensitivity)
+
+
+def rotate(covariance: Tensor, weight: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """Covariance (m, m) and consumer weight (d, m) in orthonormal head bases (h, w, w)."""
+    half = head_space.to_basis(covariance, basis.to(covariance.dtype))
+    return head_space.to_basis(half.mT, basis.to(covariance.dtype)), head_space.to_basis(weight, basis)
+
+
+def head_blocks(covariance: Tensor, heads: int) -> Tensor:
+    """The (h, w, w) diagonal blocks of a covariance (h·w, h·w)."""
+    w = covariance.shape[0] // heads
+    return covariance.view(heads, w, heads, w).diagonal(dim1=0, dim2=2).permute(2, 0, 1)

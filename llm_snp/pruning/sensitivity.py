@@ -1,0 +1,136 @@
+"""What an error in a layer's output costs the language model: G = E g gᵀ, g the gradient of the loss at that output.
+
+One forward and one backward pass over the dense model, block by block: block inputs are kept on the host, each block
+is loaded again and recomputed with gradients on the way back, so the device never holds more than one block. The
+windows are chosen so that all block inputs together are no larger than the calibration hidden states.
+Labels are drawn from the model's own predictions, which makes G the Fisher matrix; with the next tokens of the text,
+the empirical Fisher matrix, pruned models were worse.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..core.linalg import strips
+from ..core.stopwatch import timed
+from ..dense.skeleton import HEAD_TOKENS, Skeleton, run_block
+from ..dense.stream import Taps
+from ..errors import NumericalError
+from ..families import linear
+from .session import Session
+
+# Of the matrix, this share of its mean diagonal is added: a few thousand tokens do not fill a d x d matrix, and a
+# direction that was not seen is not free.
+FISHER_RIDGE = 0.1
+
+
+def gradient_windows(samples: int, blocks: int) -> int:
+    """How many windows the gradient is taken over: their inputs to all blocks fit into the hidden states' size."""
+    return max(1, samples // blocks)
+
+
+def read_sensitivity(session: Session, index: int) -> dict[str, Tensor]:
+    """G (d, d) float64 of every site of a block, as `measure_sensitivity` left it; empty if there was no need.
+
+    One number per layer (`scalar`) becomes tr(G) / d · I.
+    """
+    if not session.options.needs_gradient:
+        return {}
+    device, block = session.skeleton.device, session.skeleton.blocks[index]
+    stored = session.journal.read_tensors(_name(index), device)
+    found = {}
+    for site in session.sites:
+        mean, d = stored[site.name].to(device, torch.float64), linear(block, site.consumer).out_features
+        if session.options.sensitivity == "scalar":
+            mean = torch.eye(d, dtype=torch.float64, device=device) * (mean / d)
+        else:
+            mean.diagonal().add_(FISHER_RIDGE * mean.diagonal().mean())
+        found[site.name] = mean
+    return found
+
+
+def measure_sensitivity(session: Session) -> None:
+    """Leave G of every block and site in the journal, float32: a matrix (d, d), or its trace for `scalar`.
+
+    Units: nats² per squared output unit and token. The loss is the sum over a window's predicted tokens, so g at a
+    position counts all later tokens it influences. Raises `NumericalError` if a gradient overflows.
+    """
+    skeleton, options, processes = session.skeleton, session.options, session.processes
+    blocks = range(len(skeleton))
+    if all(session.journal.has(_name(i)) for i in blocks):
+        session.progress.say("sensitivity: measured by the interrupted run")
+        return
+    count = gradient_windows(session.tokens.shape[0], len(skeleton))
+    session.progress.say(f"gradient of the loss on {count} windows, labels drawn from the model's own predictions")
+    with session.progress.phase("sensitivity", 2 * len(skeleton)) as step:
+        stream = session.stream(count)
+        inputs: list[Tensor] = []
+        for i, state in skeleton.block_states(blocks):
+            inputs.append(stream.copy().states)
+            stream.advance(i, skeleton.load_block(i, state))
+            step()
+        gradient = stream.states
+        with skeleton.outer_weights():
+            for row, ids in enumerate(stream.tokens):
+                generator = torch.Generator().manual_seed(1_000_003 * options.seed + stream.first + row)
+                gradient[row] = _loss_gradient(skeleton, ids, stream.states[row], generator)
+        sites = session.sites
+        consumers = [site.consumer for site in sites]
+        for i, state in skeleton.block_states(reversed(blocks)):
+            block = skeleton.load_block(i, state)
+            stream.states = inputs.pop()
+            sums: dict[str, Tensor] = {}
+            for name in consumers:
+                d = linear(block, name).out_features
+                shape = (d, d) if options.sensitivity == "fisher" else (1,)
+                sums[name] = torch.zeros(shape, dtype=torch.float64, device=skeleton.device)
+            for rows, hidden, call in stream.batches(i):
+                hidden.requires_grad_(True)
+                with torch.enable_grad(), Taps(block, outputs=consumers) as taps:
+                    output = run_block(block, hidden, call)
+                    outputs = [taps.outputs[name] for name in consumers]
+                    with timed("backward"):
+                        *at_outputs, at_input = torch.autograd.grad(
+                            output, [*outputs, hidden], gradient[rows].to(hidden.device)
+                        )
+                with timed("moments"):
+                    for name, g in zip(consumers, at_outputs, strict=True):
+                        g = g.flatten(0, -2).float()
+                        sums[name] += g.mT @ g if options.sensitivity == "fisher" else g.square().sum()
+                # Last: where a consumer's output is added to the residual stream, its gradient shares this memory.
+                gradient[rows] = at_input.cpu()
+            found = {}
+            for site in sites:
+                processes.sum(sums[site.consumer])
+                found[site.name] = (sums[site.consumer] / stream.windows.numel()).float().cpu()
+                if not torch.isfinite(found[site.name]).all():
+                    raise NumericalError(
+                        f"the loss gradient at {site.consumer} of block {i} overflows the type it is computed in; "
+                        "use --dtype float32 or bfloat16, or --sensitivity relative"
+                    )
+            session.journal.write_tensors(_name(i), found)
+            step()
+
+
+def _name(index: int) -> str:
+    return f"sensitivity-{index:05d}"
+
+
+def _loss_gradient(skeleton: Skeleton, ids: Tensor, hidden: Tensor, generator: torch.Generator) -> Tensor:
+    """Gradient (T, d), on the host, of a window's summed loss at the last block's output; ids (T,), hidden (T, d).
+
+    Labels are drawn on the CPU's random numbers, so that every device draws the same.
+    """
+    gradient = torch.zeros_like(hidden)
+    for part in strips(ids.shape[0] - 1, HEAD_TOKENS):  # logits are the largest tensor there is
+        state = hidden[None, part].to(skeleton.device).requires_grad_(True)
+        with torch.enable_grad():
+            logits = skeleton.leave(ids[None, part], state)[0].float()
+            draw = torch.rand(logits.shape[0], 1, generator=generator).to(logits.device)
+            below = logits.detach().softmax(-1).cumsum(-1)
+            labels = torch.searchsorted(below, draw).squeeze(1).clamp_max(logits.shape[-1] - 1)
+            loss = F.cross_entropy(logits, labels, reduction="sum")
+            gradient[part] = torch.autograd.grad(loss, state)[0][0].cpu()
+    return gradient

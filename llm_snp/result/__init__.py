@@ -1,0 +1,4 @@
+"""The smaller checkpoint: its shards, config and code are written here, read back, and published.
+
+May import documents, evaluation, pruning and what is below them.
+"""

@@ -1,0 +1,138 @@
+"""The result as a Hugging Face checkpoint: its blocks, what is not a block, and opening it again."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..dense.checkpoint import Checkpoint
+from ..dense.hub import load_config
+from ..dense.skeleton import Skeleton
+from ..documents.report import Report, block_line
+from ..pruning.executor import BlockLoss, SiteLoss
+from ..pruning.job import Job
+from ..pruning.plan import Plan
+from ..pruning.prune_site import State
+from ..system.journal import DIGEST, Journal
+from ..system.progress import Progress
+from .bundle import bundle
+from .writer import TOKENIZER_FILES, Writer
+
+KEPT = "kept"
+# What a result brings along that needs a class of its own: its family's file of `llm_snp.modeling`, with what that
+# imports, under this name.
+MODELING = "modeling_snp.py"
+
+
+class PrunedBlocks:
+    """The blocks of the result, each a shard that is finished once its hash is in the journal.
+
+    skeleton: of the dense model, whose layout the result has.
+    """
+
+    def __init__(self, writer: Writer, journal: Journal, skeleton: Skeleton, report: Report, progress: Progress):
+        self.writer, self.journal, self.skeleton = writer, journal, skeleton
+        self.report, self.progress = report, progress
+
+    def finished(self, index: int) -> tuple[State, BlockLoss] | None:
+        """A block that an interrupted run has finished, or None if it has not, or its file is not what it was."""
+        record = self.journal.read(_name(index))
+        if record is None:
+            return None
+        file = self.writer.path(index).name
+        if record[KEPT] != self._kept[index]:  # curves that were measured again on another device are not the same
+            self.journal.rescue(f"{file} was pruned by another plan")
+            return None
+        processes = self.journal.processes
+        tensors = processes.on_main(lambda: self.writer.adopt(index, record[DIGEST]))
+        if not processes.from_main(lambda: tensors is not None):
+            self.journal.rescue(f"{file} was gone or damaged")
+            return None
+        state = processes.tensors_from_main(tensors, self.skeleton.device)
+        losses = {site: SiteLoss(**loss) for site, loss in record["losses"].items()}
+        self._tell(index, losses, " (finished before)")
+        prefix = self._prefix(index)
+        return self.skeleton.turn({name.removeprefix(prefix): tensor for name, tensor in state.items()}), losses
+
+    def save(self, index: int, state: State, losses: BlockLoss) -> None:
+        """Write a block that has just been pruned.
+
+        Later blocks were fitted to what an interrupted run had here: if this is not it, they are made again as well.
+        """
+        before = self.journal.read(_name(index))
+
+        def write() -> None:
+            stored = self.skeleton.turn(state)
+            found = self.writer.shard(index, {self._prefix(index) + name: tensor for name, tensor in stored.items()})
+            if before is None or before[DIGEST] != found:
+                self.journal.forget(_name(later) for later in range(index + 1, len(self._kept)))
+            record = {
+                DIGEST: found,
+                KEPT: self._kept[index],
+                "losses": {site: dataclasses.asdict(loss) for site, loss in losses.items()},
+            }
+            self.journal.write(_name(index), record)
+
+        self.journal.processes.on_main(write)
+        self._tell(index, losses)
+
+    def _tell(self, index: int, losses: BlockLoss, remark: str = "") -> None:
+        self.report.block(index, losses)
+        self.progress.say(block_line(self.report.data) + remark)
+
+    @property
+    def _kept(self) -> list[dict[str, int]]:
+        """The plan: how much of each block stays."""
+        return self.report.data["plan"]["kept"]  # type: ignore[no-any-return]
+
+    def _prefix(self, index: int) -> str:
+        return f"{self.skeleton.blocks_path}.{index}."
+
+
+def _name(index: int) -> str:
+    return f"block-{index:05d}"
+
+
+def stock_fields(job: Job, plan: Plan) -> dict[str, Any] | None:
+    """The config fields with which the stock class is the pruned model, or None if it needs a class of its own."""
+    return job.family.stock_fields(job.config, plan.kept)
+
+
+def write_rest(writer: Writer, job: Job, skeleton: Skeleton, plan: Plan, tokenizer: Any) -> None:
+    """Everything but the blocks: outer weights, config, tokenizer, modelling file; the index last."""
+    family, config, checkpoint = job.family, job.config, skeleton.checkpoint
+    writer.shard(len(skeleton), dict(checkpoint.tensors(skeleton.outer)))
+    stock = stock_fields(job, plan)
+    own = ("model_type", "architectures", "auto_map")  # what the result has of its own, or does not have
+    fields = {key: value for key, value in config.to_dict().items() if key not in own}
+    # Without it AutoTokenizer would look for the tokenizer of a model type that stock transformers does not know.
+    # (TokenizersBackend is what transformers 5 calls PreTrainedTokenizerFast, which both major versions know.)
+    fields["tokenizer_class"] = type(tokenizer).__name__.replace("TokenizersBackend", "PreTrainedTokenizerFast")
+    if stock is not None:
+        result = type(config)(**(fields | stock))
+        result.architectures = config.architectures
+    else:
+        widths = [family.widths(config, kept) for kept in plan.kept]
+        config_class = family.pruned_class.config_class
+        result = config_class(**fields, block_widths=widths)
+        result.architectures = [family.pruned_class.__name__]
+        source = Path(inspect.getfile(family.pruned_class))
+        module = MODELING.removesuffix(".py")
+        result.auto_map = {
+            "AutoConfig": f"{module}.{config_class.__name__}",
+            "AutoModel": f"{module}.{family.pruned_class.base_class.__name__}",
+            "AutoModelForCausalLM": f"{module}.{family.pruned_class.__name__}",
+        }
+        writer.text(MODELING, bundle(source))
+    writer.text("config.json", result.to_json_string())
+    writer.copy(job.directory, TOKENIZER_FILES)
+    writer.index()
+
+
+def open_result(directory: Path, job: Job, dtype: torch.dtype) -> Skeleton:
+    """The written model as anyone would find it: its own config, its own weights."""
+    return Skeleton(load_config(directory), job.family.blocks, Checkpoint(directory), job.device, dtype)

@@ -1,0 +1,187 @@
+"""A finished result as a repository on the Hugging Face Hub: what must hold before, and the upload in one commit."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+
+from ..documents.card import model_card, plots_of, shareable
+from ..errors import CheckpointError, HubError, OptionError
+from ..system.files import digest
+from ..system.workspace import REPORT, is_result
+from ..version import __version__
+
+CARD = "README.md"
+ATTRIBUTES = ".gitattributes"  # the Hub puts it into every new repository
+REASON = 300  # characters at most that an error quotes
+
+
+def check_push(repo: str, overwrite: bool = False) -> None:
+    """Raise unless a result can be pushed to `repo` ("user/name"), as far as can be told before there is one.
+
+    Raises `OptionError` for a name that is none, `HubError` if there is no token, the Hub refuses it or cannot be
+    reached, the token may not write for this user or organisation, or, without `overwrite`, the repository has files.
+    """
+    _files_there(HfApi(), repo, overwrite)
+
+
+def push(directory: Path, repo: str, private: bool = False, overwrite: bool = False, message: str | None = None) -> str:
+    """Upload a result to `repo` ("user/name") in one commit, and return its URL.
+
+    The repository is made if there is none, as a private one if `private`. With `overwrite` it has afterwards what
+    `directory` has and nothing else. The card says how to load the model from there, unless a person has edited
+    README.md, which then goes up as it is; report.json goes up without paths of this machine. `directory` itself is
+    not changed.
+
+    Raises `CheckpointError` if the directory is no finished result, and what `check_push` raises. After a `HubError`
+    in the middle the same call can be repeated: before the commit nothing of an upload is seen.
+    """
+    files = _files(directory)
+    api = HfApi()
+    there = _files_there(api, repo, overwrite)
+    content = files | _documents(directory, repo)
+    stale = sorted((there or set()) - set(content) - {ATTRIBUTES})
+    visibility: dict[str, Any] = {"private": True} if private else {}  # else the owner's default, for most public
+    try:
+        if there is None:
+            api.create_repo(repo, **visibility)
+        # Not `upload_folder`: newer versions of it make several commits of a large folder.
+        api.create_commit(
+            repo,
+            [
+                *(CommitOperationDelete(name) for name in stale),
+                *(CommitOperationAdd(name, source) for name, source in content.items()),
+            ],
+            commit_message=message or f"Upload a model pruned by llm_snp {__version__}",
+        )
+    except Exception as error:  # which errors the Hub's client lets through changes with its version
+        if _status(error) in (401, 403):
+            raise _refused(error, repo) from error
+        if isinstance(error, ValueError):
+            raise HubError(
+                f"the Hub does not take {directory} ({_reason(error)}); put that right and push it again"
+            ) from error
+        again = ["push", str(directory), repo, *["--private"] * private, *["--overwrite"] * overwrite]
+        raise HubError(
+            f"the upload of {directory} to {repo} broke off ({_reason(error)}); the directory is intact, and "
+            f"`python -m llm_snp {shlex.join(again)}` repeats it"
+        ) from error
+    return f"{api.endpoint}/{repo}"
+
+
+def _files(directory: Path) -> dict[str, Path | bytes]:
+    """What a result consists of, by name in the repository. Raises `CheckpointError` if it is no complete one."""
+    if not is_result(directory):
+        raise CheckpointError(
+            f"{directory} is no finished result of llm_snp: it has no {REPORT} of it; give the --output of a run"
+        )
+    index = directory / SAFE_WEIGHTS_INDEX_NAME
+    try:
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index.exists() else set()
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} is no index of safetensors files; prune the model again") from error
+    missing = [name for name in ("config.json", index.name, *sorted(shards)) if not (directory / name).is_file()]
+    if missing:
+        raise CheckpointError(f"{directory} is incomplete: it has no {', '.join(missing)}; prune the model again")
+    names = (path.relative_to(directory) for path in sorted(directory.rglob("*")) if path.is_file())
+    # Hidden files are those of editors, version control and interrupted writes.
+    wanted = [name for name in names if not any(part.startswith((".", "__pycache__")) for part in name.parts)]
+    return {name.as_posix(): directory / name for name in wanted}
+
+
+def _documents(directory: Path, repo: str) -> dict[str, bytes]:
+    """Card and report as they go up: the card for loading from `repo`, the report without paths of this machine."""
+    report = json.loads((directory / REPORT).read_text(encoding="utf-8"))
+    card = _card(directory / CARD, report, repo)
+    report = shareable(report)
+    documents = {} if card is None else {CARD: card.encode()}
+    if card is not None:  # so that the card of a downloaded copy is known as ours
+        report["card"] = xxhash.xxh3_128_hexdigest(documents[CARD])
+    return documents | {REPORT: (json.dumps(report, indent=2) + "\n").encode()}
+
+
+def _card(path: Path, report: dict[str, Any], repo: str) -> str | None:
+    """The card for `repo`, or None if a person has edited the one that is there."""
+    if not path.exists():
+        return model_card(report, repo)
+    text = path.read_text(encoding="utf-8")
+    plots = plots_of(text)
+    known = report.get("card")
+    ours = digest(path) == known if known else text == model_card(report, plots=plots)
+    return model_card(report, repo, plots) if ours else None
+
+
+def _files_there(api: HfApi, repo: str, overwrite: bool) -> set[str] | None:
+    """The files `repo` has, None if it does not exist; raises what `check_push` says."""
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise OptionError(f"{repo!r} is no name for a repository ({_reason(error)}); give user/name") from error
+    if "/" not in repo:
+        raise OptionError(f"{repo!r} does not say whose repository it is; give user/name")
+    if get_token() is None:
+        raise HubError("there is no token for the Hugging Face Hub; run `hf auth login`, or set HF_TOKEN")
+    try:
+        _check_permission(api.whoami(), repo)
+        try:
+            there = set(api.list_repo_files(repo))
+        except RepositoryNotFoundError:
+            return None
+    except HubError:
+        raise
+    except Exception as error:
+        raise _refused(error, repo) from error
+    if not overwrite and there - {ATTRIBUTES}:  # without other files: a push that broke off
+        raise HubError(f"{repo} exists on the Hub and has {len(there)} files; give another name, or --overwrite")
+    return there
+
+
+def _check_permission(who: dict[str, Any], repo: str) -> None:
+    """Raise `HubError` where the Hub's answer on the token says that it may not write to `repo`."""
+    owner, name = repo.split("/")
+    role = who.get("auth", {}).get("accessToken", {}).get("role")
+    if role == "read":
+        raise HubError("the token for the Hugging Face Hub may only read; make one that may write, and set HF_TOKEN")
+    owners = [who["name"], *(org["name"] for org in who.get("orgs", ()))]
+    # Tokens of finer grain need not list organisations: whether they may write shows when the repository is made.
+    if role != "fineGrained" and owner.lower() not in (known.lower() for known in owners):
+        raise HubError(f"the token is one of {who['name']}, who may not write to {owner}; give {owners[0]}/{name}")
+
+
+def _refused(error: Exception, repo: str) -> HubError:
+    """What the Hub, or the way to it, has against a request."""
+    status = _status(error)
+    if status == 401:
+        return HubError("the Hugging Face Hub refused the token; run `hf auth login`, or set HF_TOKEN to a valid one")
+    if status == 403:
+        owner = repo.split("/")[0]
+        return HubError(
+            f"the token may not write to {repo} ({_reason(error)}); give a token with write permission for {owner}, or "
+            "another name"
+        )
+    if status is None:
+        return HubError(f"the Hugging Face Hub cannot be reached ({_reason(error)}); check the network")
+    return HubError(f"the Hugging Face Hub could not answer ({_reason(error)}); try again later")
+
+
+def _status(error: Exception) -> int | None:
+    """The status of the Hub's answer, None if there was none."""
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def _reason(error: BaseException) -> str:
+    """What a library says, on one line and not at length; what lies behind it, where it names only a file."""
+    text = str(error).split("For more information check")[0]
+    lines = [line.strip(" -") for line in text.splitlines() if line.strip()] or [type(error).__name__]
+    if type(error) is RuntimeError and error.__cause__ is not None:
+        lines = [lines[0], _reason(error.__cause__)]
+    text = " ".join(lines[:2])
+    return text if len(text) <= REASON else text[: REASON - 4] + " ..."

@@ -1,0 +1,81 @@
+"""What the same command does with a finished result: tasks of lm-evaluation-harness, measured speed, the Hub.
+
+Nothing of it can harm the result, which has its name by then. These load whole models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from ..config import PruneConfig
+from ..dense.hub import config_dtype
+from ..documents.writing import write_documents
+from ..errors import DeviceMemoryError, Interrupted, SnpError
+from ..evaluation.harness import check_tasks, compare, evaluate_harness, tasks_of
+from ..evaluation.speed import measure_speed
+from ..pruning.job import Job
+from ..result.publish import check_push, push
+from ..system.device import resolve_dtype
+from ..system.progress import Progress
+
+
+def check_afterwards(options: PruneConfig) -> None:
+    """Find out before the work begins what would fail after it. Raises `SnpError`."""
+    if tasks := tasks_of(options.evaluate or ()):
+        check_tasks(tasks)
+    if options.push_to_hub:
+        check_push(options.push_to_hub, options.overwrite)
+
+
+def afterwards(job: Job, report: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    """Do what `job.options` ask for and `report` does not have; returns the report with it.
+
+    Raises `SnpError`, and `Interrupted` for Ctrl-C; what was measured before is written.
+    """
+    options = job.options
+    dtype = resolve_dtype(options.dtype, job.device, config_dtype(job.config))
+    with _finished_all_the_same(job):
+        tasks = tasks_of(options.evaluate or ())
+        if tasks and "harness" not in report:
+            with progress.phase("harness", title=f"lm-evaluation-harness, {', '.join(tasks)}"):
+                dense, pruned = (
+                    evaluate_harness(directory, tasks, job.device, dtype, seed=options.seed)
+                    for directory in (job.directory, job.output)
+                )
+            report["harness"] = compare(dense, pruned)
+            _write(job, report, progress, "harness")
+        if options.measure_speed and "speed" not in report:
+            with progress.phase("speed"):
+                report["speed"] = measure_speed(job.output, job.directory, job.device, dtype)
+            _write(job, report, progress, "speed")
+        if options.push_to_hub:
+            with progress.phase("push", title=f"push to {options.push_to_hub}"):
+                url = push(job.output, options.push_to_hub, options.private, options.overwrite)
+            progress.say(f"published as {url}")
+    return report
+
+
+def _write(job: Job, report: dict[str, Any], progress: Progress, phase: str) -> None:
+    report["seconds"][phase] = round(progress.seconds[phase], 3)
+    write_documents(job.output, report)
+
+
+@contextmanager
+def _finished_all_the_same(job: Job) -> Iterator[None]:
+    """Say with whatever goes wrong that the result is there, and how to go on."""
+    left = f"the pruned model is finished in {job.output}; the same command with --resume does the rest"
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise DeviceMemoryError(
+            f"the device ran out of memory with a whole model on it ({str(error).splitlines()[0]}); {left}, on "
+            "--device cpu, too"
+        ) from error
+    except SnpError as error:
+        raise type(error)(f"{error}; {left}") from error
+    except KeyboardInterrupt as error:
+        raise Interrupted(f"interrupted; {left}") from error

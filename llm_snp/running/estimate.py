@@ -1,0 +1,173 @@
+"""What a run will need, from the config alone: memory, disk and floating-point operations, for `--dry-run`.
+
+`benchmarks/memory.py` holds these figures against measured ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+from typing import Any
+
+import torch
+
+from ..config import PruneConfig
+from ..core.linalg import working_dtype
+from ..dense.skeleton import HEAD_TOKENS
+from ..dense.stream import BATCH_TOKENS
+from ..families import ATTENTION, WHOLE, Attention, Family, Site, linear
+from ..pruning.sensitivity import gradient_windows
+
+FLOAT64 = 8
+# Fisher matrices lie on disk in float32.
+FLOAT32 = 4
+# Square matrices of the largest site in its working type that are alive at once, beside one float64 factor: the
+# covariance, and for `greedy` what it is working on.
+WORKING_MATRICES = {"greedy": 2, "zca": 4}
+# Logits of a part of a window and what the loss and the drawing of labels make of them.
+LOGIT_COPIES = 6
+# Fused kernels aside, activations of the hidden width that are alive within a block.
+HIDDEN_COPIES = 8
+# Of an eigendecomposition, in m³.
+EIGENDECOMPOSITION = 9.0
+# Of ranking all units by elimination, in m³: rank-3 updates of what is left, and the copies that compaction makes.
+ELIMINATION = 1.3
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes at the peak of a run without the interpreter and its libraries (about 0.5 GB of host memory), and work.
+
+    disk: the result, what --resume needs while the run goes on, and, if asked for, the offloaded hidden states.
+    operations: floating-point operations by phase, a multiplication and an addition as two; without evaluation.
+    """
+
+    device: int
+    host: int
+    disk: int
+    operations: dict[str, float]
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """tokens: of the calibration; length: of a window; block: linear parameters; hidden: width of the stream; scores:
+    entries of the moments of query and key.
+    """
+
+    sites: tuple[Site, ...]
+    outputs: dict[str, int]
+    blocks: int
+    block: int
+    tokens: int
+    length: int
+    hidden: int
+    scores: int
+
+
+def estimate(
+    model: Any,
+    family: Family,
+    config: Any,
+    options: PruneConfig,
+    length: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    kept_share: float,
+) -> Estimate:
+    """Estimate peaks and work. model: on meta; length: tokens per window; kept_share: of all parameters."""
+    sites = family.prunable(config, options.attention)
+    blocks = model.get_submodule(family.blocks)
+    size, stored = dtype.itemsize, 2
+    per_block = sum(p.numel() for p in blocks[0].parameters())
+    total = sum(p.numel() for p in model.parameters())
+    outer = total - per_block * len(blocks)
+    outputs = {site.name: linear(blocks[0], site.consumer).out_features for site in sites}
+    widest = max(sites, key=lambda site: site.units * site.group)
+    m, d = widest.units * widest.group, outputs[widest.name]
+    working = working_dtype(m).itemsize
+    follows_dense = options.target in ("dense", "residual")
+
+    batch = max(BATCH_TOKENS.get(device.type, 4096), length)
+    activations = size * batch * (HIDDEN_COPIES * d + 2 * m) + FLOAT32 * batch * m
+    moments = working * (m * m + (d * m if follows_dense else 0))
+    live_blocks = 2 if follows_dense or options.directions else 1
+    measuring = live_blocks * per_block * size + moments + activations
+    matrices = WORKING_MATRICES.get(options.order or "", 1)
+    solving = per_block * size + moments + max(matrices * working * m * m, FLOAT64 * m * m) + 4 * FLOAT64 * d * m
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    heading = outer * size + LOGIT_COPIES * FLOAT32 * min(HEAD_TOKENS, length) * vocabulary
+    on_device = max(measuring, solving, heading)
+
+    hidden = size * options.samples * length * d
+    streams = 2.0 if follows_dense else 1.0
+    if options.needs_gradient:
+        share = gradient_windows(options.samples, len(blocks)) / options.samples
+        streams = max(streams, share * (len(blocks) + 1))
+    states = ceil(streams * hidden)
+    on_host = 3 * stored * per_block + (0 if options.offload else states)
+    on_disk = int(stored * kept_share * total) + (states if options.offload else 0)
+    if options.needs_gradient and options.sensitivity == "fisher":
+        on_disk += FLOAT32 * len(blocks) * sum(width**2 for width in outputs.values())
+    if device.type == "cpu":
+        on_host, on_device = on_host + on_device, 0
+    sizes = _Sizes(
+        sites,
+        outputs,
+        len(blocks),
+        family.linear_parameters(blocks[0], config),
+        options.samples * length,
+        length,
+        d,
+        _score_moments(family.attention(config)),
+    )
+    return Estimate(on_device, on_host, on_disk, operations(sizes, options))
+
+
+def _score_moments(attention: Attention | None) -> int:
+    if attention is None or attention.scores == WHOLE:
+        return 0
+    return int(attention.heads * (attention.queries + 1) * attention.head_dim**2)
+
+
+def operations(sizes: _Sizes, options: PruneConfig) -> dict[str, float]:
+    """Floating-point operations of each phase, as `core.stopwatch` names them."""
+    follows_dense = options.target in ("dense", "residual")
+    dims = options.directions
+    # Attention counts every pair of positions: that is what a kernel without a causal shortcut computes.
+    once = sizes.tokens * (2.0 * sizes.block + 4.0 * sizes.length * sizes.hidden)
+    passes = 0.0  # of all tokens through a block
+    if options.measures:
+        passes += 1
+    if options.sparsity > 0:
+        passes += 2 + 1 - 1 / sizes.blocks  # a pass for each site, and on to the next block, if there is one
+        passes += 2 * follows_dense
+        passes += dims + (dims and not follows_dense)
+    found = {"forward": passes * once, "backward": 0.0, "moments": 0.0, "order": 0.0, "subspace": 0.0, "repair": 0.0}
+    if options.needs_gradient:
+        share = gradient_windows(options.samples, sizes.blocks) * sizes.length / sizes.tokens
+        found["forward"] += 2 * share * once
+        found["backward"] += share * once  # to the inputs only: the weights need no gradient
+        if options.sensitivity == "fisher":
+            found["moments"] += 2 * share * sizes.tokens * sum(d * d for d in sizes.outputs.values())
+    for site in sizes.sites:
+        m, d = float(site.units * site.group), float(sizes.outputs[site.name])
+        by_direction = site.name == ATTENTION and dims
+        collected = options.measures + (options.sparsity > 0) * (1 + by_direction)
+        found["moments"] += collected * sizes.tokens * m * m
+        found["moments"] += follows_dense * 2 * sizes.tokens * d * m
+        if by_direction:
+            found["moments"] += (options.measures + 1) * 2 * sizes.tokens * sizes.scores
+        order = {
+            "greedy": m**3 + 2 * d * m * m + ELIMINATION * m**3,
+            "zca": (EIGENDECOMPOSITION + 2) * m**3,
+            "loo": m**3,
+            "leverage": m**3,
+        }.get(options.order or "", d * m)
+        measured, pruned = float(options.measures), float(options.sparsity > 0)
+        found["order"] += (measured + pruned * (not by_direction)) * order
+        found["subspace"] += (measured + pruned) * m**3 / 3 + measured * 2 * d * m * m
+        k = (1 - options.sparsity) * m
+        fold = 2 * d * (m - k) * k + d * k * k
+        refit = (m**3 / 3 + 2 * d * m * m) if follows_dense else 0.0
+        found["repair"] += pruned * (fold + refit + 4 * d * m * m)
+    return {name: value * sizes.blocks for name, value in found.items()}

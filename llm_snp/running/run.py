@@ -1,0 +1,190 @@
+"""A whole run: find the model and the text, decide, prune, write, evaluate, report."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config import PruneConfig
+from ..dense.checkpoint import Checkpoint
+from ..dense.data import Windows
+from ..dense.hub import load_tokenizer
+from ..dense.skeleton import Skeleton, empty_model
+from ..dense.storage import Storage, check_offload
+from ..dense.text import Text
+from ..documents.report import Report
+from ..documents.writing import write_documents
+from ..errors import OptionError
+from ..evaluation.harness import texts_of
+from ..evaluation.perplexity import Perplexity, perplexity_streamed
+from ..pruning.executor import decide, prune_blocks
+from ..pruning.job import Job, open_job
+from ..pruning.plan import Plan, check_budget
+from ..pruning.session import Session
+from ..result.assembly import PrunedBlocks, open_result, stock_fields, write_rest
+from ..result.writer import Writer
+from ..system.device import resolve_dtype
+from ..system.journal import Journal
+from ..system.processes import Processes
+from ..system.progress import Progress
+from ..system.workspace import Workspace, check_space
+from .afterwards import afterwards, check_afterwards
+from .resume import calibration_identity, finished_before, kept_for_resume, model_identity, settings
+
+
+def run(options: PruneConfig) -> dict[str, Any]:
+    """Prune as `options` say and write the result. Returns the report; every process of a run gets it, what is measured
+    afterwards the main one only.
+
+    Raises `SnpError` for everything that has its cause outside llm_snp, and `Interrupted` for Ctrl-C. What can be gone
+    on with by `resume` is then kept beside the output; otherwise nothing is left behind.
+    """
+    job, report, progress, main = _pruned(options)
+    # Outside: it may take hours, which the other processes need not wait for.
+    return afterwards(job, report, progress) if main else report
+
+
+def _pruned(options: PruneConfig) -> tuple[Job, dict[str, Any], Progress, bool]:
+    """Everything up to the finished result: what it was about, its report, and whether this is the main process."""
+    options.validate()
+    offload = check_offload(options.offload)
+    with Processes(cpu=options.device == "cpu" or not torch.cuda.is_available()) as processes:
+        check_processes(options, processes.count)
+        progress = Progress(options.quiet or not processes.main)
+        with progress.phase("load"):
+            processes.on_main(lambda: check_afterwards(options))
+            job = open_job(options, weights=True, local_index=processes.local_index)
+            earlier = processes.from_main(lambda: finished_before(job))
+            if earlier is not None:
+                progress.say(f"{job.output} is finished already")
+                return job, earlier, progress, processes.main
+            workspace = processes.on_main(lambda: Workspace(job.output, options.overwrite, options.resume))
+        with kept_for_resume(workspace, job.config.num_hidden_layers):
+            report = _Run(job, Storage(offload, job.device.type == "cuda"), processes, progress, workspace).prune()
+        return job, report, progress, processes.main
+
+
+def check_processes(options: PruneConfig, count: int) -> None:
+    """Raise `OptionError` if `count` processes cannot share the work."""
+    if options.samples < count:
+        raise OptionError(
+            f"--samples is {options.samples}, but each of the {count} processes needs a calibration window; give "
+            "more --samples, or start fewer processes"
+        )
+    if count > 1 and options.device.startswith("cuda:"):
+        raise OptionError(
+            f"--device {options.device} is one GPU, but there are {count} processes, which take one each; leave it "
+            "out, and choose GPUs with CUDA_VISIBLE_DEVICES"
+        )
+
+
+class _Run:
+    """The parts of one run. Only the main process has the workspace, and writes."""
+
+    def __init__(
+        self, job: Job, storage: Storage, processes: Processes, progress: Progress, workspace: Workspace | None
+    ):
+        self.job, self.storage, self.processes, self.progress = job, storage, processes, progress
+        self.workspace = workspace
+        self.directory = processes.from_main(lambda: _known(workspace).directory)
+        self.journal = Journal(processes.from_main(lambda: _known(workspace).journal), processes, progress)
+        with progress.phase("load"):
+            self.checkpoint = Checkpoint(job.directory, job.family.renames)
+            self.stored = stored_dtype(self.checkpoint)
+            self.dtype = resolve_dtype(job.options.dtype, job.device, self.stored)
+            self.journal.expect("settings", settings(job.options, self.dtype))
+            self.journal.expect("model", processes.from_main(lambda: model_identity(job, self.checkpoint)))
+            self.tokenizer = load_tokenizer(job.directory)
+            processes.on_main(self._check_space)
+            self.skeleton = Skeleton(job.config, job.family.blocks, self.checkpoint, job.device, self.dtype)
+            # Nothing is measured yet, but whether the budget can be met at all is known already.
+            check_budget(job.family, job.config, self.skeleton.blocks, job.options)
+        with progress.phase("text"):
+            self.calibration, self.evaluation = processes.from_main(self._read_text)
+            self.journal.expect("calibration", calibration_identity(self.calibration))
+
+    def _check_space(self) -> None:
+        """The result is no larger than the dense model; what an interrupted run has written is there already."""
+        whole = sum(file.stat().st_size for file in self.checkpoint.files)
+        check_space(self.job.output, whole - _known(self.workspace).written_bytes)
+
+    def _read_text(self) -> tuple[Windows, dict[str, Windows]]:
+        job, options = self.job, self.job.options
+        text = Text(job.directory, self.tokenizer, job.config, job.length, self.dtype, job.device)
+        assert options.evaluate is not None
+        calibration = text.calibration(options)
+        evaluation = {source: text.evaluation(source, options.seed) for source in texts_of(options.evaluate)}
+        text.close()
+        return calibration, evaluation
+
+    def prune(self) -> dict[str, Any]:
+        job, skeleton, progress = self.job, self.skeleton, self.progress
+        report = Report(job, self.checkpoint, self.calibration, self.dtype, self.stored, self.processes.count)
+        for source, windows in self.evaluation.items():
+            report.evaluated(source, "dense", self._dense_perplexity(windows))
+        session = Session(
+            skeleton,
+            job.family,
+            job.config,
+            job.options,
+            self.calibration.tokens,
+            self.processes,
+            self.storage,
+            self.journal,
+            progress,
+        )
+        plan = decide(session)
+        progress.say(f"plan: {plan.why}")
+        parameters = sum(p.numel() for p in empty_model(job.config).parameters())
+        report.planned(plan, parameters, custom_code=stock_fields(job, plan) is None)
+        writer = Writer(self.directory, len(skeleton) + 1)
+        blocks = PrunedBlocks(writer, self.journal, skeleton, report, progress)
+        prune_blocks(session, plan, blocks.save, blocks.finished)
+        self._write(writer, plan)
+        if not self.evaluation:  # what was written must load all the same
+            self.processes.on_main(lambda: open_result(self.directory, job, self.dtype))
+        for source, windows in self.evaluation.items():
+            pruned = open_result(self.directory, job, self.dtype)
+            report.evaluated(source, "pruned", self._evaluate(pruned, windows, "pruned"))
+        for rescue in self.journal.rescued:
+            report.note(rescue)
+        report.finished(job.output, writer.weight_bytes, progress.seconds)
+        return self.processes.from_main(lambda: self._finish(writer, report))
+
+    def _write(self, writer: Writer, plan: Plan) -> None:
+        """Write what is not a block; when this returns, all processes may read the result."""
+        with self.progress.phase("save"):
+            self.processes.on_main(lambda: write_rest(writer, self.job, self.skeleton, plan, self.tokenizer))
+
+    def _finish(self, writer: Writer, report: Report) -> dict[str, Any]:
+        write_documents(self.directory, report.data)
+        _known(self.workspace).finish()
+        return report.data
+
+    def _dense_perplexity(self, windows: Windows) -> Perplexity:
+        """Perplexity of the dense model; an interrupted run may have measured it."""
+        name = f"dense-{windows.sha256[:16]}"
+        known = self.journal.read(name)
+        if known is None:
+            known = dataclasses.asdict(self._evaluate(self.skeleton, windows, "dense"))
+            self.journal.write(name, known)
+        return Perplexity(**known | {"source": windows.source})  # the same text may have another name by now
+
+    def _evaluate(self, skeleton: Skeleton, windows: Windows, which: str) -> Perplexity:
+        title = f"perplexity, {which}, {Path(windows.source).name}"
+        with self.progress.phase("evaluate", len(skeleton), title) as step:
+            return perplexity_streamed(skeleton, windows, step, self.processes, self.storage)
+
+
+def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The type of the checkpoint's largest tensor."""
+    largest = max(checkpoint.names(), key=lambda name: torch.Size(checkpoint.shape(name)).numel())
+    return checkpoint.dtype(largest)
+
+
+def _known(workspace: Workspace | None) -> Workspace:
+    assert workspace is not None
+    return workspace

@@ -1,0 +1,112 @@
+"""Files that are there whole or not at all, and what a disk can do wrong as one kind of error."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import DiskFullError, OutputError
+
+CHUNK = 1 << 24
+
+
+def write_text(path: Path, content: str) -> None:
+    """Write a text file: temporary name, fsync, rename."""
+    write_bytes(path, content.encode())
+
+
+def write_json(path: Path, content: Any) -> None:
+    write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file: temporary name, fsync, rename."""
+    with disk(path), _temporary(path) as temporary:
+        temporary.write_bytes(content)
+        _settle(temporary, path)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file: temporary name, fsync, rename."""
+    with disk(path), _temporary(path) as temporary:
+        save_file(_unshared(tensors), temporary, metadata={"format": "pt"})
+        # safetensors makes files that only their owner can read; this is what the umask asks for.
+        temporary.chmod(path.parent.stat().st_mode & 0o666)
+        _settle(temporary, path)
+
+
+def digest(*paths: Path) -> str:
+    """One hash over the contents of files, for telling whether they changed (not for security)."""
+    found = xxhash.xxh3_128()
+    for path in paths:
+        with open(path, "rb") as file:
+            while chunk := file.read(CHUNK):
+                found.update(chunk)
+    return found.hexdigest()
+
+
+def digest_of_json(content: Any) -> str:
+    """The same for what is written as JSON: equal for what was written and what is read back."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(content).encode())
+
+
+@contextmanager
+def disk(path: Path) -> Iterator[None]:
+    """Turn what a disk can do wrong into `OutputError`, a full one into `DiskFullError`."""
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        number = getattr(error, "errno", None)
+        # safetensors writes by itself and reports the system's error as text
+        found = re.search(r"os error (\d+)", str(error)) if isinstance(error, SafetensorError) else None
+        if found:
+            number = int(found[1])
+        if number in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFullError(
+                f"{path} cannot be written: the disk is full; free some space or give another directory"
+            ) from error
+        reason = os.strerror(number) if number else str(error)
+        raise OutputError(f"{path} cannot be written: {reason}; give another directory") from error
+
+
+@contextmanager
+def _temporary(path: Path) -> Iterator[Path]:
+    """The name to write under first. After an error the file goes: half a shard takes the room of what comes next."""
+    temporary = path.with_name(f".{path.name}")
+    try:
+        yield temporary
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def _settle(temporary: Path, final: Path) -> None:
+    """Make a written file durable, then visible under its name."""
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, final)
+
+
+def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by name, each contiguous and with memory of its own, as safetensors wants them."""
+    own: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in sorted(tensors.items()):
+        tensor = tensor.contiguous()
+        if tensor.untyped_storage().data_ptr() in seen:
+            tensor = tensor.clone()
+        seen.add(tensor.untyped_storage().data_ptr())
+        own[name] = tensor
+    return own

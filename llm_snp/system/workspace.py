@@ -1,0 +1,204 @@
+"""Where a result grows: `<output>.partial`, locked while a run writes to it, kept for --resume when one is interrupted.
+
+At the end the directory gets its name, so that a result is complete or not there at all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+from contextlib import suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from ..errors import OutputError
+from .files import disk
+
+REPORT = "report.json"
+PARTIAL = ".partial"
+JOURNAL = ".llm_snp"  # inside the partial directory: what is no part of the result, and the mark that it is ours
+LOCK = "lock"
+OWNER = "owner"
+BLOCKS = "block-*.json"
+
+
+class Workspace:
+    """The partial directory of `output`, held by this run until `finish`, `discard` or `keep`.
+
+    resume: go on with what an interrupted run left; without it, and without `overwrite`, finished blocks of such a run
+    are not thrown away but refused. Raises `OutputError`, also if another run holds the directory.
+    """
+
+    def __init__(self, output: Path, overwrite: bool, resume: bool):
+        # A symbolic link stays one: what it points to is replaced.
+        self.output = output.resolve()
+        self.directory = self.output.with_name(self.output.name + PARTIAL)
+        self.journal = self.directory / JOURNAL
+        self.resumed = False  # whether there is something of an interrupted run to go on with
+        self.finished = False  # whether the result has its name
+        self._overwrite = overwrite
+        check_output(output, overwrite)
+        missing = (self.directory, *self.directory.parents)
+        self._made = [path for path in missing if not path.exists()]
+        self._lock = FileLock(self.journal / LOCK, blocking=False)
+        with disk(self.directory):
+            try:
+                self.journal.mkdir(parents=True, exist_ok=True)
+                self._acquire()
+                self._take_over(resume)
+            except BaseException:
+                # What was there before stays.
+                if self.directory in self._made:
+                    self.discard()
+                else:
+                    self.keep()
+                raise
+
+    def _acquire(self) -> None:
+        try:
+            self._lock.acquire()
+        except Timeout as error:
+            self._made = []  # the other run was quicker to make them
+            raise OutputError(
+                f"another run{_owner(self.journal)} is writing to {self.directory}; wait for it, or give another "
+                "--output"
+            ) from error
+
+    def _take_over(self, resume: bool) -> None:
+        """What an interrupted run left: go on with it, refuse to throw it away, or throw it away."""
+        if not self.output.exists() and _aside(self.output).exists():
+            # That run was killed while the result was about to take the place of an earlier one.
+            os.rename(_aside(self.output), self.output)
+            check_output(self.output, self._overwrite)
+        if self.finished_blocks and not (resume or self._overwrite):
+            raise OutputError(
+                f"{self.directory} holds {self.finished_blocks} finished blocks of an interrupted run; add --resume "
+                "to go on with it, or --overwrite to start anew"
+            )
+        self.resumed = resume and any(self.journal.glob("*.json"))
+        (self.journal / OWNER).write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+        if not resume:
+            self._empty()
+
+    @property
+    def finished_blocks(self) -> int:
+        """How many blocks this run, or the one that was interrupted, has finished."""
+        return len(list(self.journal.glob(BLOCKS)))
+
+    @property
+    def written_bytes(self) -> int:
+        """What the weights take that are there already."""
+        return sum(path.stat().st_size for path in self.directory.glob("*.safetensors"))
+
+    def _empty(self) -> None:
+        for path in (*self.directory.iterdir(), *self.journal.iterdir()):
+            if path in (self.journal, self.journal / LOCK, self.journal / OWNER):
+                continue
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+    def finish(self) -> None:
+        """Give the directory its name, in place of an earlier result."""
+        check_output(self.output, self._overwrite)  # another run may have been quicker
+        old = _aside(self.output)
+        _check_aside(old)
+        with disk(self.output):
+            try:
+                if self.output.exists():
+                    os.rename(self.output, old)
+                os.rename(self.directory, self.output)
+            except BaseException:
+                if old.exists() and not self.output.exists():
+                    os.rename(old, self.output)
+                raise
+        self.finished = True
+        tidy(self.output)
+        self._lock.release()
+
+    def keep(self) -> None:
+        """Leave what is finished for a later run."""
+        self._lock.release()
+
+    def discard(self) -> None:
+        """Remove everything that was written, and the directories made for it."""
+        shutil.rmtree(self.directory, ignore_errors=True)
+        self._lock.release()
+        for directory in self._made[1:]:
+            with suppress(OSError):
+                directory.rmdir()
+
+
+def tidy(output: Path) -> None:
+    """Remove what is no part of a result: after `finish`, or after a run that was killed within it."""
+    output = output.resolve()
+    if (output / JOURNAL).exists() and is_result(output):
+        shutil.rmtree(_aside(output), ignore_errors=True)
+        shutil.rmtree(output / JOURNAL, ignore_errors=True)
+
+
+def check_output(output: Path, overwrite: bool) -> None:
+    """Raise `OutputError` unless `output` can become a result: absent, empty, or an earlier one with `overwrite`."""
+    with disk(output):
+        resolved = output.resolve()
+        partial = resolved.with_name(resolved.name + PARTIAL)
+        if partial.exists() and not (partial / JOURNAL).is_dir():
+            raise OutputError(f"{partial} is in the way and not from llm_snp; remove it, or give another --output")
+        parent = next(path for path in resolved.parents if path.exists())
+        if not parent.is_dir():
+            raise OutputError(f"--output {output} cannot be made: {parent} is a file; give another directory")
+        if not os.access(parent, os.W_OK):
+            raise OutputError(f"--output {output} cannot be made: {parent} is not writable; give another directory")
+        if resolved.exists() and not resolved.is_dir():
+            raise OutputError(f"--output {output} is a file; give a directory")
+        if resolved.exists() and any(resolved.iterdir()):
+            if not is_result(resolved):
+                raise OutputError(f"--output {output} is not empty and no result of llm_snp; give another directory")
+            if not overwrite:
+                raise OutputError(f"--output {output} holds an earlier result; give another directory, or --overwrite")
+        # A run that was killed within `finish` leaves one, which the next run puts back or removes.
+        killed = (resolved / JOURNAL).exists() if resolved.exists() else partial.exists()
+        if not killed:
+            _check_aside(_aside(resolved))
+
+
+def _check_aside(aside: Path) -> None:
+    if aside.exists():
+        raise OutputError(f"{aside} is in the way; it may be a still earlier result: move or remove it")
+
+
+def is_result(directory: Path) -> bool:
+    """Whether a directory has the report of an earlier run."""
+    try:
+        return "llm_snp" in json.loads((directory / REPORT).read_text(encoding="utf-8"))["versions"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def check_space(directory: Path, needed: int) -> None:
+    """Raise `OutputError` if the disk that will hold `directory` has less than `needed` bytes free."""
+    existing = directory.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise OutputError(
+            f"the result needs up to {needed / 1e9:.2f} GB, but the disk of {existing} has {free / 1e9:.2f} GB free; "
+            "give --output on another disk"
+        )
+
+
+def _aside(output: Path) -> Path:
+    """Where an earlier result is while the new one gets its name."""
+    return output.with_name(output.name + ".replaced")
+
+
+def _owner(journal: Path) -> str:
+    try:
+        return f" ({(journal / OWNER).read_text(encoding='utf-8')})"
+    except OSError:
+        return ""

@@ -1,0 +1,247 @@
+"""The model card: what a reader of the Hub, and the Hub itself, find in it."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Prune
+from huggingface_hub import ModelCard
+
+from llm_snp.documents.card import model_card, plots_of, shareable
+
+HUB_ID = "facebook/opt-125m"
+SIDE = {
+    "prefill_seconds": 0.2,
+    "decode_seconds_per_token": 0.02,
+    "tokens_per_second": 50.0,
+    "kv_cache_bytes": 4_000_000,
+    "weight_bytes": 200_000_000,
+    "peak_bytes": None,
+}
+
+
+@pytest.fixture(scope="module")
+def finished(prune: Prune, dense: Path, held_out: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The report of a run, from the file."""
+    output = tmp_path_factory.mktemp("card") / "tiny-snp-30"
+    prune(dense, output, evaluate=(str(held_out),))
+    return dict(json.loads((output / "report.json").read_text()))
+
+
+@pytest.fixture
+def report(finished: dict[str, Any]) -> dict[str, Any]:
+    return copy.deepcopy(finished)
+
+
+def metadata(card: str) -> dict[str, Any]:
+    """What the Hub's own reader finds in front of the card."""
+    return dict(ModelCard(card).data.to_dict())
+
+
+def section(card: str, title: str) -> list[list[str]]:
+    """The cells of the table below a heading, without its head."""
+    text = card.split(f"\n## {title}\n")[1].split("\n## ")[0]
+    rows = [line[2:-2].split(" | ") for line in text.splitlines() if line.startswith("|")]
+    return rows[2:]
+
+
+def test_what_the_hub_reads(report: dict[str, Any]) -> None:
+    found = metadata(model_card(report))
+    assert found["library_name"] == "transformers"
+    assert found["pipeline_tag"] == "text-generation"
+    assert found["tags"] == ["llm_snp", "pruned", "structured-pruning"]
+    assert not {"base_model", "license", "datasets", "language"} & set(found)
+    (index,) = found["model-index"]
+    assert index["name"] == "tiny-snp-30"
+    (result,) = index["results"]
+    assert result["task"] == {"type": "text-generation"}
+    assert result["dataset"] == {"name": "evaluation.txt", "type": "evaluation.txt"}
+    (metric,) = result["metrics"]
+    assert metric["type"] == "perplexity"
+    (measured,) = report["evaluation"].values()
+    assert metric["value"] == measured["pruned"]["perplexity"]
+
+
+def test_nothing_measured_nothing_claimed(report: dict[str, Any]) -> None:
+    card = model_card(report | {"evaluation": {}})
+    assert not {"model-index", "model_name"} & set(metadata(card))
+    assert "Not measured in this run." in card
+    assert "## Tasks" not in card
+    assert "## Speed" not in card
+
+
+def test_what_the_dense_model_says_of_itself_is_carried_over(report: dict[str, Any]) -> None:
+    licence = {"license": "other", "license_name": "opt", "license_link": "https://example.org/LICENSE"}
+    card = {"language": "en", "tags": ["opt", "pruned"], "datasets": ["bookcorpus"], "inference": False, **licence}
+    report["model"] |= {"name": HUB_ID, "card": card}
+    report["calibration"]["source"] = "c4"
+    report["evaluation"] = {"wikitext2": next(iter(report["evaluation"].values()))}
+    text = model_card(report)
+    found = metadata(text)
+    assert found["base_model"] == HUB_ID
+    assert {key: found[key] for key in licence} == licence
+    assert found["language"] == "en"
+    assert found["tags"] == ["opt", "pruned", "llm_snp", "structured-pruning"]
+    assert found["datasets"] == ["bookcorpus", "allenai/c4"]
+    assert "inference" not in found
+    dataset = found["model-index"][0]["results"][0]["dataset"]
+    assert dataset == {
+        "name": "wikitext2",
+        "type": "Salesforce/wikitext",
+        "config": "wikitext-2-raw-v1",
+        "split": "test",
+    }
+    assert f"`{HUB_ID}` with" in text
+    assert "its licence (opt) applies" in text
+    report["model"]["card"]["datasets"] = "allenai/c4"  # one string is allowed, and none is said twice
+    assert metadata(model_card(report))["datasets"] == ["allenai/c4"]
+
+
+def test_a_local_directory_is_no_base_model(
+    report: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "tiny").mkdir(parents=True)
+    for name in ("models/tiny", "./models/tiny", "~/tiny", "/a/b", "a/b/c", "tiny"):
+        report["model"]["name"] = name
+        assert "base_model" not in metadata(model_card(report)), name
+
+
+def test_what_was_removed(report: dict[str, Any]) -> None:
+    card = model_card(report)
+    rows = section(card, "What is left of each block")
+    assert len(rows) == len(report["blocks"])
+    for row, block in zip(rows, report["blocks"], strict=True):
+        assert row[0] == str(block["block"])
+        for cell, site in zip(row[1:], ("attention", "mlp"), strict=True):
+            found = block[site]
+            assert cell == f"{found['kept']} of {found['units']} {found['unit']}"
+    model = report["model"]
+    assert f"| parameters | {model['parameters']:,} | {model['parameters_pruned']:,} | -" in card
+    assert f"{report['sparsity']['achieved']:.2%}" in card
+
+
+def test_blocks_with_other_layers(report: dict[str, Any]) -> None:
+    del report["blocks"][1]["mlp"]
+    report["blocks"][1]["experts"] = report["blocks"][0]["mlp"]
+    rows = section(model_card(report), "What is left of each block")
+    assert [len([cell for cell in row if cell]) for row in rows] == [3, 3, 3]
+
+
+def test_perplexity_of_both(report: dict[str, Any]) -> None:
+    ((row),) = section(model_card(report), "Perplexity")
+    (result,) = report["evaluation"].values()
+    dense, pruned = (result[which]["perplexity"] for which in ("dense", "pruned"))
+    assert row[:4] == ["evaluation.txt", f"{dense:.2f}", f"{pruned:.2f}", f"{pruned / dense - 1:+.1%}"]
+
+
+def test_tasks_with_their_errors(report: dict[str, Any]) -> None:
+    figures = {"dense": {"value": 0.4312, "stderr": 0.0123}, "pruned": {"value": 0.4, "stderr": None}}
+    report["harness"] = {
+        "arc_easy": {"metrics": {"acc": figures, "acc_norm": figures}, "version": 1, "samples": 2376, "num_fewshot": 5},
+        "/home/ann/own.yaml": {"metrics": {"acc": figures}, "version": "2", "samples": 10, "num_fewshot": None},
+    }
+    card = model_card(report)
+    rows = section(card, "Tasks")
+    assert rows[0] == ["arc_easy", "acc", "0.4312 ± 0.0123", "0.4000", "5", "2376", "1"]
+    assert [row[:2] for row in rows[1:]] == [["arc_easy", "acc_norm"], ["own.yaml", "acc"]]
+    assert "/home/ann" not in card
+    results = metadata(card)["model-index"][0]["results"]
+    of_task = next(result for result in results if result["dataset"]["type"] == "arc_easy")
+    assert of_task["dataset"]["args"] == {"num_few_shot": 5}
+    assert [(metric["type"], metric["value"]) for metric in of_task["metrics"]] == [("acc", 0.4), ("acc_norm", 0.4)]
+
+
+def test_speed(report: dict[str, Any]) -> None:
+    device = {"name": "Some CPU", "type": "cpu", "dtype": "float32", "threads": 4}
+    facts = {"device": device, "batch": 2, "prompt": 128, "new": 32, "runs": 3, "notes": ["the machine was busy"]}
+    faster = SIDE | {"prefill_seconds": 0.15, "tokens_per_second": 60.0, "kv_cache_bytes": 3_000_000}
+    report["speed"] = facts | {"dense": SIDE, "pruned": faster}
+    card = model_card(report)
+    assert section(card, "Speed") == [
+        ["prefill, ms", "200.0", "150.0", "0.75"],
+        ["decode, tokens/s", "50.0", "60.0", "1.20"],
+        ["KV cache, MB", "4.00", "3.00", "0.75"],
+        ["weights, MB", "200.0", "200.0", "1.00"],
+    ]
+    assert "Measured on Some CPU, float32, threads: 4, batch 2, 128 prompt tokens, 32 new ones, 3 runs." in card
+    assert "- the machine was busy" in card
+    report["speed"] = facts | {"pruned": SIDE | {"peak_bytes": 300_000_000}}
+    assert section(model_card(report), "Speed")[-1] == ["peak memory, MB", "300.0"]
+    report["speed"]["dense"] = SIDE  # measured where the peak was not known
+    assert section(model_card(report), "Speed")[-1] == ["peak memory, MB", "", "300.0", ""]
+
+
+def test_how_to_load(report: dict[str, Any]) -> None:
+    card = model_card(report)
+    assert 'AutoModelForCausalLM.from_pretrained("tiny-snp-30", trust_remote_code=True)' in card
+    assert "# tiny-snp-30\n" in card
+    card = model_card(report, "ann/pruned")
+    assert 'AutoModelForCausalLM.from_pretrained("ann/pruned", trust_remote_code=True)' in card
+    assert "# pruned\n" in card
+    report["model"]["custom_code"] = False
+    card = model_card(report)
+    assert 'AutoModelForCausalLM.from_pretrained("tiny-snp-30")' in card
+    assert "trust_remote_code" not in card
+    assert "modeling_snp.py" not in card
+
+
+def test_plots(report: dict[str, Any]) -> None:
+    plots = [("What is kept", "plots/kept.png"), ("Error (log)", "plots/error.png")]
+    card = model_card(report, plots=plots)
+    assert "![What is kept](plots/kept.png)" in card
+    assert plots_of(card) == plots
+    assert plots_of(model_card(report)) == []
+
+
+def test_no_local_path_gets_out(report: dict[str, Any]) -> None:
+    words = ["python", "-m", "llm_snp", "/home/ann/models/tiny", "--calibration=/data/my text.txt"]
+    words += ["--evaluate", "harness:arc_easy,/home/ann/own.yaml", "--output", "../out/tiny-snp-30", "--seed", "1"]
+    words += ["--push-to-hub", "ann/tiny"]
+    report["command"] = shlex.join(words)
+    report["model"]["name"], report["output"] = "/home/ann/models/tiny", "../out/tiny-snp-30"
+    report["options"] |= {
+        "model": "/home/ann/models/tiny",
+        "calibration": "/data/my text.txt",
+        "evaluate": ["/home/ann/test.txt", "harness:arc_easy,/home/ann/own.yaml"],
+        "push_to_hub": "ann/tiny",
+    }
+    report["calibration"]["source"] = "/data/my text.txt"
+    (measured,) = report["evaluation"].values()
+    report["evaluation"] = {"/home/ann/test.txt": measured, "/data/test.txt": measured}
+    before = copy.deepcopy(report)
+    card, shared = model_card(report), shareable(report)
+    assert report == before
+    for text in (card, json.dumps(shared)):
+        assert not any(part in text for part in ("/home", "/data", "../out", "models/"))
+    assert (
+        "python -m llm_snp tiny '--calibration=my text.txt' --evaluate harness:arc_easy,own.yaml "
+        "--output tiny-snp-30 --seed 1 --push-to-hub ann/tiny" in card
+    )
+    assert list(shared["evaluation"]) == ["test.txt", "test.txt (2)"]
+    assert shared["options"]["evaluate"] == ["test.txt", "harness:arc_easy,own.yaml"]
+    assert shareable(shared) == shared
+    assert model_card(shared) == card
+    report["evaluation"], report["calibration"]["source"] = {"c4": measured, "/data/c4": measured}, "/data/c4"
+    shared = shareable(report)
+    assert list(shared["evaluation"]) == ["c4", "c4 (2)"]
+    assert "datasets" not in metadata(model_card(report))  # a file of that name is not the text of that name
+    assert model_card(shared) == model_card(report)
+    report["model"]["name"] = report["options"]["model"] = HUB_ID
+    report["command"] = f"python -m llm_snp {HUB_ID}"
+    assert f"python -m llm_snp {HUB_ID}\n" in model_card(report)
+    assert shareable(report)["options"]["model"] == HUB_ID
+
+
+def test_limits_and_notes(report: dict[str, Any]) -> None:
+    report["notes"] = ["windows have 32 tokens: the model has no more positions"]
+    card = model_card(report)
+    limits = card.split("## Limits")[1]
+    for words in ("nothing was trained afterwards", "modeling_snp.py", "Calibrated on calibration.txt", "biases"):
+        assert words in limits
+    assert "- windows have 32 tokens" in card

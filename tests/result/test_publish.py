@@ -1,0 +1,321 @@
+"""Publishing on the Hub, against a server on this machine that speaks what the Hub's client calls."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Prune, load, logits, new_connections
+from hub_server import FINE, ORGANISATION, READ, USER, WRITE, HubServer
+from huggingface_hub import constants
+
+from llm_snp.commands import push as command
+from llm_snp.documents.card import model_card
+from llm_snp.errors import CheckpointError, HubError, OptionError, SnpError
+from llm_snp.result.publish import check_push, push
+from llm_snp.system.files import digest
+
+pytestmark = pytest.mark.documents
+
+REPO = f"{USER}/tiny-pruned"
+INITIAL = ".gitattributes"
+
+
+@pytest.fixture(scope="module")
+def pruned(prune: Prune, dense: Path, held_out: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A result that tests only read."""
+    output = tmp_path_factory.mktemp("publish") / "tiny-snp-30"
+    prune(dense, output, evaluate=(str(held_out),))
+    (output / "plots").mkdir(exist_ok=True)
+    (output / "plots" / "mine.png").write_bytes(b"\x89PNG and so on")
+    return output
+
+
+@pytest.fixture
+def result(pruned: Path, tmp_path: Path) -> Path:
+    """A result that a test may change."""
+    return Path(shutil.copytree(pruned, tmp_path / pruned.name))
+
+
+def names(directory: Path) -> set[str]:
+    return {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
+
+
+def refusal(kind: type[SnpError], *arguments: str, directory: Path | None = None) -> str:
+    """The message of `check_push`, or of `push` with a directory; it is one sentence."""
+    with pytest.raises(kind) as error:
+        push(directory, *arguments) if directory else check_push(*arguments)
+    message = str(error.value)
+    assert "\n" not in message
+    assert not message.endswith(".")
+    return message
+
+
+def test_one_commit_with_everything(hub: HubServer, pruned: Path) -> None:
+    before = {name: (pruned / name).read_bytes() for name in names(pruned)}
+    check_push(REPO)
+    assert not hub.repositories
+    assert push(pruned, REPO) == f"{hub.url}/{REPO}"
+    repository = hub.repositories[REPO]
+    assert not repository.private
+    assert len(repository.commits) == 2
+    assert set(repository.files) == names(pruned) | {INITIAL}
+    assert "model.safetensors.index.json" in repository.files
+    assert "modeling_snp.py" in repository.files
+    assert "plots/mine.png" in repository.files
+    for name in names(pruned) - {"README.md", "report.json"}:
+        assert repository.files[name] == before[name], name
+    assert len(hub.uploads) > len([name for name in names(pruned) if name.endswith(".safetensors")])  # one in parts
+    assert "llm_snp" in repository.commits[1].message
+    assert before == {name: (pruned / name).read_bytes() for name in names(pruned)}
+
+
+def test_private_and_the_message_arrive(hub: HubServer, pruned: Path) -> None:
+    push(pruned, f"{ORGANISATION}/secret", private=True, message="as asked")
+    repository = hub.repositories[f"{ORGANISATION}/secret"]
+    assert repository.private
+    assert repository.commits[1].message == "as asked"
+
+
+def test_card_and_report_are_those_for_others(hub: HubServer, pruned: Path, text: Path) -> None:
+    push(pruned, REPO)
+    files = hub.repositories[REPO].files
+    card = files["README.md"].decode()
+    assert f'from_pretrained("{REPO}", trust_remote_code=True)' in card
+    assert str(text.parent) not in card
+    report = json.loads(files["report.json"])
+    assert str(text.parent) not in files["report.json"].decode()
+    assert text.name in files["report.json"].decode()
+    assert report["blocks"] == json.loads((pruned / "report.json").read_text())["blocks"]
+
+
+def test_the_card_keeps_its_plots(hub: HubServer, result: Path) -> None:
+    report = json.loads((result / "report.json").read_text())
+    (result / "README.md").write_text(model_card(report, plots=[("My plot", "plots/mine.png")]))
+    (result / "report.json").write_text(json.dumps(report | {"card": digest(result / "README.md")}))
+    push(result, REPO)
+    card = hub.repositories[REPO].files["README.md"].decode()
+    assert "![My plot](plots/mine.png)" in card
+    assert REPO in card
+
+
+def test_an_edited_card_goes_up_as_it_is(hub: HubServer, result: Path) -> None:
+    readme = result / "README.md"
+    report = json.loads((result / "report.json").read_text())
+    (result / "report.json").write_text(json.dumps(report | {"card": digest(readme)}))
+    push(result, REPO)
+    assert REPO in hub.repositories[REPO].files["README.md"].decode()
+    readme.write_text(readme.read_text() + "\nMy own words.\n")
+    push(result, REPO, overwrite=True)
+    assert hub.repositories[REPO].files["README.md"] == readme.read_bytes()
+    report.pop("card", None)  # as of a version that kept no hash of it
+    (result / "report.json").write_text(json.dumps(report))
+    push(result, f"{USER}/edited")
+    assert hub.repositories[f"{USER}/edited"].files["README.md"] == readme.read_bytes()
+    readme.write_text(model_card(report))
+    push(result, f"{USER}/made")
+    assert f"{USER}/made" in hub.repositories[f"{USER}/made"].files["README.md"].decode()
+
+
+def test_without_a_card_one_is_made(hub: HubServer, result: Path) -> None:
+    (result / "README.md").unlink()
+    push(result, REPO)
+    assert REPO in hub.repositories[REPO].files["README.md"].decode()
+    assert not (result / "README.md").exists()
+
+
+def test_a_card_with_broken_metadata_is_refused_before_the_upload(hub: HubServer, result: Path) -> None:
+    (result / "README.md").write_text("---\nlicense: [\n---\n")
+    assert "Invalid metadata in README.md" in refusal(HubError, REPO, directory=result)
+    assert not hub.uploads
+
+
+def test_hidden_files_stay_here(hub: HubServer, result: Path) -> None:
+    (result / ".llm_snp").mkdir()
+    (result / ".llm_snp" / "lock").touch()
+    (result / ".notes").touch()
+    push(result, REPO)
+    assert set(hub.repositories[REPO].files) == names(result) - {".llm_snp/lock", ".notes"} | {INITIAL}
+
+
+def test_overwriting_removes_what_is_no_longer_there(
+    hub: HubServer, pruned: Path, prune: Prune, dense: Path, tmp_path: Path
+) -> None:
+    push(pruned, REPO)
+    prune(dense, tmp_path / "stock", 0.2, attention="heads", allocation="uniform")
+    for shard in (tmp_path / "stock").glob("model-*"):
+        shard.rename(shard.with_name(shard.name.replace("-of-", "-of-1")))
+    index = tmp_path / "stock" / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace("-of-", "-of-1"))
+    push(tmp_path / "stock", REPO, overwrite=True)
+    repository = hub.repositories[REPO]
+    assert len(repository.commits) == 3
+    assert set(repository.files) == names(tmp_path / "stock") | {INITIAL}
+    assert repository.commits[2].deleted >= {path.name for path in pruned.glob("model-*.safetensors")}
+    assert "plots/mine.png" in repository.commits[2].deleted
+
+
+@pytest.mark.parametrize("lost_after", [0, 2])
+def test_after_a_lost_connection_the_same_command_ends_well(
+    hub: HubServer, pruned: Path, monkeypatch: pytest.MonkeyPatch, lost_after: int
+) -> None:
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # the client tries a few times by itself
+    hub.lost_after = lost_after
+    message = refusal(HubError, REPO, directory=pruned)
+    assert message.startswith(f"the upload of {pruned} to {REPO} broke off (")
+    assert message.endswith(f"the directory is intact, and `python -m llm_snp push {pruned} {REPO}` repeats it")
+    assert len(hub.repositories[REPO].commits) == 1
+    hub.lost_after = None
+    kept = set(hub.large)
+    hub.uploads.clear()
+    push(pruned, REPO)
+    assert not kept & set(hub.uploads)  # what had arrived is not sent again
+    assert len(hub.repositories[REPO].commits) == 2
+    assert set(hub.repositories[REPO].files) == names(pruned) | {INITIAL}
+
+
+def test_after_a_failed_commit_the_same_command_ends_well(hub: HubServer, pruned: Path) -> None:
+    hub.commit_status = 500
+    with pytest.raises(HubError) as error:
+        push(pruned, REPO, private=True, overwrite=True)
+    message = str(error.value)
+    assert message.endswith(f"`python -m llm_snp push {pruned} {REPO} --private --overwrite` repeats it")
+    assert "500" in message
+    hub.commit_status = None
+    push(pruned, REPO)
+    assert len(hub.repositories[REPO].commits) == 2
+    assert set(hub.repositories[REPO].files) == names(pruned) | {INITIAL}
+
+
+def test_interrupting_is_passed_on(hub: HubServer, pruned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("huggingface_hub.HfApi.create_commit", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        push(pruned, REPO)
+
+
+def test_an_existing_repository_is_refused(hub: HubServer, pruned: Path) -> None:
+    push(pruned, REPO)
+    for directory in (None, pruned):
+        message = refusal(HubError, REPO, directory=directory)
+        assert message.startswith(f"{REPO} exists on the Hub and has ")
+        assert "--overwrite" in message
+    check_push(REPO, overwrite=True)
+    assert len(hub.repositories[REPO].commits) == 2
+
+
+def test_no_token(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_TOKEN")
+    message = refusal(HubError, REPO)
+    assert message == "there is no token for the Hugging Face Hub; run `hf auth login`, or set HF_TOKEN"
+    Path(constants.HF_TOKEN_PATH).write_text(WRITE)  # what `hf auth login` leaves
+    check_push(REPO)
+
+
+def test_a_refused_token(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_expired")
+    assert refusal(HubError, REPO).startswith("the Hugging Face Hub refused the token; ")
+
+
+def test_no_permission(hub: HubServer, pruned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_push(f"{ORGANISATION}/x")
+    check_push(f"{USER.upper()}/x")
+    message = refusal(HubError, "somebody/x")
+    assert message == f"the token is one of {USER}, who may not write to somebody; give {USER}/x"
+    monkeypatch.setenv("HF_TOKEN", READ)
+    assert "may only read" in refusal(HubError, REPO)
+    monkeypatch.setenv("HF_TOKEN", FINE)  # it lists no organisations
+    check_push(f"{ORGANISATION}/x")
+    message = refusal(HubError, "somebody/x", directory=pruned)  # the Hub answers 403
+    assert message.startswith("the token may not write to somebody/x (")
+    assert "give a token with write permission for somebody" in message
+    assert not hub.repositories
+
+
+def test_no_network(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
+    assert refusal(HubError, REPO).startswith("the Hugging Face Hub cannot be reached (")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    new_connections()
+    assert "HF_HUB_OFFLINE" in refusal(HubError, REPO)
+
+
+@pytest.mark.parametrize("name", ["tiny", "a/b/c", "ann/ti ny", "ann/", "/tmp/x", "ann/x.git", "ann/-x", ""])
+def test_names_that_are_none(hub: HubServer, pruned: Path, name: str) -> None:
+    for directory in (None, pruned):
+        assert "give user/name" in refusal(OptionError, name, directory=directory)
+
+
+def test_what_is_no_finished_result(hub: HubServer, dense: Path, result: Path, tmp_path: Path) -> None:
+    for directory in (dense, tmp_path / "nowhere"):
+        assert "is no finished result of llm_snp" in refusal(CheckpointError, REPO, directory=directory)
+    shard = sorted(result.glob("model-*.safetensors"))[1]
+    shard.rename(tmp_path / shard.name)
+    message = refusal(CheckpointError, REPO, directory=result)
+    assert message.startswith(f"{result} is incomplete: it has no {shard.name}; ")
+    index = result / "model.safetensors.index.json"
+    index.write_text("[]")
+    assert "is no index of safetensors files" in refusal(CheckpointError, REPO, directory=result)
+    index.unlink()
+    (result / "config.json").unlink()
+    assert f"it has no config.json, {index.name}; " in refusal(CheckpointError, REPO, directory=result)
+    assert not hub.repositories
+
+
+def test_the_command(hub: HubServer, pruned: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    capsys.readouterr()
+    command.main(parser.parse_args([str(pruned), REPO, "--private", "--message", "by hand"]))
+    assert capsys.readouterr().out == (
+        f"pushed   {hub.url}/{REPO}\nload it  AutoModelForCausalLM.from_pretrained({REPO!r}, trust_remote_code=True)\n"
+    )
+    assert hub.repositories[REPO].private
+    assert hub.repositories[REPO].commits[1].message == "by hand"
+    with pytest.raises(HubError):
+        command.main(parser.parse_args([str(pruned), REPO]))
+    command.main(parser.parse_args([str(pruned), REPO, "--overwrite"]))
+
+
+LOAD = """
+import sys
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+repo, ids, out = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(repo, trust_remote_code=True).float().eval()
+tokenizer = AutoTokenizer.from_pretrained(repo, trust_remote_code=True)
+assert tokenizer("den lo")["input_ids"]
+assert not any(name.split(".")[0] == "llm_snp" for name in sys.modules)
+with torch.no_grad():
+    torch.save(model(input_ids=torch.load(ids)).logits, out)
+"""
+
+
+def test_anyone_can_load_it_from_the_hub(hub: HubServer, pruned: Path, ids: torch.Tensor, tmp_path: Path) -> None:
+    push(pruned, REPO)
+    torch.save(ids, tmp_path / "ids.pt")
+    environment = {name: value for name, value in os.environ.items() if name not in ("HF_HUB_OFFLINE", "HF_TOKEN")}
+    environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, REPO, str(tmp_path / "ids.pt"), str(tmp_path / "logits.pt")],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), logits(load(pruned), ids), rtol=0, atol=0)

@@ -1,0 +1,263 @@
+"""A result is a Hugging Face checkpoint like any other, also where llm_snp is not installed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import BLOCKS, NEURONS, Prune, load, logits, tiny_opt
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, OPTForCausalLM
+
+import llm_snp.pruning.plan
+from llm_snp.dense.hub import EMBEDDED, load_config
+from llm_snp.families import FAMILIES
+
+# Runs where importing llm_snp fails. Argument: a result; prints what was found as JSON.
+ELSEWHERE = r"""
+import json, sys, warnings
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name == "llm_snp" or name.startswith("llm_snp."):
+            raise ImportError("llm_snp is not here")
+
+sys.meta_path.insert(0, Blocker())
+try:
+    import llm_snp
+except ImportError:
+    found = {"llm_snp": "absent"}
+else:
+    found = {"llm_snp": "present"}
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+torch.set_num_threads(1)
+directory, again, data = sys.argv[1:]
+ids = torch.load(data, weights_only=True)
+
+def load(path):
+    return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True).float().eval()
+
+def logits(model, ids=ids):
+    with torch.no_grad():
+        return model(input_ids=ids).logits
+
+def generate(model, **options):
+    ones = torch.ones_like(ids)
+    return model.generate(ids, attention_mask=ones, do_sample=False, min_new_tokens=12, max_new_tokens=12, **options)
+
+model = load(directory)
+found["class"] = type(model).__name__
+found["module"] = type(model).__module__
+found["logits"] = logits(model).tolist()
+found["cached"] = generate(model, use_cache=True).tolist()
+found["uncached"] = generate(model, use_cache=False).tolist()
+stepwise = ids
+for _ in range(12):
+    scores = logits(model, stepwise)[:, -1]
+    scores[:, model.generation_config.eos_token_id] = -torch.inf  # not before so many tokens
+    stepwise = torch.cat([stepwise, scores.argmax(-1, keepdim=True)], 1)
+found["stepwise"] = stepwise.tolist()
+padded = torch.cat([torch.ones_like(ids[:, :5]), ids], 1)
+mask = torch.cat([torch.zeros_like(ids[:, :5]), torch.ones_like(ids)], 1)
+with torch.no_grad():
+    found["padded"] = (model(input_ids=padded, attention_mask=mask).logits[:, 5:] - logits(model)).abs().max().item()
+
+tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=True)
+found["tokens"] = tokenizer("Ba den ki lo, per saver!\n\n Nu")["input_ids"]
+writer = pipeline("text-generation", model=directory, tokenizer=tokenizer, trust_remote_code=True)
+found["pipeline"] = writer("Ba den ki", do_sample=False, max_new_tokens=5)[0]["generated_text"]
+
+model.save_pretrained(again)
+found["again"] = torch.equal(logits(load(again)), logits(model))
+found["files again"] = sorted(p.name for p in __import__("pathlib").Path(again).iterdir())
+
+half = load(directory).half()
+found["half"] = [str(logits(half).dtype), (logits(half).float() - logits(model)).abs().max().item()]
+
+def train(model):
+    model.train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    losses = []
+    for _ in range(2):
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        optimizer.zero_grad()
+        loss.backward()
+        losses.append(loss.item())
+        optimizer.step()
+    still = [n for n, p in model.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all()]
+    # A key's bias adds the same to all scores of a query: its gradient is zero, up to rounding.
+    idle = [n for n, p in model.named_parameters() if not p.grad.abs().sum() > 0 and "k_proj.bias" not in n]
+    return losses, still + idle, {n: p.grad.clone() for n, p in model.named_parameters()}
+
+losses, idle, plain = train(load(directory))
+found["losses"], found["idle"] = losses, idle
+checkpointed = load(directory)
+checkpointed.gradient_checkpointing_enable()
+losses, _, gradients = train(checkpointed)
+found["checkpointed losses"] = losses
+found["checkpointed"] = max((gradients[n] - plain[n]).abs().max().item() for n in plain)
+print(json.dumps(found))
+"""
+
+
+def elsewhere(directory: Path, workplace: Path, ids: torch.Tensor) -> dict[str, Any]:
+    """Run `ELSEWHERE` on a result in a new interpreter."""
+    torch.save(ids, workplace / "ids.pt")
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    environment |= {"HF_MODULES_CACHE": str(workplace / "modules"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", ELSEWHERE, str(directory), str(workplace / "again"), str(workplace / "ids.pt")],
+        cwd=workplace,
+        env=environment,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module", params=["dims", "heads"])
+def result(request: pytest.FixtureRequest, prune: Prune, dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pruned model with different widths in every block."""
+    output = tmp_path_factory.mktemp("result") / request.param
+    prune(dense, output, 0.4, attention=request.param)
+    return output
+
+
+@pytest.fixture(scope="module")
+def found(result: Path, tmp_path_factory: pytest.TempPathFactory, ids: torch.Tensor) -> dict[str, Any]:
+    return elsewhere(result, tmp_path_factory.mktemp("elsewhere"), ids)
+
+
+def test_loads_without_llm_snp(found: dict[str, Any], result: Path, ids: torch.Tensor) -> None:
+    assert found["llm_snp"] == "absent"
+    assert found["class"] == "SnpOPTForCausalLM"
+    assert found["module"].startswith("transformers_modules.")
+    assert torch.equal(torch.tensor(found["logits"]), logits(load(result), ids))
+
+
+def test_generates_the_same_with_and_without_cache(found: dict[str, Any]) -> None:
+    assert found["cached"] == found["uncached"] == found["stepwise"]
+
+
+def test_padding_on_the_left_changes_nothing(found: dict[str, Any]) -> None:
+    assert found["padded"] < 1e-4
+
+
+def test_pipeline_writes_text(found: dict[str, Any]) -> None:
+    assert found["pipeline"].startswith("Ba den ki")
+    assert len(found["pipeline"]) > len("Ba den ki")
+
+
+def test_saves_and_loads_again(found: dict[str, Any]) -> None:
+    assert found["again"] is True
+    assert "modeling_snp.py" in found["files again"]
+
+
+def test_half_precision(found: dict[str, Any]) -> None:
+    dtype, error = found["half"]
+    assert dtype == "torch.float16"
+    assert error < 0.1
+
+
+def test_trains(found: dict[str, Any]) -> None:
+    before, after = found["losses"]
+    assert after < before
+    assert found["idle"] == []
+
+
+def test_trains_with_gradient_checkpointing(found: dict[str, Any]) -> None:
+    assert found["checkpointed losses"] == pytest.approx(found["losses"], rel=1e-5)
+    assert found["checkpointed"] < 1e-5
+
+
+def test_without_trust_remote_code_where_llm_snp_is_imported(result: Path, ids: torch.Tensor) -> None:
+    model = AutoModelForCausalLM.from_pretrained(result, trust_remote_code=False)
+    assert type(model).__module__ == "llm_snp.modeling.opt"
+    assert AutoConfig.from_pretrained(result, trust_remote_code=False).model_type == "snp_opt"
+    assert torch.equal(logits(model.eval(), ids), logits(load(result), ids))
+
+
+def test_same_widths_in_every_block_and_whole_heads_is_stock_opt(
+    prune: Prune, dense: Path, tmp_path: Path, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # No allocation gives exactly this on purpose; decide as if one had.
+    kept = NEURONS - 10
+
+    def only_neurons(name: str, curves: Any, budget: float) -> list[int]:
+        return [kept if curve.unit == "neurons" else curve.units for curve in curves]
+
+    monkeypatch.setattr(llm_snp.pruning.plan, "allocate", only_neurons)
+    prune(dense, tmp_path / "out", allocation="uniform", attention="heads")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["model_type"] == "opt"
+    assert config["architectures"] == ["OPTForCausalLM"]
+    assert config["ffn_dim"] == kept
+    assert "auto_map" not in config
+    assert "block_widths" not in config
+    assert not (tmp_path / "out" / "modeling_snp.py").exists()
+    assert type(load(tmp_path / "out")) is OPTForCausalLM
+    found = elsewhere(tmp_path / "out", tmp_path, ids)
+    assert found["class"] == "OPTForCausalLM"
+    assert torch.equal(torch.tensor(found["logits"]), logits(load(tmp_path / "out"), ids))
+    assert found["cached"] == found["uncached"]
+
+
+def test_tokenizer_in_the_files_that_opt_has_on_the_hub(prune: Prune, tmp_path: Path, ids: torch.Tensor) -> None:
+    dense, output = tmp_path / "dense", tmp_path / "out"
+    tiny_opt().save_pretrained(dense)
+    model = json.loads((EMBEDDED / "tokenizer.json").read_text())["model"]
+    (dense / "vocab.json").write_text(json.dumps(model["vocab"]))
+    pairs = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    (dense / "merges.txt").write_text("\n".join(["#version: 0.2", *pairs]) + "\n")
+    special = {"bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>", "pad_token": "<pad>"}
+    (dense / "special_tokens_map.json").write_text(json.dumps(special))
+    fields = {"add_bos_token": True, "add_prefix_space": False, "errors": "replace", "tokenizer_class": "GPT2Tokenizer"}
+    (dense / "tokenizer_config.json").write_text(json.dumps(special | fields))
+    sample = "Ba den ki lo, per saver!\n\n Nu"
+    expected = AutoTokenizer.from_pretrained(dense)(sample)["input_ids"]
+    assert expected[0] == 2
+    assert len(expected) > 10
+    prune(dense, output)
+    assert AutoTokenizer.from_pretrained(output)(sample)["input_ids"] == expected
+    assert elsewhere(output, tmp_path, ids)["tokens"] == expected
+
+
+def test_code_of_the_dense_model_does_not_travel(prune: Prune, dense: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(dense, tmp_path / "dense"))
+    config = json.loads((model / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "theirs.Config", "AutoModelForCausalLM": "theirs.Model"}
+    (model / "config.json").write_text(json.dumps(config))
+    prune(model, tmp_path / "same", 0.0)
+    assert "auto_map" not in json.loads((tmp_path / "same" / "config.json").read_text())
+    prune(model, tmp_path / "out")
+    auto_map = json.loads((tmp_path / "out" / "config.json").read_text())["auto_map"]
+    assert set(auto_map.values()) == {f"modeling_snp.SnpOPT{kind}" for kind in ("Config", "Model", "ForCausalLM")}
+
+
+def test_stock_fields(dense: Path) -> None:
+    config = load_config(dense)
+    whole = FAMILIES["opt"].widths(config, {})
+    assert FAMILIES["opt"].stock_fields(config, [whole] * BLOCKS) == {"ffn_dim": NEURONS}
+    assert FAMILIES["opt"].stock_fields(config, [whole | {"neurons": 7}] * BLOCKS) == {"ffn_dim": 7}
+    assert FAMILIES["opt"].stock_fields(config, [whole | {"neurons": 7}, *[whole] * (BLOCKS - 1)]) is None
+    assert FAMILIES["opt"].stock_fields(config, [whole | {"heads": 3}] * BLOCKS) is None
+    assert FAMILIES["opt"].stock_fields(config, [{"dims": 3}] * BLOCKS) is None
+
+
+def test_wrong_widths_are_refused(result: Path) -> None:
+    config = AutoConfig.from_pretrained(result)
+    config.block_widths = config.block_widths[:-1]
+    with pytest.raises(ValueError, match=f"block_widths has {BLOCKS - 1} entries, expected one for each of {BLOCKS}"):
+        AutoModelForCausalLM.from_config(config)

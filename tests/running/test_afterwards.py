@@ -1,0 +1,110 @@
+"""What a run does after its result is finished, and that nothing of it can harm the result."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import LENGTH, SAMPLES, Shell, weight_files
+from hub_server import USER, HubServer
+
+from llm_snp.evaluation import speed
+
+TASK = f"harness:{Path(__file__).parent.parent / 'harness_tasks' / 'small_choice.yaml'}"
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As much timing as shows that it is done."""
+    whole = speed.measure_speed
+
+    def short(*models: object, **options: object) -> object:
+        return whole(*models, prompt=8, new=2, runs=1, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("llm_snp.running.afterwards.measure_speed", short)
+
+
+def report(shell: Shell) -> dict[str, object]:
+    return json.loads((shell.output / "report.json").read_text())  # type: ignore[no-any-return]
+
+
+def test_all_of_it(shell: Shell, dense: Path, hub: HubServer) -> None:
+    name = f"{USER}/small"
+    short = ("--samples", SAMPLES, "--sequence-length", LENGTH, "--calibration", shell.text, "--output", shell.output)
+    after = ("--evaluate", TASK, "--measure-speed", "--push-to-hub", name, "--private")
+    code, out, err = shell.run(dense, *short, *after, "--quiet")
+    assert code == 0, err
+    assert "small_choice acc" in out
+    assert "prefill, ms" in out
+    found = report(shell)
+    assert {"harness", "speed"} <= set(found)
+    assert {"harness", "speed"} <= set(found["seconds"])  # type: ignore[call-overload]
+    card = (shell.output / "README.md").read_text()
+    assert "small_choice" in card
+    assert "## Speed" in card
+    repository = hub.repositories[name]
+    assert repository.private
+    assert len(repository.commits) == 2  # the Hub's own, and one with everything
+    assert json.loads(repository.files["report.json"])["speed"] == found["speed"]
+    assert f'from_pretrained("{name}"' in repository.files["README.md"].decode()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--push-to-hub", "other/small"), "may not write to other"),
+        (("--push-to-hub", "small"), "'small' does not say whose repository it is; give user/name"),
+        (("--private",), "--private is for the repository that --push-to-hub makes"),
+    ],
+)
+def test_what_would_fail_is_known_before_the_work(
+    shell: Shell, dense: Path, hub: HubServer, flags: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llm_snp.running.run._Run.__init__", None)  # is not reached
+    hub.repositories.clear()
+    assert message in shell.refused(dense, *flags)
+
+
+def test_a_task_that_is_not_there_is_known_before_the_work(
+    shell: Shell, dense: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llm_snp.running.run._Run.__init__", None)  # is not reached
+    code, _, err = shell.run(dense, "--evaluate", "harness:nowhere.yaml", "--output", shell.output)
+    assert code == 2
+    assert "nowhere.yaml" in err
+    assert not shell.output.exists()
+
+
+def test_a_result_survives_a_push_that_fails_and_the_same_command_goes_on(
+    shell: Shell, dense: Path, hub: HubServer
+) -> None:
+    name = f"{USER}/small"
+    hub.commit_status = 500
+    code, out, err = shell.prune(dense, "--push-to-hub", name)
+    assert code == 2
+    assert not out
+    assert err.count("\n") == 1
+    assert f"the pruned model is finished in {shell.output}; the same command with --resume does the rest" in err
+    before = weight_files(shell.output)
+    hub.commit_status = None
+    code, out, err = shell.prune(dense, "--push-to-hub", name, "--resume")
+    assert code == 0, err
+    assert weight_files(shell.output) == before
+    assert set(before) <= set(hub.repositories[name].files)
+
+
+def test_a_result_survives_ctrl_c_while_it_is_timed(shell: Shell, dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*models: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("llm_snp.running.afterwards.measure_speed", interrupted)
+        code, _, err = shell.prune(dense, "--measure-speed")
+    assert code == 130
+    assert f"interrupted; the pruned model is finished in {shell.output}" in err
+    assert "speed" not in report(shell)
+    code, out, err = shell.prune(dense, "--measure-speed", "--resume")
+    assert code == 0, err
+    assert "speed" in report(shell)
+    assert "prefill, ms" in out
