@@ -519,7 +519,7 @@ def test_bad_input_costs_nothing_that_was_finished(runs: Runs, dense: Path, monk
         assert "the result needs up to " in runs.refused("--resume")
     for error in (NumericalError("overflow"), torch.OutOfMemoryError("CUDA out of memory"), ZeroDivisionError()):
         with monkeypatch.context() as patch:
-            patch.setattr("llm_snp.pruning.executor.prune_units", raiser(error))
+            patch.setattr("llm_snp.pruning.executor.repair_units", raiser(error))
             before = state_of(runs.partial)
             if isinstance(error, ZeroDivisionError):
                 with pytest.raises(ZeroDivisionError):
@@ -707,15 +707,15 @@ def test_a_block_that_comes_out_differently(runs: Runs, monkeypatch: pytest.Monk
     """As on another device: what was fitted to it as it was is made again, too, also after another interruption."""
     runs.interrupted()
     (runs.partial / SHARDS[0]).unlink()
-    prune_units = llm_snp.pruning.executor.prune_units
+    repair_units = llm_snp.pruning.executor.repair_units
 
     def differently(*args: Any) -> Any:
-        found = prune_units(*args)
+        found = repair_units(*args)
         found.state["fc2.bias"] += 1e-3
         return found
 
     with monkeypatch.context() as patch:
-        patch.setattr("llm_snp.pruning.executor.prune_units", differently)
+        patch.setattr("llm_snp.pruning.executor.repair_units", differently)
         once(patch, PrunedBlocks, "save", 1, raiser(KeyboardInterrupt()))
         assert "1 of 3 blocks are finished" in runs("--resume")[2]
     code, _, err = runs("--resume")
@@ -882,7 +882,7 @@ def test_device_out_of_memory(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> No
             PrunedBlocks,
             "save",
             1,
-            lambda: patch.setattr("llm_snp.pruning.executor.site_moments", raiser(error)),
+            lambda: patch.setattr("llm_snp.pruning.executor.calibrate_site", raiser(error)),
         )
         code, out, err = runs("--quiet")
     assert (code, out) == (2, "")
