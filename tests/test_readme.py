@@ -15,7 +15,7 @@ from conftest import copy_tokenizer, paragraphs, save, tiny_opt
 from hub_server import USER, HubServer
 
 from llm_snp.cli import main
-from llm_snp.dense import data
+from llm_snp.dense import readers
 from llm_snp.families import FAMILIES, FILES
 
 ROOT = Path(__file__).parent.parent
@@ -45,7 +45,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hub: HubServer) -
         save(tiny_opt(), tmp_path / "facebook" / name)
         copy_tokenizer(tmp_path / "facebook" / name)
     (tmp_path / "text.txt").write_text("\n\n".join(paragraphs(300, seed=1)))
-    monkeypatch.setitem(data.HUB_CORPORA, "wikitext2", lambda purpose: iter(paragraphs(100, seed=len(purpose))))
+    monkeypatch.setitem(readers.HUB_CORPORA, "wikitext2", lambda purpose: iter(paragraphs(100, seed=len(purpose))))
     monkeypatch.chdir(tmp_path)
     return hub
 
