@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from .core.allocation import ALLOCATIONS
 from .core.orders import ORDERS
 from .errors import OptionError, choose
+from .system import plain
 
 DAMPING = 1e-3
+# A ridge so many times the mean variance leaves nothing of what is fitted, and far beyond it numbers overflow.
+MOST_DAMPING = 1e6
 # What the repair refits a layer to; `none` leaves the remaining weights as they are.
 TARGETS = ("self", "dense", "residual", "none")
 ATTENTION_MODES = ("heads", "queries", "dims", "both", "none")
@@ -28,14 +32,34 @@ METHODS: dict[str, dict[str, str]] = {
 }
 
 
+def flag_of(name: str) -> str:
+    """The field as the command line has it."""
+    return f"--{name.replace('_', '-')}"
+
+
 def option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
     """A dataclass field whose metadata becomes the flag's help."""
     return field(default=default, metadata={"help": text, "choices": choices})
 
 
+# How a field's values become plain, by its type; each raises `OptionError` naming the flag.
+PLAIN: dict[str, Callable[[Any, str], Any]] = {
+    "str": plain.text,
+    "int": plain.whole,
+    "float": plain.number,
+    "bool": plain.truth,
+    "tuple[str, ...]": plain.texts,
+    "float | str": lambda value, flag: (plain.text if isinstance(value, str) else plain.number)(value, flag),
+}
+
+
 @dataclass(frozen=True)
 class PruneConfig:
-    """Options of `llm_snp.prune`. `validate` raises `OptionError` naming the option that cannot be used."""
+    """Options of `llm_snp.prune`, as plain types, also where they were paths, numbers of numpy or torch, or devices.
+
+    `OptionError` naming the option is raised for a value of the wrong type when it is made, and by `validate` for one
+    that cannot be used.
+    """
 
     model: str | None = option(None, "Hub id or local directory; without it, the small OPT that comes with llm_snp")
     sparsity: float = option(0.3, "share of the decoder blocks' linear parameters to remove, 0 <= s < 1")
@@ -104,6 +128,13 @@ class PruneConfig:
     offload: str | None = option(None, "directory for hidden states that are too large for host memory")
     quiet: bool = option(False, "print the final table only")
 
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            value, kind = getattr(self, f.name), str(f.type)
+            if value is not None or not kind.endswith(" | None"):
+                found = PLAIN[kind.removesuffix(" | None")](value, flag_of(f.name))
+                object.__setattr__(self, f.name, found.removeprefix("torch.") if f.name == "dtype" else found)
+
     def resolved(self) -> PruneConfig:
         """With the method's choices filled in where none was made, and the defaults that depend on `model`."""
         choose(self.method, METHODS, "--method")
@@ -113,30 +144,30 @@ class PruneConfig:
             self,
             **chosen,
             calibration=self.calibration or text,
-            evaluate=(text,) if self.evaluate is None else tuple(self.evaluate),
+            evaluate=(text,) if self.evaluate is None else self.evaluate,
         )
 
     def validate(self) -> None:
         """Raise `OptionError` for a value that cannot be used, before anything is loaded."""
-        if isinstance(self.evaluate, str):
-            raise OptionError(f"evaluate is the text {self.evaluate!r}; give several, such as ({self.evaluate!r},)")
         if not 0.0 <= self.sparsity < 1.0:
             raise OptionError(f"--sparsity is {self.sparsity:g}; it is a share and must be at least 0 and below 1")
         for name, least in (("samples", 1), ("sequence_length", 2), ("round_to", 1)):
             if getattr(self, name) < least:
-                raise OptionError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least {least}")
+                raise OptionError(f"{flag_of(name)} is {getattr(self, name)}; it must be at least {least}")
+            if getattr(self, name) >= 2**31:
+                raise OptionError(f"{flag_of(name)} is {getattr(self, name)}; it must be below 2**31")
         if not 0 <= self.seed < 2**32:
             raise OptionError(f"--seed is {self.seed}; it must be at least 0 and below 2**32")
         for f in dataclasses.fields(self):
             value, choices = getattr(self, f.name), f.metadata["choices"]
             if choices and value is not None:
-                choose(value, choices, f"--{f.name.replace('_', '-')}")
+                choose(value, choices, flag_of(f.name))
         choose(self.device.split(":")[0], DEVICES, "--device")
         if isinstance(self.damping, str):
             if self.damping != "auto":
                 raise OptionError(f"--damping is {self.damping!r}; give a number of at least 0, or auto")
-        elif not 0.0 <= self.damping < float("inf"):
-            raise OptionError(f"--damping is {self.damping:g}; give a finite number of at least 0, or auto")
+        elif not 0.0 <= self.damping <= MOST_DAMPING:
+            raise OptionError(f"--damping is {self.damping:g}; give a number from 0 to {MOST_DAMPING:g}, or auto")
         if self.private and not self.push_to_hub:
             raise OptionError("--private is for the repository that --push-to-hub makes; give that, too")
         if self.damping == "auto" and self.samples < 2:

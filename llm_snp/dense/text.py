@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from ..config import PruneConfig
 from ..errors import CheckpointError
+from ..system.libraries import ONE_AT_A_TIME, explained
 from .data import Windows, calibration_windows, evaluation_windows, self_written
 
 # Text that the model writes itself: calibration and evaluation must not be the same.
@@ -25,15 +26,20 @@ class Text:
         self, directory: Path, tokenizer: Any, config: Any, length: int, dtype: torch.dtype, device: torch.device
     ):
         self.directory, self.tokenizer, self.length = directory, tokenizer, length
-        self.dtype, self.device, self.vocabulary = dtype, device, config.vocab_size
+        self.config, self.dtype, self.device, self.vocabulary = config, dtype, device, config.vocab_size
         self.start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else config.bos_token_id
         self._model: Any = None
 
     def _write(self, samples: int, seed: int) -> Windows:
         if self._model is None:
-            model = AutoModelForCausalLM.from_pretrained(self.directory)
+            with explained(self._no_model), ONE_AT_A_TIME:
+                model = AutoModelForCausalLM.from_pretrained(self.directory, config=self.config)
             self._model = model.to(self.device, self.dtype).eval()
-        return self_written(self._model, samples, self.length, seed, self.start)
+        with ONE_AT_A_TIME:
+            return self_written(self._model, samples, self.length, seed, self.start)
+
+    def _no_model(self, cause: str) -> CheckpointError:
+        return CheckpointError(f"{self.directory} is no model that transformers can load ({cause})")
 
     def calibration(self, options: PruneConfig) -> Windows:
         """Windows (N, T) to calibrate on."""
