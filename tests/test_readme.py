@@ -45,7 +45,9 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hub: HubServer) -
         save(tiny_opt(), tmp_path / "facebook" / name)
         copy_tokenizer(tmp_path / "facebook" / name)
     (tmp_path / "text.txt").write_text("\n\n".join(paragraphs(300, seed=1)))
-    monkeypatch.setitem(data.HUB_CORPORA, "wikitext2", lambda purpose: iter(paragraphs(100, seed=len(purpose))))
+    for corpus in ("wikitext2", "c4"):
+        text = lambda purpose, corpus=corpus: iter(paragraphs(100, seed=len(corpus + purpose)))  # noqa: E731
+        monkeypatch.setitem(data.HUB_CORPORA, corpus, text)
     monkeypatch.chdir(tmp_path)
     return hub
 
