@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +24,9 @@ FORMATS = ("auto", "stock")
 SENSITIVITIES = ("relative", "scalar", "fisher")
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+# Each kind of text serves its own kind best; a mix of two, most others.
+CALIBRATION = ("wikitext2", "c4")
 
 # A method is a name for a combination of choices, each of which can also be made on its own.
 METHODS: dict[str, dict[str, str]] = {
@@ -49,8 +54,35 @@ PLAIN: dict[str, Callable[[Any, str], Any]] = {
     "float": plain.number,
     "bool": plain.truth,
     "tuple[str, ...]": plain.texts,
+    "tuple[str, ...] | str": lambda value, flag: (plain.text if isinstance(value, (str, os.PathLike)) else plain.texts)(
+        value, flag
+    ),
     "float | str": lambda value, flag: (plain.text if isinstance(value, str) else plain.number)(value, flag),
 }
+
+
+def shares(texts: tuple[str, ...]) -> dict[str, float]:
+    """Text -> its share of the windows, relative to the others', of texts given as TEXT or TEXT:SHARE.
+
+    Raises `OptionError` for a share that is none, and for a text that is given twice: its windows would be, too.
+    """
+    found: dict[str, float] = {}
+    for given in texts:
+        text, colon, number = given.rpartition(":")
+        share = 1.0
+        try:
+            if colon and text and not os.path.exists(os.path.expanduser(given)):
+                share = float(number)
+            else:
+                text = given
+        except ValueError:
+            text = given  # a name with a colon in it
+        if not 0.0 < share < math.inf:
+            raise OptionError(f"--calibration {given}: the share after the colon must be above 0 and finite")
+        if text in found:
+            raise OptionError(f"--calibration {text} is given twice; give it once, as {text}:2 for twice the windows")
+        found[text] = share
+    return found
 
 
 @dataclass(frozen=True)
@@ -64,12 +96,13 @@ class PruneConfig:
     model: str | None = option(None, "Hub id or local directory; without it, the small OPT that comes with llm_snp")
     sparsity: float = option(0.3, "share of the decoder blocks' linear parameters to remove, 0 <= s < 1")
     output: str | None = option(None, "directory for the pruned model (default: ./<model>-snp-<percent>)")
-    calibration: str | None = option(
+    calibration: tuple[str, ...] | str | None = option(
         None,
         "text to calibrate on: wikitext2, c4, self (text the model writes itself), a file (.txt .raw .json .jsonl, "
-        "plain or .gz .xz; .parquet) or a datasets directory (default: wikitext2; self without MODEL)",
+        "plain or .gz .xz; .parquet) or a datasets directory; repeatable, as TEXT:SHARE with another share of the "
+        "windows than the others have (default: wikitext2 and c4; self without MODEL)",
     )
-    samples: int = option(128, "calibration windows")
+    samples: int = option(128, "calibration windows, of all texts together")
     sequence_length: int = option(2048, "tokens per window, capped by the model")
     seed: int = option(0, "seed of everything random")
     method: str = option("best", "preset for order, allocation, target and attention", tuple(METHODS))
@@ -139,13 +172,18 @@ class PruneConfig:
         """With the method's choices filled in where none was made, and the defaults that depend on `model`."""
         choose(self.method, METHODS, "--method")
         chosen: dict[str, Any] = {name: getattr(self, name) or value for name, value in METHODS[self.method].items()}
-        text = "self" if self.model is None else "wikitext2"
+        texts = ("self",) if self.model is None else CALIBRATION
         return dataclasses.replace(
             self,
             **chosen,
-            calibration=self.calibration or text,
-            evaluate=(text,) if self.evaluate is None else self.evaluate,
+            calibration=self.texts or texts,
+            evaluate=texts[:1] if self.evaluate is None else tuple(self.evaluate),
         )
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The calibration texts as they were given, each perhaps with its share."""
+        return (self.calibration,) if isinstance(self.calibration, str) else tuple(self.calibration or ())
 
     def validate(self) -> None:
         """Raise `OptionError` for a value that cannot be used, before anything is loaded."""
@@ -158,6 +196,11 @@ class PruneConfig:
                 raise OptionError(f"{flag_of(name)} is {getattr(self, name)}; it must be below 2**31")
         if not 0 <= self.seed < 2**32:
             raise OptionError(f"--seed is {self.seed}; it must be at least 0 and below 2**32")
+        if len(shares(self.texts)) > self.samples:
+            raise OptionError(
+                f"--samples is {self.samples}, but there are {len(self.texts)} calibration texts, each of which gives "
+                "a window at least; give more --samples, or fewer texts"
+            )
         for f in dataclasses.fields(self):
             value, choices = getattr(self, f.name), f.metadata["choices"]
             if choices and value is not None:

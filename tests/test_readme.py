@@ -66,7 +66,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Models under the names of the pages, a text, and what the README's first command makes of them."""
     folder = tmp_path_factory.mktemp("models")
     for name in ("opt-1.3b", "opt-13b", "opt-125m"):
-<<<<<<< HEAD
         (folder / "facebook").mkdir(exist_ok=True)
         save(tiny_opt(), folder / "facebook" / name)
         copy_tokenizer(folder / "facebook" / name)
@@ -83,14 +82,9 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hub: HubServer, m
     """A directory with the models and the text, texts for those of the Hub, and a Hub."""
     shutil.copytree(models / "facebook", tmp_path / "facebook")
     shutil.copy(models / "text.txt", tmp_path)
-    monkeypatch.setitem(readers.HUB_CORPORA, "wikitext2", lambda purpose: iter(paragraphs(100, seed=len(purpose))))
-=======
-        (tmp_path / "facebook").mkdir(exist_ok=True)
-        save(tiny_opt(), tmp_path / "facebook" / name)
-        copy_tokenizer(tmp_path / "facebook" / name)
-    (tmp_path / "text.txt").write_text("\n\n".join(paragraphs(300, seed=1)))
-    monkeypatch.setitem(readers.HUB_CORPORA, "wikitext2", lambda purpose: iter(paragraphs(100, seed=len(purpose))))
->>>>>>> trust2
+    for corpus in ("wikitext2", "c4"):
+        text = lambda purpose, corpus=corpus: iter(paragraphs(100, seed=len(corpus + purpose)))  # noqa: E731
+        monkeypatch.setitem(readers.HUB_CORPORA, corpus, text)
     monkeypatch.chdir(tmp_path)
     return hub
 

@@ -27,7 +27,7 @@ class Windows:
     """Token windows with their origin.
 
     tokens (N, T) long; source: what the user named; sha256 of the token ids; available: windows to choose from;
-    text_tokens: tokens of the whole text that was read.
+    text_tokens: tokens of the whole text that was read; parts: where they are of several texts, those of each.
     """
 
     tokens: Tensor
@@ -35,11 +35,15 @@ class Windows:
     sha256: str
     available: int
     text_tokens: int
+    parts: tuple[Windows, ...] = ()
 
 
-def _windows(tokens: Tensor, source: str, available: int, text_tokens: int) -> Windows:
+def as_windows(
+    tokens: Tensor, source: str, available: int, text_tokens: int, parts: tuple[Windows, ...] = ()
+) -> Windows:
+    """Windows with their hash."""
     digest = hashlib.sha256(tokens.to(torch.int32).contiguous().numpy().tobytes()).hexdigest()
-    return Windows(tokens, source, digest, available, text_tokens)
+    return Windows(tokens, source, digest, available, text_tokens, parts)
 
 
 def calibration_windows(source: str, tokenizer: Any, samples: int, length: int, seed: int) -> Windows:
@@ -55,7 +59,7 @@ def calibration_windows(source: str, tokenizer: Any, samples: int, length: int, 
             f"--samples asks for {samples}: lower --samples or --sequence-length, or give more text"
         )
     order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:samples]
-    return _windows(ids[: available * length].view(available, length)[order], source, available, ids.numel())
+    return as_windows(ids[: available * length].view(available, length)[order], source, available, ids.numel())
 
 
 def evaluation_windows(source: str, tokenizer: Any, length: int) -> Windows:
@@ -70,7 +74,7 @@ def evaluation_windows(source: str, tokenizer: Any, length: int) -> Windows:
             f"evaluation text {source} has {ids.numel()} tokens, less than one window of {length}: "
             "lower --sequence-length or give more text"
         )
-    return _windows(ids[: available * length].view(available, length), source, available, ids.numel())
+    return as_windows(ids[: available * length].view(available, length), source, available, ids.numel())
 
 
 def tokenize(tokenizer: Any, text: str, source: str) -> Tensor:
@@ -100,7 +104,7 @@ def self_written(model: Any, samples: int, length: int, seed: int, start: int, b
                 max_new_tokens=length - 1,
             )
             parts.append(written.cpu())
-    return _windows(torch.cat(parts), f"self (seed {seed})", samples, samples * length)
+    return as_windows(torch.cat(parts), f"self (seed {seed})", samples, samples * length)
 
 
 def _join(texts: Iterable[str], most: int | None = None) -> str:

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from ..config import PruneConfig
+from ..config import PruneConfig, shares
 from ..errors import CheckpointError
 from ..system.libraries import ONE_AT_A_TIME, explained
 from .data import Windows, calibration_windows, evaluation_windows, self_written
+from .mixture import mix, turns
 
 # Text that the model writes itself: calibration and evaluation must not be the same.
 EVALUATION_SEED = 1
@@ -42,12 +43,15 @@ class Text:
         return CheckpointError(f"{self.directory} is no model that transformers can load ({cause})")
 
     def calibration(self, options: PruneConfig) -> Windows:
-        """Windows (N, T) to calibrate on."""
-        assert options.calibration is not None
-        if options.calibration == "self":
-            return self._write(options.samples, 2 * options.seed)
-        windows = calibration_windows(options.calibration, self.tokenizer, options.samples, self.length, options.seed)
-        return self._known(windows)
+        """Windows (N, T) to calibrate on, those of several texts by turns."""
+        given = shares(options.texts)
+        order = turns(list(given.values()), options.samples)
+        return mix([self._part(text, order.count(i), options.seed) for i, text in enumerate(given)], order)
+
+    def _part(self, source: str, samples: int, seed: int) -> Windows:
+        if source == "self":
+            return self._write(samples, 2 * seed)
+        return self._known(calibration_windows(source, self.tokenizer, samples, self.length, seed))
 
     def evaluation(self, source: str, seed: int) -> Windows:
         """Windows to measure perplexity on."""

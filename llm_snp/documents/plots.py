@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..system.files import disk, write_bytes
 from . import drawing
-from .card import shareable
+from .shareable import shareable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

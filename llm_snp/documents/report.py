@@ -62,11 +62,8 @@ class Report:
             },
             "device": device_facts(job.device, dtype) | {"processes": processes},
             "calibration": {
-                "source": calibration.source,
-                "sha256": calibration.sha256,
-                "windows": calibration.tokens.shape[0],
-                "windows_available": calibration.available,
-                "text_tokens": calibration.text_tokens,
+                **_text(calibration),
+                "texts": [_text(part) for part in calibration.parts or (calibration,)],
                 "sequence_length": job.length,
                 "sequence_length_asked": options.sequence_length,
             },
@@ -181,6 +178,16 @@ def command_line() -> str:
         nodes = ["--nnodes", str(processes // here)] if processes > here else []
         head = ["torchrun", *nodes, "--nproc-per-node", str(here), "-m", "llm_snp"]
     return shlex.join([*head, *sys.argv[1:]])
+
+
+def _text(windows: Windows) -> dict[str, Any]:
+    return {
+        "source": windows.source,
+        "sha256": windows.sha256,
+        "windows": windows.tokens.shape[0],
+        "windows_available": windows.available,
+        "text_tokens": windows.text_tokens,
+    }
 
 
 def _curve(curve: SiteCurve) -> dict[str, Any]:

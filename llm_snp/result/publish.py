@@ -13,7 +13,8 @@ from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from ..documents.card import model_card, plots_of, shareable
+from ..documents.card import model_card, plots_of
+from ..documents.shareable import shareable
 from ..errors import CheckpointError, HubError, OptionError
 from ..system.files import digest
 from ..system.workspace import REPORT, is_result
