@@ -26,6 +26,8 @@ sys.path.insert(0, str(BENCHMARKS))
 import memory  # noqa: E402
 import perplexity  # noqa: E402
 import quality  # noqa: E402
+import quality_results  # noqa: E402
+import quality_table  # noqa: E402
 import shapes  # noqa: E402
 import speed  # noqa: E402
 import train  # noqa: E402
@@ -165,7 +167,7 @@ def test_quality_measures_what_prune_writes(place: Path, tmp_path: Path) -> None
             device="cpu",
             quiet=True,
         )
-        choices = {name: report["options"][name] for name in quality.CHOICES}
+        choices = {name: report["options"][name] for name in quality_results.CHOICES}
         (result,) = (r for r in data["results"] if r["choices"] == choices)
         assert result["achieved"] == pytest.approx(report["sparsity"]["achieved"])
         for source, both in report["evaluation"].items():
@@ -183,8 +185,9 @@ def test_every_row_runs(place: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert not [r["error"] for r in data["results"] if "error" in r]
     assert {corpus["windows"] for corpus in data["corpora"].values()} == {3}
     # Rows with equal choices are measured once.
-    rows = [row for row in quality.all_rows() if row.choices["attention"] != "queries"]  # which an OPT does not have
-    assert len(rows) == len(quality.all_rows()) - 1
+    every = quality_results.all_rows()
+    rows = [row for row in every if row.choices["attention"] != "queries"]  # which an OPT does not have
+    assert len(rows) == len(every) - 1
     assert len(data["results"]) == len({json.dumps(row.choices) for row in rows})
     lines = [line.strip() for line in out.splitlines()]
     assert all(any(line.startswith(row.name) for line in lines) for row in rows)
@@ -243,17 +246,17 @@ def test_a_row_that_cannot_be_had_does_not_end_the_run(
 
 def test_best_is_compared_with_every_row(place: Path) -> None:
     """The last lines: which rows are below `best`, by how much, and the ratio of times."""
-    rows = {row.name: row for row in quality.all_rows()}
-    results = quality.Results({"corpora": {"a": {}}, "code": "c", "date": "", "command": ""}, None)
+    rows = {row.name: row for row in quality_results.all_rows()}
+    results = quality_results.Results({"corpora": {"a": {}}, "code": "c", "date": "", "command": ""}, None)
     for name, value in (("best", 10.0), ("snp", 12.0), ("greedy", 10.0)):
         results.add(rows[name], 0.3, {"perplexity": {"a": value}, "seconds": {"prune": value}})
     shown = [rows[name] for name in ("best", "snp", "greedy")]
-    assert quality.verdict(results, shown, [0.3]) == [
+    assert quality_table.verdict(results, shown, [0.3]) == [
         "30 %: best is at or below every other row",
         "time: best 10.0 s, snp 12.0 s: 0.83 times as long",
     ]
     results.add(rows["greedy"], 0.3, {"perplexity": {"a": 9.9}, "seconds": {"prune": 1.0}})
-    assert quality.verdict(results, shown, [0.3])[0] == "30 %: below best: greedy (-1.00% on a)"
+    assert quality_table.verdict(results, shown, [0.3])[0] == "30 %: below best: greedy (-1.00% on a)"
 
 
 @pytest.mark.parametrize(
