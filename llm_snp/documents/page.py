@@ -9,12 +9,13 @@ from xml.etree import ElementTree
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from .card import shareable, with_error
+from .card import with_error
 from .comparison import comparisons, duration, scaled
 from .drawing import site_names
 from .page_template import CSS, TEMPLATE
 from .plots import PLOTS, figures, style
 from .report import relative_error
+from .shareable import hub_id, shareable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,7 +38,7 @@ def html_page(report: dict[str, Any]) -> str:
     return environment.from_string(TEMPLATE).render(
         report=report,
         name=report["output"],
-        on_hub="/" in report["model"]["name"],
+        on_hub=hub_id(report["model"]) is not None,
         css=Markup(CSS),
         percent="{:.2%}".format,
         on_device=_on_device,

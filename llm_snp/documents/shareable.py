@@ -1,0 +1,120 @@
+"""The report as others may see it, which is how it is written: nothing in it is of the machine it was made on."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..config import METHODS, PruneConfig
+
+CORPORA = {  # Hub id, config and split of the texts that have a name: what is evaluated on
+    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "test"),
+    "c4": ("allenai/c4", "en", "validation"),
+}
+TASKS = "harness:"  # what begins so among the texts to evaluate on lists tasks
+
+
+def shareable(report: dict[str, Any]) -> dict[str, Any]:
+    """A copy of the report in which local paths are reduced to their last component, the command's as well.
+
+    What is no path stays: Hub ids, and the names of texts. Of texts that have the same name then, also one from the
+    Hub, the second gets "(2)", and so on. What cannot be printed is replaced, what a card cannot have is left out.
+    """
+    report = _printable(report)
+    model, options = report["model"], report["options"]
+    kept = {value for value in (hub_id(model), options.get("push_to_hub")) if value}
+
+    def last(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [last(one) for one in value]
+        if isinstance(value, str) and value.startswith(TASKS):
+            return TASKS + ",".join(last(task) for task in value.removeprefix(TASKS).split(","))
+        return Path(value).name if isinstance(value, str) and "/" in value and value not in kept else value
+
+    model["name"], report["output"] = last(model["name"]), last(report["output"])
+    report["options"] = {option: last(value) for option, value in options.items()}
+    if options.get("model") is not None:
+        report["options"]["model"] = model["name"]
+    card = model.get("card") or {}
+    model["card"] = {field: value for field, value in card.items() if _is_text(value)}
+
+    def text(source: str, taken: Iterable[str] = ()) -> str:
+        names = [short := last(source), *(f"{short} ({i})" for i in range(2, len(report["evaluation"]) + 9))]
+        return next(name for name in names if name not in taken and (name == source or name not in CORPORA))
+
+    taken: list[str] = []
+    for one in texts_of(report["calibration"]):
+        one["source"] = text(one["source"], taken)
+        taken.append(one["source"])
+    report["calibration"]["source"] = " and ".join(taken)
+    evaluation: dict[str, Any] = {}
+    for source, results in report["evaluation"].items():
+        short = text(source, evaluation)
+        evaluation[short] = {which: result | {"source": short} for which, result in results.items()}
+    report["evaluation"] = evaluation
+    if "harness" in report:
+        report["harness"] = {last(task): found for task, found in report["harness"].items()}
+    device = report["device"]
+    report["command"] = command_line(report["options"], device.get("processes", 1), device.get("nodes", 1))
+    return report
+
+
+def _printable(content: Any) -> Any:
+    """A copy of something JSON-ready without characters that a page, a plot or a card cannot have."""
+    if isinstance(content, str):
+        return "".join(one if one.isprintable() or one in "\n\t" else "\ufffd" for one in content)
+    if isinstance(content, Mapping):
+        copied: dict[str, Any] = {}
+        for name, value in content.items():
+            key = _printable(name)
+            while key in copied:
+                key += "\ufffd"
+            copied[key] = _printable(value)
+        return copied
+    return [_printable(one) for one in content] if isinstance(content, (list, tuple)) else content
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(one, str) for one in value))
+
+
+def texts_of(calibration: dict[str, Any]) -> list[dict[str, Any]]:
+    """The calibration's texts; a report of an earlier version knows one, which is the whole of it."""
+    texts: list[dict[str, Any]] = calibration.get("texts") or [calibration]
+    return texts
+
+
+def hub_id(model: Mapping[str, Any]) -> str | None:
+    """The id of the dense model, if it was one on the Hub; a report of an earlier version does not say so."""
+    return model["name"] if model.get("hub") else None
+
+
+def command_line(options: Mapping[str, Any], processes: int = 1, nodes: int = 1) -> str:
+    """The command that `options` (fields of `PruneConfig`, some perhaps missing) come to, whoever called.
+
+    What the program that called was given for itself does not get here.
+    """
+    head = ["python"]
+    if processes > 1:
+        several = ["--nnodes", str(nodes)] if nodes > 1 else []
+        head = ["torchrun", *several, "--nproc-per-node", str(processes // nodes)]
+    plain: dict[str, Any] = {}
+    for name, value in options.items():
+        plain[name] = tuple(value) if isinstance(value, list) else value
+    method = plain.get("method")
+    default = PruneConfig(plain.get("model"), method=method if method in METHODS else PruneConfig.method).resolved()
+    words = [*head, "-m", "llm_snp", *([plain["model"]] if plain.get("model") else [])]
+    for field in dataclasses.fields(PruneConfig):
+        name, flag = field.name, "--" + field.name.replace("_", "-")
+        value = plain.get(name)
+        if name == "evaluate" and value == ():
+            words.append("--no-evaluate")
+        elif value is True:
+            words.append(flag)
+        elif name != "model" and value is not None and (name == "sparsity" or value != getattr(default, name)):
+            for one in value if isinstance(value, tuple) else (value,):
+                words += [f"{flag}={one}"] if str(one).startswith("-") else [flag, str(one)]
+    return shlex.join(words)
