@@ -1,4 +1,4 @@
-"""The table of models in the README, from the code: python docs/support.py"""
+"""The table of models in docs/families.md, from the code: python docs/support.py"""
 
 from __future__ import annotations
 

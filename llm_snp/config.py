@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from .core.allocation import ALLOCATIONS
 from .core.orders import ORDERS
 from .errors import OptionError, choose
+from .system import plain
 
 DAMPING = 1e-3
+# A ridge so many times the mean variance leaves nothing of what is fitted, and far beyond it numbers overflow.
+MOST_DAMPING = 1e6
 # What the repair refits a layer to; `none` leaves the remaining weights as they are.
 TARGETS = ("self", "dense", "residual", "none")
 ATTENTION_MODES = ("heads", "queries", "dims", "both", "none")
@@ -18,6 +24,9 @@ FORMATS = ("auto", "stock")
 SENSITIVITIES = ("relative", "scalar", "fisher")
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+# Each kind of text serves its own kind best; a mix of two, most others.
+CALIBRATION = ("wikitext2", "c4")
 
 # A method is a name for a combination of choices, each of which can also be made on its own.
 METHODS: dict[str, dict[str, str]] = {
@@ -28,24 +37,72 @@ METHODS: dict[str, dict[str, str]] = {
 }
 
 
+def flag_of(name: str) -> str:
+    """The field as the command line has it."""
+    return f"--{name.replace('_', '-')}"
+
+
 def option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
     """A dataclass field whose metadata becomes the flag's help."""
     return field(default=default, metadata={"help": text, "choices": choices})
 
 
+# How a field's values become plain, by its type; each raises `OptionError` naming the flag.
+PLAIN: dict[str, Callable[[Any, str], Any]] = {
+    "str": plain.text,
+    "int": plain.whole,
+    "float": plain.number,
+    "bool": plain.truth,
+    "tuple[str, ...]": plain.texts,
+    "tuple[str, ...] | str": lambda value, flag: (plain.text if isinstance(value, (str, os.PathLike)) else plain.texts)(
+        value, flag
+    ),
+    "float | str": lambda value, flag: (plain.text if isinstance(value, str) else plain.number)(value, flag),
+}
+
+
+def shares(texts: tuple[str, ...]) -> dict[str, float]:
+    """Text -> its share of the windows, relative to the others', of texts given as TEXT or TEXT:SHARE.
+
+    Raises `OptionError` for a share that is none, and for a text that is given twice: its windows would be, too.
+    """
+    found: dict[str, float] = {}
+    for given in texts:
+        text, colon, number = given.rpartition(":")
+        share = 1.0
+        try:
+            if colon and text and not os.path.exists(os.path.expanduser(given)):
+                share = float(number)
+            else:
+                text = given
+        except ValueError:
+            text = given  # a name with a colon in it
+        if not 0.0 < share < math.inf:
+            raise OptionError(f"--calibration {given}: the share after the colon must be above 0 and finite")
+        if text in found:
+            raise OptionError(f"--calibration {text} is given twice; give it once, as {text}:2 for twice the windows")
+        found[text] = share
+    return found
+
+
 @dataclass(frozen=True)
 class PruneConfig:
-    """Options of `llm_snp.prune`. `validate` raises `OptionError` naming the option that cannot be used."""
+    """Options of `llm_snp.prune`, as plain types, also where they were paths, numbers of numpy or torch, or devices.
+
+    `OptionError` naming the option is raised for a value of the wrong type when it is made, and by `validate` for one
+    that cannot be used.
+    """
 
     model: str | None = option(None, "Hub id or local directory; without it, the small OPT that comes with llm_snp")
     sparsity: float = option(0.3, "share of the decoder blocks' linear parameters to remove, 0 <= s < 1")
     output: str | None = option(None, "directory for the pruned model (default: ./<model>-snp-<percent>)")
-    calibration: str | None = option(
+    calibration: tuple[str, ...] | str | None = option(
         None,
         "text to calibrate on: wikitext2, c4, self (text the model writes itself), a file (.txt .raw .json .jsonl, "
-        "plain or .gz .xz; .parquet) or a datasets directory (default: wikitext2; self without MODEL)",
+        "plain or .gz .xz; .parquet) or a datasets directory; repeatable, as TEXT:SHARE with another share of the "
+        "windows than the others have (default: wikitext2 and c4; self without MODEL)",
     )
-    samples: int = option(128, "calibration windows")
+    samples: int = option(128, "calibration windows, of all texts together")
     sequence_length: int = option(2048, "tokens per window, capped by the model")
     seed: int = option(0, "seed of everything random")
     method: str = option("best", "preset for order, allocation, target and attention", tuple(METHODS))
@@ -104,39 +161,56 @@ class PruneConfig:
     offload: str | None = option(None, "directory for hidden states that are too large for host memory")
     quiet: bool = option(False, "print the final table only")
 
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            value, kind = getattr(self, f.name), str(f.type)
+            if value is not None or not kind.endswith(" | None"):
+                found = PLAIN[kind.removesuffix(" | None")](value, flag_of(f.name))
+                object.__setattr__(self, f.name, found.removeprefix("torch.") if f.name == "dtype" else found)
+
     def resolved(self) -> PruneConfig:
         """With the method's choices filled in where none was made, and the defaults that depend on `model`."""
         choose(self.method, METHODS, "--method")
         chosen: dict[str, Any] = {name: getattr(self, name) or value for name, value in METHODS[self.method].items()}
-        text = "self" if self.model is None else "wikitext2"
+        texts = ("self",) if self.model is None else CALIBRATION
         return dataclasses.replace(
             self,
             **chosen,
-            calibration=self.calibration or text,
-            evaluate=(text,) if self.evaluate is None else tuple(self.evaluate),
+            calibration=self.texts or texts,
+            evaluate=texts[:1] if self.evaluate is None else tuple(self.evaluate),
         )
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The calibration texts as they were given, each perhaps with its share."""
+        return (self.calibration,) if isinstance(self.calibration, str) else tuple(self.calibration or ())
 
     def validate(self) -> None:
         """Raise `OptionError` for a value that cannot be used, before anything is loaded."""
-        if isinstance(self.evaluate, str):
-            raise OptionError(f"evaluate is the text {self.evaluate!r}; give several, such as ({self.evaluate!r},)")
         if not 0.0 <= self.sparsity < 1.0:
             raise OptionError(f"--sparsity is {self.sparsity:g}; it is a share and must be at least 0 and below 1")
         for name, least in (("samples", 1), ("sequence_length", 2), ("round_to", 1)):
             if getattr(self, name) < least:
-                raise OptionError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least {least}")
+                raise OptionError(f"{flag_of(name)} is {getattr(self, name)}; it must be at least {least}")
+            if getattr(self, name) >= 2**31:
+                raise OptionError(f"{flag_of(name)} is {getattr(self, name)}; it must be below 2**31")
         if not 0 <= self.seed < 2**32:
             raise OptionError(f"--seed is {self.seed}; it must be at least 0 and below 2**32")
+        if len(shares(self.texts)) > self.samples:
+            raise OptionError(
+                f"--samples is {self.samples}, but there are {len(self.texts)} calibration texts, each of which gives "
+                "a window at least; give more --samples, or fewer texts"
+            )
         for f in dataclasses.fields(self):
             value, choices = getattr(self, f.name), f.metadata["choices"]
             if choices and value is not None:
-                choose(value, choices, f"--{f.name.replace('_', '-')}")
+                choose(value, choices, flag_of(f.name))
         choose(self.device.split(":")[0], DEVICES, "--device")
         if isinstance(self.damping, str):
             if self.damping != "auto":
                 raise OptionError(f"--damping is {self.damping!r}; give a number of at least 0, or auto")
-        elif not 0.0 <= self.damping < float("inf"):
-            raise OptionError(f"--damping is {self.damping:g}; give a finite number of at least 0, or auto")
+        elif not 0.0 <= self.damping <= MOST_DAMPING:
+            raise OptionError(f"--damping is {self.damping:g}; give a number from 0 to {MOST_DAMPING:g}, or auto")
         if self.private and not self.push_to_hub:
             raise OptionError("--private is for the repository that --push-to-hub makes; give that, too")
         if self.damping == "auto" and self.samples < 2:

@@ -186,9 +186,10 @@ class Shell:
 
     def prune(self, *arguments: str | Path) -> tuple[int, str, str]:
         """The same with short windows, the session's text, and `out` for output; later flags win."""
-        short = ("--samples", str(SAMPLES), "--sequence-length", str(LENGTH), "--calibration", self.text)
+        short = ("--samples", str(SAMPLES), "--sequence-length", str(LENGTH))
+        text = () if "--calibration" in arguments else ("--calibration", self.text)  # or it would be one more
         rest = ("--output", self.output, "--no-evaluate", "--quiet")
-        return self.run(*short, *rest, *arguments)
+        return self.run(*short, *text, *rest, *arguments)
 
     def refused(self, *arguments: str | Path) -> str:
         """Run `prune`, and check that it fails as bad input must: one sentence, exit code 2, nothing written."""

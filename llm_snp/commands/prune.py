@@ -17,7 +17,6 @@ HELP = "prune a language model in one shot and write the smaller one as a Huggin
 TYPES = {"sparsity": float, "samples": int, "sequence_length": int, "seed": int, "round_to": int}
 METAVARS = {
     "output": "DIR",
-    "calibration": "TEXT",
     "round_to": "N",
     "samples": "N",
     "sequence_length": "T",
@@ -31,9 +30,10 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         flag, text = "--" + f.name.replace("_", "-"), f.metadata["help"].replace("%", "%%")
         if f.name == "model":
             p.add_argument("model", nargs="?", metavar="MODEL", help=text)
-        elif f.name == "evaluate":
+        elif f.name in ("calibration", "evaluate"):
             p.add_argument(flag, action="append", metavar="TEXT", help=text)
-            p.add_argument("--no-evaluate", action="store_true", help="measure no perplexity")
+            if f.name == "evaluate":
+                p.add_argument("--no-evaluate", action="store_true", help="measure no perplexity")
         elif isinstance(f.default, bool):
             p.add_argument(flag, action="store_true", help=text)
         else:
@@ -55,6 +55,7 @@ def _damping(text: str) -> float | str:
 def options_of(args: argparse.Namespace) -> PruneConfig:
     """What the flags say."""
     values: dict[str, Any] = {f.name: getattr(args, f.name) for f in dataclasses.fields(PruneConfig)}
+    values["calibration"] = args.calibration and tuple(args.calibration)
     values["evaluate"] = () if args.no_evaluate else args.evaluate and tuple(args.evaluate)
     return PruneConfig(**values)
 

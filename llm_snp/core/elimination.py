@@ -44,7 +44,8 @@ def eliminate(
     h, e, left = inverse, energy, units
     while left:
         steps = min(per_panel, left)
-        picked, cost, k, hk, q = _panel(h, e, gone, group, steps)
+        picked, cost, factors = _panel(h, e, gone, steps) if group == 1 else _group_panel(h, e, gone, group, steps)
+        gone.index_fill_(0, picked, True)
         removed.append(present[picked])
         increments.append(cost)
         left -= steps
@@ -54,59 +55,89 @@ def eliminate(
             keep = (~gone).nonzero().squeeze(1)
             present, gone = present[keep], gone[keep]
             columns = _columns(keep, group)
-            k, hk, q = (rows.index_select(1, columns) for rows in (k, hk, q))
+            factors = factors.index_select(2, columns)
             h, e = _compacted(h, columns), _compacted(e, columns)
+        q, hk, k = factors.unbind()
         _subtract_symmetric(h, hk, k)
         _subtract_symmetric(e, torch.cat([q, k]), torch.cat([k, q]))
     return torch.cat(removed), torch.cat(increments).clamp_min(0.0)
 
 
-def _panel(h: Tensor, e: Tensor, gone: Tensor, g: int, steps: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Remove `steps` units that are not `gone` (u,) and mark them so, keeping the updates of h and e as factors.
+# With p the removed columns, K = (h_pp)⁻¹ h_p: and Q = e_p: - ½ e_pp K, removal updates
+#     h ← h - h_p:ᵀ K    and    e ← e - Qᵀ K - Kᵀ Q.
+# A panel removes `steps` units that are not `gone` (u,) and keeps the updates as the factors Q, h_p: and K, stacked
+# (3, steps·g, m). Rows and the diagonal blocks needed for the scores are brought up to date at once, the rest by the
+# caller. All stays on the device: no element is read back. Every operation is a kernel that a GPU has to be told of,
+# which takes longer than the arithmetic: they write into what they are given, and are as few as can be.
+# Both return the picked units (steps,), their cost (steps,), and the factors.
 
-    With p the removed columns, K = (h_pp)⁻¹ h_p: and Q = e_p: - ½ e_pp K, removal updates
-    h ← h - h_p:ᵀ K and e ← e - Qᵀ K - Kᵀ Q. Rows and the diagonal blocks needed for the scores are brought up to
-    date at once, the rest by the caller. All stays on the device: no element is read back.
-    Returns picked (steps,), cost (steps,), and K, h_p:, Q stacked (steps·g, m).
-    """
+
+def _panel(h: Tensor, e: Tensor, gone: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Single columns: 12 kernels for each."""
+    factors = h.new_empty(3, steps, h.shape[0])
+    q, hk, k = factors.unbind()
+    rows, q_rows, hk_rows, k_rows = factors[:2].unbind(1), q.unbind(), hk.unbind(), k.unbind()
+    q_slots, hk_slots = torch.split(q, 1), torch.split(hk, 1)
+    # ½ diag e and diag h. What is gone costs infinitely much and stays so.
+    lost = torch.tensor([[torch.inf], [1.0]], dtype=h.dtype, device=h.device)
+    diagonals = torch.where(gone, lost, torch.stack([0.5 * e.diagonal(), h.diagonal()]))
+    half_energy, variance = diagonals.unbind()
+    score = torch.empty_like(variance)
+    picked = torch.empty(steps, dtype=torch.long, device=h.device)
+    cost, pivot = h.new_empty(steps), h.new_empty(1)
+    for j, (unit, half_cost) in enumerate(zip(torch.split(picked, 1), torch.split(cost, 1), strict=True)):
+        torch.div(half_energy, variance, out=score)
+        torch.min(score, 0, keepdim=True, out=(half_cost, unit))
+        torch.index_select(e, 0, unit, out=q_slots[j])
+        torch.index_select(h, 0, unit, out=hk_slots[j])
+        if j:
+            at_p = factors[:, :j].index_select(2, unit).squeeze(2)
+            rows[j].addmm_(at_p[:2], k[:j], alpha=-1)
+            q_rows[j].addmv_(q[:j].mT, at_p[2], alpha=-1)
+        torch.index_select(variance, 0, unit, out=pivot)
+        torch.div(hk_rows[j], pivot, out=k_rows[j])
+        q_rows[j].addcmul_(hk_rows[j], half_cost, value=-1)  # ½ e_pp K = ½ (e_pp / h_pp) h_p:
+        diagonals.addcmul_(rows[j], k_rows[j], value=-1)
+        diagonals.index_copy_(1, unit, lost)
+    return picked, 2.0 * cost, factors
+
+
+def _group_panel(h: Tensor, e: Tensor, gone: Tensor, g: int, steps: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Units of g columns: 21 kernels for each, two of them solving."""
     m = h.shape[0]
     units = m // g
+    factors = h.new_empty(3, steps * g, m)
+    parts = torch.split(factors, g, 1)
+    table = torch.arange(m, device=h.device).view(units, g)
     diagonal_h, diagonal_e = _diagonal_blocks(h, g), _diagonal_blocks(e, g)
-    k, hk, q = (h.new_empty(steps * g, m) for _ in range(3))
+    # What is gone costs infinitely much, whatever is left of its blocks: that of h would be singular.
+    penalty = h.new_zeros(units).masked_fill_(gone, torch.inf)
+    eye = torch.eye(g, dtype=h.dtype, device=h.device).unsqueeze(0)
+    diagonal_h.copy_(torch.where(gone.view(-1, 1, 1), eye, diagonal_h))
+    score = h.new_empty(units)
     picked = torch.empty(steps, dtype=torch.long, device=h.device)
     cost = h.new_empty(steps)
-    eye = torch.eye(g, dtype=h.dtype, device=h.device)
-    for j in range(steps):
-        if g == 1:
-            score = diagonal_e.view(-1) / diagonal_h.view(-1)
-        else:
-            # A removed unit's block of h is zero: replace it, its score is masked anyway.
-            safe = torch.where(gone.view(-1, 1, 1), eye, diagonal_h)
-            score = _solve(safe, diagonal_e).diagonal(dim1=-2, dim2=-1).sum(-1)
-        score = score.masked_fill(gone, torch.inf)
-        unit = score.argmin().view(1)
-        columns = _columns(unit, g)
-        done = slice(0, j * g)
-        k_p, q_p = k[done].index_select(1, columns), q[done].index_select(1, columns)
-        h_row = h.index_select(0, columns).addmm_(hk[done].index_select(1, columns).mT, k[done], alpha=-1)
-        e_row = e.index_select(0, columns).addmm_(q_p.mT, k[done], alpha=-1).addmm_(k_p.mT, q[done], alpha=-1)
-        h_pp, e_pp = h_row.index_select(1, columns), e_row.index_select(1, columns)
-        new_k = h_row / h_pp if g == 1 else _solve(h_pp, h_row)
-        new_q = e_row.addmm_(e_pp, new_k, alpha=-0.5)
-        now = slice(j * g, (j + 1) * g)
-        k[now], hk[now], q[now] = new_k, h_row, new_q
-        picked[j : j + 1] = unit
-        cost[j : j + 1] = score.index_select(0, unit)
-        gone.index_fill_(0, unit, True)
-        if g == 1:
-            diagonal_h.view(-1).addcmul_(h_row[0], new_k[0], value=-1)
-            diagonal_e.view(-1).addcmul_(new_q[0], new_k[0], value=-2)
-        else:
-            by_unit_k = new_k.view(g, units, g).permute(1, 2, 0)
-            diagonal_h -= by_unit_k @ h_row.view(g, units, g).transpose(0, 1)
-            qk = by_unit_k @ new_q.view(g, units, g).transpose(0, 1)
-            diagonal_e -= qk + qk.mT
-    return picked, cost, k, hk, q
+    for j, (unit, paid) in enumerate(zip(torch.split(picked, 1), torch.split(cost, 1), strict=True)):
+        torch.sum(_solve(diagonal_h, diagonal_e).diagonal(dim1=-2, dim2=-1), -1, out=score)
+        torch.min(score.add_(penalty), 0, keepdim=True, out=(paid, unit))
+        columns = table.index_select(0, unit).squeeze(0)
+        q, hk, k = parts[j].unbind()
+        torch.index_select(e, 0, columns, out=q)
+        torch.index_select(h, 0, columns, out=hk)
+        if j:
+            q_done, _, k_done = factors[:, : j * g].unbind()
+            q_p, hk_p, k_p = factors[:, : j * g].index_select(2, columns).unbind()
+            hk.addmm_(hk_p.mT, k_done, alpha=-1)
+            q.addmm_(q_p.mT, k_done, alpha=-1).addmm_(k_p.mT, q_done, alpha=-1)
+        h_pp, e_pp = parts[j][1].index_select(1, columns), parts[j][0].index_select(1, columns)
+        k.copy_(_solve(h_pp, hk))
+        q.addmm_(e_pp, k, alpha=-0.5)
+        q_by, hk_by, k_by = (rows.view(g, units, g).transpose(0, 1) for rows in (q, hk, k))
+        diagonal_h.baddbmm_(k_by.mT, hk_by, alpha=-1)
+        diagonal_e.baddbmm_(k_by.mT, q_by, alpha=-1).baddbmm_(q_by.mT, k_by, alpha=-1)
+        diagonal_h.index_copy_(0, unit, eye)
+        penalty.index_fill_(0, unit, torch.inf)
+    return picked, cost, factors
 
 
 def _compacted(matrix: Tensor, columns: Tensor) -> Tensor:

@@ -3,13 +3,17 @@
 Activations are shifted by the mean of the first batch before they are multiplied: products stay in fp32, and the
 covariance is not the small difference of two large numbers when a channel sits far from zero. Sums are float64, or
 float32 for wide sites (`linalg.working_dtype`). Of a square product only the lower half is multiplied.
+
+Where matrix units multiply 16-bit numbers (CUDA), the shifted activations are rounded to 16 bits again. That is exact
+for almost every token of a channel that sits far from zero, if the shift is a number of that type, too; elsewhere it
+errs by a 16-bit rounding of the distance from the shift, which is like noise of 1e-6 of the variance in bfloat16.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -17,7 +21,17 @@ from torch import Tensor
 from .linalg import mirror_lower, strips, working_dtype
 from .stopwatch import timed
 
-HALF = (torch.float16, torch.bfloat16)
+# The types that matrix units multiply, and what shifted activations are multiplied by before they are rounded to one:
+# the difference of two float16 numbers may be twice as large as float16 can hold.
+HALF = {torch.float16: 0.5, torch.bfloat16: 1.0}
+# Matrix units do not round their fp32 sums but cut them off. The error is the same share of every sum, and grows with
+# the number of tokens in it: 6e-6 for so many, 2.4e-5 for 16384 (emulated).
+PIECE_TOKENS = 4096
+# The shift for matrix units is a multiple of a power of two of at most this share of the spread. With more digits the
+# rounding of x - shift would go the same way for many tokens: up to 2e-3 of the variance instead of 1e-6.
+SHIFT_GRID = 0.25
+# A channel with a smaller spread is a constant.
+CONSTANT = 1e-12
 
 
 @dataclass
@@ -31,7 +45,7 @@ class Moments:
                               if tokens are added afterwards.
     residual  (d,) or None    sum of r, the target of the repair minus the layer's present output
     cross     (d, m) or None  sum of r (x - shift)ᵀ
-    power     float           sum of |r|²
+    power     () or None      sum of |r|²
     centred   False for a consumer without a bias: it cannot absorb a mean, so every moment below is about zero
     """
 
@@ -40,7 +54,7 @@ class Moments:
     second: Tensor
     residual: Tensor | None = None
     cross: Tensor | None = None
-    power: float = 0.0
+    power: Tensor | None = None
     tokens: int = 0
     centred: bool = True
     _is_covariance: bool = field(default=False, init=False, repr=False, compare=False)
@@ -49,7 +63,7 @@ class Moments:
     def like(cls, x: Tensor, residual: Tensor | None = None, groups: int = 1, centred: bool = True) -> Moments:
         """Empty sums for batches shaped like x (n, m) and residual (n, d); the shift is the mean of x.
 
-        Where matrix units multiply 16-bit numbers (CUDA), x is taken as it is: a shifted one would have to be rounded.
+        For matrix units that is rounded to the type of x, and to a part of the spread (`SHIFT_GRID`).
         """
         m = x.shape[-1]
         w = m // groups
@@ -59,11 +73,12 @@ class Moments:
             return torch.zeros(shape, dtype=dtype, device=x.device)
 
         return cls(
-            shift=zeros(m, dtype=torch.float32) if _by_matrix_units(x) else x.float().mean(0),
+            shift=_short_mean(x) if groups == 1 and _by_matrix_units(x) else x.float().mean(0),
             first=zeros(m),
             second=zeros(groups, w, w, dtype=wide),
             residual=None if residual is None else zeros(residual.shape[-1]),
             cross=None if residual is None else zeros(residual.shape[-1], m, dtype=wide),
+            power=None if residual is None else zeros(),
             centred=centred,
         )
 
@@ -75,6 +90,7 @@ class Moments:
             torch.zeros_like(self.second),
             None if self.residual is None else torch.zeros_like(self.residual),
             None if self.cross is None else torch.zeros_like(self.cross),
+            None if self.power is None else torch.zeros_like(self.power),
             centred=self.centred,
         )
 
@@ -82,32 +98,60 @@ class Moments:
     def add(self, x: Tensor, residual: Tensor | None = None) -> None:
         """Add a batch: x (n, m) and, if these moments hold a cross moment, residual (n, d)."""
         self._as_sums()
-        if not _by_matrix_units(x):
-            x = x.float() - self.shift
         groups, w, _ = self.second.shape
+        short = groups == 1 and _by_matrix_units(x)
+        scale = HALF[x.dtype] if short else 1.0
+        shifted = (x - self.shift).float()
+        if short:
+            # First moments, too, are of what is multiplied, or the covariance might not be positive.
+            shifted = shifted.mul_(scale).to(x.dtype)
+        first = shifted.sum(0, dtype=torch.float64).div_(scale)
         if groups == 1:
             for rows in strips(w):
-                _add_product(self.second[0, rows, : rows.stop], x[:, rows], x[:, : rows.stop])
+                _add_product(self.second[0, rows, : rows.stop], shifted[:, rows], shifted[:, : rows.stop], scale**-2)
         else:
-            by_group = x.float().view(-1, groups, w).transpose(0, 1)
+            by_group = shifted.view(-1, groups, w).transpose(0, 1)
             self.second += by_group.mT @ by_group
-        self.first += x.sum(0, dtype=torch.float64)
+        self.first += first
         self.tokens += x.shape[0]
-        if residual is not None:
-            assert self.cross is not None
-            assert self.residual is not None
-            _add_product(self.cross, residual.to(x.dtype), x)
-            self.residual += residual.sum(0, dtype=torch.float64)
-            self.power += residual.float().square().sum(dtype=torch.float64).item()
+        if residual is None:
+            return
+        assert self.cross is not None
+        assert self.residual is not None
+        assert self.power is not None
+        residual = residual.float()
+        total = residual.sum(0, dtype=torch.float64)
+        if short:
+            mean = total / x.shape[0]
+            self._add_short(residual - mean.float(), shifted, scale)
+            self.cross.addr_(mean.float().to(self.cross.dtype), first.to(self.cross.dtype))
+        else:
+            _add_product(self.cross, residual, shifted, 1.0)
+        self.residual += total
+        self.power += torch.linalg.vector_norm(residual, dtype=torch.float64).square()
+
+    def _add_short(self, residual: Tensor, shifted: Tensor, scale: float) -> None:
+        """Add residualᵀ shifted / scale to the cross moment, for a centred residual (n, d) that is rounded to 16 bits.
+
+        Its channels are brought to the size of one by powers of two, because float16 has too few small numbers.
+        """
+        assert self.cross is not None
+        _, exponent = torch.frexp(residual.abs().amax(0))
+        size = _power_of_two(exponent.clamp_(-100, 100))
+        residual = (residual / size).to(shifted.dtype)
+        for rows in strips(self.cross.shape[0]):
+            part = torch.zeros_like(self.cross[rows])
+            _add_product(part, residual[:, rows], shifted, 1.0 / scale)
+            self.cross[rows] += part.mul_(size[rows].unsqueeze(1))
 
     def reduce(self, total: Callable[[Tensor], None]) -> None:
         """Sum with the moments of other processes, which must have the same shift; `total` sums a tensor in place."""
         self._as_sums()
-        counts = torch.tensor([self.power, self.tokens], dtype=torch.float64, device=self.first.device)
-        for sums in (self.first, self.second, self.residual, self.cross, counts):
+        tokens = torch.tensor(self.tokens, dtype=torch.float64, device=self.first.device)
+        for sums in (self.first, self.second, self.residual, self.cross, self.power, tokens):
             if sums is not None:
                 total(sums)
-        self.power, self.tokens = counts[0].item(), int(counts[1].item())
+        self.tokens = int(tokens.item())
 
     def merge(self, other: Moments) -> Moments:
         """The moments of both token sets together. Both must have the same shift (ValueError otherwise)."""
@@ -122,7 +166,7 @@ class Moments:
             second=self.second + other.second,
             residual=self.residual + other.residual if both else None,  # type: ignore[operator]
             cross=self.cross + other.cross if both else None,  # type: ignore[operator]
-            power=self.power + other.power,
+            power=self.power + other.power if both else None,  # type: ignore[operator]
             tokens=self.tokens + other.tokens,
             centred=self.centred,
         )
@@ -130,8 +174,8 @@ class Moments:
     @property
     def finite(self) -> bool:
         """False as soon as one activation or residual, or one product of two, was infinite or NaN."""
-        sums = [self.first, self.second, *(s for s in (self.residual, self.cross) if s is not None)]
-        return math.isfinite(self.power) and all(bool(torch.isfinite(s).all()) for s in sums)
+        sums = (self.first, self.second, self.residual, self.cross, self.power)
+        return bool(torch.stack([torch.isfinite(s).all() for s in sums if s is not None]).all())
 
     @property
     def mean(self) -> Tensor:
@@ -201,22 +245,55 @@ class Moments:
     @property
     def residual_variance(self) -> float:
         """E |r - E r|² (E |r|² if not centred), 0.0 where there is no residual."""
-        if self.residual is None:
+        if self.residual is None or self.power is None:
             return 0.0
-        mean_power = (self.residual / self.tokens).square().sum().item() if self.centred else 0.0
-        return max(0.0, self.power / self.tokens - mean_power)
+        variance = self.power / self.tokens
+        if self.centred:
+            variance = variance - (self.residual / self.tokens).square().sum()
+        return max(0.0, variance.item())
 
 
 def _by_matrix_units(x: Tensor) -> bool:
-    """Whether the device multiplies x (n, m) in its own 16 bits, exactly, and adds in fp32."""
-    return x.is_cuda and x.dtype in HALF
+    """Whether the device multiplies numbers like those of x (n, m) in their own 16 bits, exactly, and adds in fp32."""
+    return x.is_cuda and x.dtype in HALF and _gives_sums(x.device, x.dtype)
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total (a, b) += leftᵀ right, for left (n, a) and right (n, b) of one type."""
-    if _by_matrix_units(left):
-        total += torch.mm(left.mT, right, out_dtype=torch.float32)
+@cache
+def _gives_sums(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this torch hands out the fp32 sums of a 16-bit product: from 2.8 on, and not on every device."""
+    if "dtype" not in torch.ops.aten.mm.overloads():  # type: ignore[no-untyped-call]
+        return False
+    few = torch.zeros(16, 16, dtype=dtype, device=device)
+    try:
+        return _product(few, few).dtype == torch.float32
+    except RuntimeError:
+        return False
+
+
+def _short_mean(x: Tensor) -> Tensor:
+    """The mean of x (n, m), float32, as a number of the type of x that has few digits next to the spread of x."""
+    variance, mean = torch.var_mean(x.float(), 0, correction=0)
+    _, exponent = torch.frexp(variance.sqrt().clamp_min(CONSTANT) * SHIFT_GRID)
+    grid = _power_of_two(exponent - 1)  # is at most that
+    return ((mean / grid).round() * grid).to(x.dtype).float()
+
+
+def _power_of_two(exponent: Tensor) -> Tensor:
+    """2 ** exponent, float32."""
+    return torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent)
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """leftᵀ right (a, b) float32 of 16-bit left (n, a) and right (n, b), by matrix units."""
+    return torch.mm(left.mT, right, out_dtype=torch.float32)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
+    """total (a, b) += scale · leftᵀ right, for left (n, a) and right (n, b) of one type, fp32 or what `HALF` holds."""
+    if left.dtype in HALF:
+        for rows in strips(left.shape[0], PIECE_TOKENS):
+            total.add_(_product(left[rows], right[rows]), alpha=scale)
     elif total.dtype == left.dtype:
-        total.addmm_(left.mT, right)
+        total.addmm_(left.mT, right, alpha=scale)
     else:
-        total += left.mT @ right
+        total.add_(left.mT @ right, alpha=scale)

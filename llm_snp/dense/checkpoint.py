@@ -7,7 +7,7 @@ is a wrong model.
 
 from __future__ import annotations
 
-import json
+import os
 import pickle
 import re
 import warnings
@@ -22,6 +22,8 @@ from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from ..errors import CheckpointError
+from ..system.libraries import ONE_AT_A_TIME, explained, parse_json
+from .claims import check_archive, check_pickled, check_weight_name
 
 LISTED = 5  # at most so many keys are named in an error
 WEIGHT_TYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
@@ -49,7 +51,7 @@ class Checkpoint:
         renames = list(renames)
         for file, keys in listed.items():
             handle = self._open(file)
-            present = handle.keys()
+            present = set(handle.keys()) if keys is not None else handle.keys()
             for key in present if keys is None else keys:
                 if key not in present:
                     raise CheckpointError(f"{self.directory / file} has no tensor {key!r}, which the index expects")
@@ -69,12 +71,12 @@ class Checkpoint:
         Of several the same one is taken that transformers would load.
         """
         for index_name, single in ((SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME), (WEIGHTS_INDEX_NAME, WEIGHTS_NAME)):
-            if (self.directory / single).is_file():
+            if os.path.isfile(self.directory / single):
                 return {single: None}
             index = self.directory / index_name
-            if index.is_file():
+            if os.path.isfile(index):
                 files: dict[str, list[str] | None] = {**_read_index(index)}
-                absent = [file for file in files if not (self.directory / file).is_file()]
+                absent = [file for file in files if not os.path.isfile(self.directory / file)]
                 if absent:
                     are = "is" if len(absent) == 1 else "are"
                     raise CheckpointError(
@@ -92,17 +94,23 @@ class Checkpoint:
             return self._legacy[file]
         try:
             found = path.stat()
-            stamp = (found.st_size, found.st_mtime_ns)
-            if self._stamps.setdefault(file, stamp) != stamp:
-                raise CheckpointError(f"{path} has changed since it was first read; put back the file as it was")
+            with open(path, "rb"):  # what may not be read looks to safetensors as if it were not there
+                pass
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{path} is gone; download it again") from error
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        stamp = (found.st_size, found.st_mtime_ns)
+        if self._stamps.setdefault(file, stamp) != stamp:
+            raise CheckpointError(f"{path} has changed since it was first read; put back the file as it was")
+
+        def refusal(cause: str) -> CheckpointError:
+            return CheckpointError(f"{path} cannot be read, it may be truncated: {cause}; download it again")
+
+        with explained(refusal):
             if path.suffix == ".safetensors":
                 return safe_open(path, framework="pt")
             tensors, mapped = _read_pickled(path)
-        except FileNotFoundError as error:
-            raise CheckpointError(f"{path} is gone; download it again") from error
-        except (SafetensorError, EOFError, RuntimeError, ValueError, OSError) as error:
-            reason = next(iter(str(error).strip().splitlines()), "the file ends too early")
-            raise CheckpointError(f"{path} cannot be read, it may be truncated: {reason}; download it again") from error
         if not mapped:
             self._legacy[file] = tensors
         return tensors
@@ -217,13 +225,18 @@ class Checkpoint:
 def _read_index(index: Path) -> dict[str, list[str]]:
     """The keys in each file that an index lists."""
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files: dict[str, list[str]] = {}
-        for key, file in weight_map.items():
-            files.setdefault(str(file), []).append(key)
-        return files
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise CheckpointError(f'{index} is not a checkpoint index, a JSON object with a "weight_map"') from error
+        content = parse_json(index.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{index} cannot be read: {error.strerror}") from error
+    except ValueError:
+        content = None
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f'{index} is not a checkpoint index, a JSON object with a "weight_map"')
+    files: dict[str, list[str]] = {}
+    for key, file in weight_map.items():
+        files.setdefault(check_weight_name(file, index), []).append(key)
+    return files
 
 
 def _read_pickled(path: Path) -> tuple[dict[str, Tensor], bool]:
@@ -232,20 +245,19 @@ def _read_pickled(path: Path) -> tuple[dict[str, Tensor], bool]:
     with open(path, "rb") as file:
         if not zipped and file.read(len(ZIP_START)) == ZIP_START:
             raise CheckpointError(f"{path} is truncated: its table of contents is missing; download it again")
+    if zipped:
+        check_archive(path)
+
     try:
-        with warnings.catch_warnings():
+        with ONE_AT_A_TIME, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     # torch's own text advises to load it unsafely; what is no pickle at all can fail in its reader in other ways.
-    except (pickle.UnpicklingError, LookupError, ValueError, EOFError) as error:
+    except (pickle.UnpicklingError, LookupError, ValueError, EOFError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{path} is damaged, or holds more than tensors and was not loaded for safety; download it again"
         ) from error
-    if not isinstance(loaded, dict) or not all(isinstance(tensor, Tensor) for tensor in loaded.values()):
-        raise CheckpointError(
-            f"{path} is not the state dict of a model: expected tensors by name; save model.state_dict()"
-        )
-    return loaded, zipped
+    return check_pickled(loaded, path), zipped
 
 
 def _facts(handle: Any, key: str) -> tuple[tuple[int, ...], Any]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
+from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,9 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError, HubError
+from ..system.libraries import explained, parse_json, reason
+from ..system.plain import encodable
+from .claims import checked_config
 
 # What travels besides the weights; terms of use have names of all kinds.
 SIDE_FILES = (
@@ -30,7 +35,6 @@ SIDE_FILES = (
 # Weights as transformers names them. Some repositories have them a second time, in another layout.
 SAFETENSORS = ("model.safetensors", "model-*-of-*.safetensors")
 BIN = "pytorch_model*.bin"
-REASON = 200  # characters at most that an error quotes
 EMBEDDED = Path(__file__).parent.parent / "demo" / "opt-wiki-1m"
 
 
@@ -44,19 +48,26 @@ def locate(model: str | None, revision: str | None = None, weights: bool = True)
     if model is None:
         return EMBEDDED
     path = Path(os.path.expanduser(model))
-    # os.path.exists is also False for what cannot be a path, such as a name that is too long.
-    if os.path.exists(path) or model.startswith((".", "/", "~")) or model.count("/") > 1:
+    # os.path.lexists is also False for what cannot be a path, such as a name that is too long.
+    if os.path.lexists(path) or model.startswith((".", "/", "~")) or model.count("/") > 1:
         return _local(path)
     return _download(model, revision, weights)
 
 
 def _local(path: Path) -> Path:
-    if not path.exists():
-        raise CheckpointError(f"{path} does not exist; give a model directory or a Hub id such as facebook/opt-125m")
-    if not path.is_dir():
-        raise CheckpointError(f"{path} is a file; expected a model directory with config.json and weights")
-    if not (path / "config.json").is_file():
-        raise CheckpointError(f"{path} is not a model directory: it has no config.json")
+    try:
+        path.stat()
+        if not path.is_dir():
+            raise CheckpointError(f"{path} is a file; expected a model directory with config.json and weights")
+        (path / "config.json").stat()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if error.filename == str(path / "config.json"):
+            raise CheckpointError(f"{path} is not a model directory: it has no config.json") from error
+        raise CheckpointError(
+            f"{path} does not exist; give a model directory or a Hub id such as facebook/opt-125m"
+        ) from error
+    except OSError as error:  # no permission, a circle of links, a name that is too long
+        raise CheckpointError(f"{error.filename or path} cannot be read: {error.strerror}") from error
     return path
 
 
@@ -81,38 +92,42 @@ def _download(model: str, revision: str | None, weights: bool) -> Path:
         RevisionNotFoundError,
     )
 
+    def refusal(cause: str) -> HubError:
+        return HubError(
+            f"{model} is no local directory, and could not be had from the Hugging Face Hub ({cause}); check the "
+            "network, or give a directory with the model's files"
+        )
+
     check_token()
-    try:
-        patterns = list(SIDE_FILES)
-        if weights:
-            try:
-                files = HfApi().list_repo_files(model, revision=revision)
-                has_safetensors = any(fnmatch(file, pattern) for file in files for pattern in SAFETENSORS)
-                patterns += SAFETENSORS if has_safetensors else [BIN]
-            except (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError, HFValidationError):
-                raise
-            except Exception:
-                patterns += [*SAFETENSORS, BIN]  # offline: take what an earlier run fetched
-        return _local(Path(snapshot_download(model, revision=revision, allow_patterns=patterns)))
-    except CheckpointError as error:
-        raise CheckpointError(f"{model} on the Hub is no transformers model: it has no config.json") from error
-    except GatedRepoError as error:
-        raise HubError(f"{model} is gated: accept its licence on the Hub, then run `hf auth login`") from error
-    except RevisionNotFoundError as error:
-        raise HubError(f"{model} has no revision {revision!r} on the Hub; check the branch, tag or commit") from error
-    except RepositoryNotFoundError as error:
-        raise HubError(
-            f"{model} is neither a local directory nor a repository on the Hub that you may read; check the spelling, "
-            "or run `hf auth login` if it is private"
-        ) from error
-    except HFValidationError as error:
-        raise CheckpointError(f"{model} is neither a local directory nor a valid Hub id") from error
-    except Exception as error:
-        # Which library's errors the Hub's client lets through (requests, httpx, ...) changes with its version.
-        raise HubError(
-            f"{model} is no local directory, and could not be had from the Hugging Face Hub ({_reason(error)}); check "
-            "the network, or give a directory with the model's files"
-        ) from error
+    # Which library's errors the Hub's client lets through (requests, httpx, ...) changes with its version.
+    with explained(refusal):
+        try:
+            patterns = list(SIDE_FILES)
+            if weights:
+                try:
+                    files = HfApi().list_repo_files(model, revision=revision)
+                    has_safetensors = any(fnmatch(file, pattern) for file in files for pattern in SAFETENSORS)
+                    patterns += SAFETENSORS if has_safetensors else [BIN]
+                except (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError, HFValidationError):
+                    raise
+                except Exception:
+                    patterns += [*SAFETENSORS, BIN]  # offline: take what an earlier run fetched
+            return _local(Path(snapshot_download(model, revision=revision, allow_patterns=patterns)))
+        except CheckpointError as error:
+            raise CheckpointError(f"{model} on the Hub is no transformers model: it has no config.json") from error
+        except GatedRepoError as error:
+            raise HubError(f"{model} is gated: accept its licence on the Hub, then run `hf auth login`") from error
+        except RevisionNotFoundError as error:
+            raise HubError(
+                f"{model} has no revision {revision!r} on the Hub; check the branch, tag or commit"
+            ) from error
+        except RepositoryNotFoundError as error:
+            raise HubError(
+                f"{model} is neither a local directory nor a repository on the Hub that you may read; check the "
+                "spelling, or run `hf auth login` if it is private"
+            ) from error
+        except HFValidationError as error:
+            raise CheckpointError(f"{model} is neither a local directory nor a valid Hub id") from error
 
 
 def load_config(directory: Path) -> Any:
@@ -121,18 +136,26 @@ def load_config(directory: Path) -> Any:
 
     path = directory / "config.json"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"{path} is not JSON: {_reason(error)}") from error
+        content = parse_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON: {reason(error)}") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or reason(error)}") from error
     if not isinstance(content, dict) or "model_type" not in content:
         raise CheckpointError(f'{path} is no config of transformers: it names no "model_type"')
-    try:
-        return AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    except Exception as error:  # the config classes check their fields, each with errors of its own
-        raise CheckpointError(
-            f"{path} is no config of model type {content['model_type']!r} that this transformers can read "
-            f"({_reason(error)})"
-        ) from error
+    fields = checked_config(content, path)
+    kind = content["model_type"]
+
+    def refusal(cause: str) -> CheckpointError:
+        return CheckpointError(f"{path} is no config of model type {kind!r} that this transformers can read ({cause})")
+
+    with tempfile.TemporaryDirectory(prefix="llm-snp-") as folder, explained(refusal):
+        if fields != content:  # transformers reads configs from files only
+            Path(folder, "config.json").write_text(json.dumps(fields))
+        config = AutoConfig.from_pretrained(directory if fields == content else folder, trust_remote_code=False)
+        config.name_or_path = ""  # or the result's config.json would have it
+        config.to_json_string()  # what can be read must also be possible to write, at the end
+        return config
 
 
 def config_dtype(config: Any) -> torch.dtype:
@@ -146,11 +169,13 @@ def load_tokenizer(directory: Path) -> Any:
     from transformers import AutoTokenizer
 
     advice = "copy the tokenizer files of the original model beside the weights"
-    try:
+
+    def refusal(cause: str) -> CheckpointError:
+        return CheckpointError(f"{directory} has no tokenizer that loads ({cause}); {advice}")
+
+    with explained(refusal):
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
         ids = tokenizer("the", add_special_tokens=False)["input_ids"]
-    except Exception as error:  # files that are not what the tokenizer class expects fail in many ways
-        raise CheckpointError(f"{directory} has no tokenizer that loads ({_reason(error)}); {advice}") from error
     # Without files transformers 5 gives a tokenizer with an empty vocabulary and no error.
     if not ids:
         raise CheckpointError(f"{directory} has no tokenizer: it has no vocabulary file; {advice}")
@@ -161,20 +186,35 @@ def load_tokenizer(directory: Path) -> Any:
 CARRIED = ("license", "license_name", "license_link", "language", "tags", "datasets")
 
 
+MOST_WORDS, MOST_CHARACTERS = 100, 300  # of each field
+CARD_BYTES = 10_000_000
+
+
 def card_metadata(directory: Path) -> dict[str, Any]:
-    """Licence, language, tags and datasets of the card (README.md) of a model directory, as far as it has them."""
+    """Licence, language, tags and datasets of the card (README.md) of a model directory, as far as it has them.
+
+    Each is a text or a list of texts: what else a card may have there (dates, tables, lists of lists) is left behind,
+    because the result's card and report could not hold it.
+    """
     from huggingface_hub import metadata_load
 
     path = directory / "README.md"
-    try:
-        found = (metadata_load(path) if path.is_file() else None) or {}
-    except Exception:  # a card is for people: one that cannot be read takes nothing from the model
+    found: Any = None
+    # A card is for people: one that cannot be read takes nothing from the model.
+    with suppress(CheckpointError), explained(CheckpointError):
+        found = metadata_load(path) if path.is_file() and path.stat().st_size <= CARD_BYTES else None
+    if not isinstance(found, dict):
         return {}
-    return {name: found[name] for name in CARRIED if found.get(name)}
+    words = {name: _words(found.get(name)) for name in CARRIED}
+    return {name: value for name, value in words.items() if value}
 
 
-def _reason(error: BaseException) -> str:
-    """What a library says, on one line and not at length."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
-    return text if len(text) <= REASON else text[: REASON - 4] + " ..."
+def _words(value: Any) -> str | list[str] | None:
+    """A text or a list of texts as it is, and what else there is in neither."""
+    if isinstance(value, str):
+        value = value.strip()
+        return value if len(value) <= MOST_CHARACTERS and encodable(value) and value.isprintable() else None
+    if isinstance(value, list):
+        words = [word for one in value[:MOST_WORDS] if isinstance(one, str) and isinstance(word := _words(one), str)]
+        return [word for word in words if word]
+    return None

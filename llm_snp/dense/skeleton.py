@@ -7,6 +7,7 @@ what every block is called with (masks, positions); blocks are then loaded and r
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -14,14 +15,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from ..core.stopwatch import timed
+from ..errors import CheckpointError, UnsupportedModelError
+from ..system.libraries import ONE_AT_A_TIME, explained
 from .checkpoint import Checkpoint
+from .claims import check_blocks, check_buffers
 
 # Older checkpoints have frequencies and causal masks of every layer, which are made anew today.
 BUFFERS = (r"\.rotary_emb\.inv_freq$", r"\.(attn|attention)\.(masked_)?bias$")
@@ -106,10 +110,13 @@ class Skeleton:
     def __init__(self, config: Any, blocks_path: str, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype):
         self.config, self.device, self.dtype, self.checkpoint = config, device, dtype, checkpoint
         self.blocks_path = blocks_path
-        self.model: Any = empty_model(config)
-        shapes, self.tied, harmless = expected_tensors(self.model)
-        tables = [name for name, buffer in self.model.named_buffers() if not buffer.is_floating_point()]
+        check_blocks(config, checkpoint.names(), checkpoint.directory)
+        claimed = empty_model(config)
+        shapes, self.tied, harmless = expected_tensors(claimed)
+        tables = [name for name, buffer in claimed.named_buffers() if not buffer.is_floating_point()]
         checkpoint.audit(shapes, self.tied, harmless, tables)
+        check_buffers(claimed, checkpoint.files)
+        self.model: Any = empty_model(config, buffers=True)
         self.blocks, self._transposed = linear_blocks(self.model, blocks_path)
         inner = blocks_path + "."
         self.outer = [n for n in checkpoint.names() if n in shapes and n not in self.tied and not n.startswith(inner)]
@@ -144,7 +151,7 @@ class Skeleton:
 
     def enter(self, ids: Tensor) -> tuple[Tensor, list[Call]]:
         """Token ids (B, T) to the hidden states before the first block (B, T, d) and the call of every block."""
-        with torch.no_grad():
+        with torch.no_grad(), explained(_cannot_run):
             self.model.base_model(input_ids=ids.to(self.device), use_cache=False)
         first = self.recorders[0].input
         assert first is not None
@@ -197,12 +204,57 @@ class Skeleton:
         return block.to(self.device).eval().requires_grad_(False)
 
 
-def empty_model(config: Any) -> Any:
-    """The causal-LM model of a config with all parameters on meta and its weights tied."""
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config)
-    model.tie_weights()
+def empty_model(config: Any, buffers: bool = False) -> Any:
+    """The causal-LM model of a config on meta, with its weights tied; with `buffers` these have memory and values.
+
+    Without, nothing is allocated, whatever the config says. Raises `CheckpointError` if there is no such model.
+    """
+    with explained(_cannot_build), ONE_AT_A_TIME, _parameters_on_meta() if buffers else torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(_computing(config))
+        model.tie_weights()
     return model
+
+
+def _computing(config: Any) -> Any:
+    """A copy without what its owner likes beside the logits, and with the attention that torch has."""
+    config = copy.deepcopy(config)
+    config._attn_implementation = None
+    config.output_attentions = config.output_hidden_states = False
+    config.return_dict = True
+    return config
+
+
+def _cannot_build(cause: str) -> CheckpointError:
+    return CheckpointError(f"config.json describes a model that this transformers cannot build ({cause})")
+
+
+def _cannot_run(cause: str) -> UnsupportedModelError:
+    return UnsupportedModelError(f"config.json describes a model that this transformers cannot run ({cause})")
+
+
+_here = threading.local()
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Parameters that this thread makes have no memory; buffers, such as the frequencies of rotary embeddings, have.
+
+    accelerate's `init_empty_weights` is for all threads: a model that another one loads would lose its weights.
+    """
+    _here.on_meta = True
+    try:
+        yield
+    finally:
+        _here.on_meta = False
+
+
+def _to_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
+    if not getattr(_here, "on_meta", False) or parameter.is_meta:
+        return None
+    return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+
+
+register_module_parameter_registration_hook(_to_meta)  # type: ignore[arg-type]
 
 
 def linear_blocks(model: nn.Module, path: str) -> tuple[list[nn.Module], frozenset[str]]:

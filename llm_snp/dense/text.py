@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from ..config import PruneConfig
+from ..config import PruneConfig, shares
 from ..errors import CheckpointError
+from ..system.libraries import ONE_AT_A_TIME, explained
 from .data import Windows, calibration_windows, evaluation_windows, self_written
+from .mixture import mix, turns
 
 # Text that the model writes itself: calibration and evaluation must not be the same.
 EVALUATION_SEED = 1
@@ -25,23 +27,31 @@ class Text:
         self, directory: Path, tokenizer: Any, config: Any, length: int, dtype: torch.dtype, device: torch.device
     ):
         self.directory, self.tokenizer, self.length = directory, tokenizer, length
-        self.dtype, self.device, self.vocabulary = dtype, device, config.vocab_size
+        self.config, self.dtype, self.device, self.vocabulary = config, dtype, device, config.vocab_size
         self.start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else config.bos_token_id
         self._model: Any = None
 
     def _write(self, samples: int, seed: int) -> Windows:
         if self._model is None:
-            model = AutoModelForCausalLM.from_pretrained(self.directory)
+            with explained(self._no_model), ONE_AT_A_TIME:
+                model = AutoModelForCausalLM.from_pretrained(self.directory, config=self.config)
             self._model = model.to(self.device, self.dtype).eval()
-        return self_written(self._model, samples, self.length, seed, self.start)
+        with ONE_AT_A_TIME:
+            return self_written(self._model, samples, self.length, seed, self.start)
+
+    def _no_model(self, cause: str) -> CheckpointError:
+        return CheckpointError(f"{self.directory} is no model that transformers can load ({cause})")
 
     def calibration(self, options: PruneConfig) -> Windows:
-        """Windows (N, T) to calibrate on."""
-        assert options.calibration is not None
-        if options.calibration == "self":
-            return self._write(options.samples, 2 * options.seed)
-        windows = calibration_windows(options.calibration, self.tokenizer, options.samples, self.length, options.seed)
-        return self._known(windows)
+        """Windows (N, T) to calibrate on, those of several texts by turns."""
+        given = shares(options.texts)
+        order = turns(list(given.values()), options.samples)
+        return mix([self._part(text, order.count(i), options.seed) for i, text in enumerate(given)], order)
+
+    def _part(self, source: str, samples: int, seed: int) -> Windows:
+        if source == "self":
+            return self._write(samples, 2 * seed)
+        return self._known(calibration_windows(source, self.tokenizer, samples, self.length, seed))
 
     def evaluation(self, source: str, seed: int) -> Windows:
         """Windows to measure perplexity on."""

@@ -206,11 +206,17 @@ def _how_it_was_made(report: dict[str, Any]) -> str:
     choices = ", ".join(f"{name} `{options[name]}`" for name in ("order", "target", "attention"))
     made = (
         f"With {choices}, allocation `{report['plan']['allocation']}`; calibrated on {calibration['windows']} windows "
-        f"of {calibration['sequence_length']} tokens of {calibration['source']}, seed {report['seed']}. The plan: "
+        f"of {calibration['sequence_length']} tokens of {_named(calibration)}, seed {report['seed']}. The plan: "
         f"{report['plan']['why']}. Errors of each layer, versions and times are in `report.json`. The method is that "
         "of *Subspace Node Pruning* (arXiv 2405.17506) and, where the options above say so, the extensions of llm_snp."
     )
     return f"## How it was made\n\n```\n{report['command']}\n```\n\n{made}{_listed(report['notes'])}"
+
+
+def _named(calibration: dict[str, Any]) -> str:
+    """`wikitext2`, or `wikitext2 (64) and c4 (64)` with the windows of each."""
+    texts = texts_of(calibration)
+    return " and ".join(one["source"] + (f" ({one['windows']})" if len(texts) > 1 else "") for one in texts)
 
 
 def _limits(report: dict[str, Any], metadata: ModelCardData) -> str:

@@ -15,7 +15,7 @@ from .drawing import site_names
 from .page_template import CSS, TEMPLATE
 from .plots import PLOTS, figures, style
 from .report import relative_error
-from .shareable import hub_id, shareable
+from .shareable import hub_id, shareable, texts_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -158,8 +158,12 @@ def _blocks(report: dict[str, Any]) -> list[list[str]]:
 
 def _calibration(calibration: dict[str, Any]) -> list[tuple[str, str]]:
     windows, length = calibration["windows"], calibration["sequence_length"]
+    texts = texts_of(calibration)
+    rows = [("text", texts[0]["source"])]
+    if len(texts) > 1:
+        rows = [("text", f"{one['source']}: {one['windows']:,} windows") for one in texts]
     return [
-        ("text", calibration["source"]),
+        *rows,
         ("windows", f"{windows:,} of {length:,} tokens ({calibration['windows_available']:,} available)"),
         ("SHA-256 of the tokens", calibration["sha256"]),
     ]

@@ -63,11 +63,8 @@ class Report:
             },
             "device": device_facts(job.device, dtype) | {"processes": processes, "nodes": nodes()},
             "calibration": {
-                "source": calibration.source,
-                "sha256": calibration.sha256,
-                "windows": calibration.tokens.shape[0],
-                "windows_available": calibration.available,
-                "text_tokens": calibration.text_tokens,
+                **_text(calibration),
+                "texts": [_text(part) for part in calibration.parts or (calibration,)],
                 "sequence_length": job.length,
                 "sequence_length_asked": options.sequence_length,
             },
@@ -177,6 +174,16 @@ def nodes() -> int:
     """On how many machines torchrun has started the processes of this run."""
     processes, here = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     return max(1, processes // here)
+
+
+def _text(windows: Windows) -> dict[str, Any]:
+    return {
+        "source": windows.source,
+        "sha256": windows.sha256,
+        "windows": windows.tokens.shape[0],
+        "windows_available": windows.available,
+        "text_tokens": windows.text_tokens,
+    }
 
 
 def _curve(curve: SiteCurve) -> dict[str, Any]:

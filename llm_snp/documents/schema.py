@@ -77,7 +77,7 @@ class Calibration(Text):
     sha256: str
     windows_available: Count
     sequence_length: Count
-    texts: list[Text] = []
+    texts: list[Text] = []  # of which each has its share
 
 
 class Site(_Part):

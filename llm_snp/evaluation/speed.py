@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from ..dense.hub import load_config
 from ..errors import CheckpointError, DeviceMemoryError, OptionError, UnsupportedModelError, first_line
 from ..system.device import device_facts
+from ..system.libraries import ONE_AT_A_TIME
 from .clock import timed
 from .widths import Mlp, WidthTiming, head_dims, mlp_of
 
@@ -108,9 +109,10 @@ def load_model(directory: Path, device: torch.device, dtype: torch.dtype) -> Any
     config = load_config(directory)
     keyword = "dtype" if hasattr(config, "dtype") else "torch_dtype"  # its name before transformers 4.56
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            directory, config=config, trust_remote_code=False, **{keyword: dtype}
-        )
+        with ONE_AT_A_TIME:
+            model = AutoModelForCausalLM.from_pretrained(
+                directory, config=config, trust_remote_code=False, **{keyword: dtype}
+            )
     except Exception as error:  # what is missing or damaged fails in many ways
         raise CheckpointError(
             f"{directory} is no causal language model that this transformers can load ({first_line(error)[:REASON]}); "

@@ -17,8 +17,9 @@ from .sites import Rows, Site, linear
 def check_config(config: Any, *sizes: str) -> None:
     """Raise `UnsupportedModelError` if one of the fields `sizes` is no size, or the activation none that is known."""
     for name in ("hidden_size", "num_hidden_layers", "vocab_size", *sizes):
-        if getattr(config, name) < 1:
-            raise UnsupportedModelError(f"{name} is {getattr(config, name)} in config.json; it must be at least 1")
+        value = getattr(config, name)
+        if not isinstance(value, int) or value < 1:
+            raise UnsupportedModelError(f"{name} is {value!r} in config.json; it must be a whole number of at least 1")
     for name in ("activation_function", "hidden_act", "hidden_activation", "activation"):
         function = getattr(config, name, None)
         if function is not None and function not in ACT2FN:

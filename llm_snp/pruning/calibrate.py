@@ -1,4 +1,4 @@
-"""Run calibration windows through a block and collect the moments that a decision needs."""
+"""Calibrate: run the windows through a block and collect the moments that ordering and repairing need."""
 
 from __future__ import annotations
 
@@ -12,10 +12,21 @@ from ..dense.skeleton import Call, run_block
 from ..dense.stream import Stream, Taps
 from ..errors import NumericalError
 from ..families import PAIRS, Attention, Site, linear, turn
-from .prune_site import SiteMoments
 
 # --damping auto holds out one window in so many, and at least one.
 HELD_OUT = 8
+
+
+@dataclass(frozen=True)
+class SiteMoments:
+    """Moments of a consumer's input on the fitting windows, and on those held out for `--damping auto`."""
+
+    fit: Moments
+    held: Moments | None = None
+
+    @property
+    def all(self) -> Moments:
+        return self.fit if self.held is None else self.fit.merge(self.held)
 
 
 @dataclass(frozen=True)
@@ -34,7 +45,7 @@ class Reference:
 
 
 @torch.no_grad()
-def site_moments(
+def calibrate_site(
     index: int, block: nn.Module, stream: Stream, site: Site, reference: Reference | None, hold_out: bool
 ) -> SiteMoments:
     """Moments of a consumer's input in block `index`, with the repair's target from `reference` if there is one.
@@ -93,7 +104,7 @@ def _read(
 
 
 @torch.no_grad()
-def block_moments(
+def calibrate_block(
     index: int,
     block: nn.Module,
     stream: Stream,

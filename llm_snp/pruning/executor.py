@@ -1,4 +1,7 @@
-"""The loop: plan, then block by block moments, solve, shrink, save; the hidden states move through the pruned block.
+"""The method, from the dense blocks to the pruned ones, with one name for each of its steps.
+
+decide        over the dense model: calibrate and order every site (`measure`), then allocate the budget (`plan`)
+prune_blocks  block by block: calibrate, order, repair each site, save, and advance the hidden states
 
 Names no family and no criterion. Attention is pruned before the MLP, so that the MLP is fitted to what it will read.
 """
@@ -13,13 +16,14 @@ from torch import Tensor, nn
 
 from ..dense.stream import Stream
 from ..families import Site
-from .calibrate import Reference, block_moments, site_moments
+from .calibrate import Reference, SiteMoments, calibrate_block, calibrate_site
+from .directions import narrow_heads
 from .measure import measured_curves
 from .plan import Plan, empty_curves, make_plan
-from .prune_heads import narrow_heads
-from .prune_site import SiteResult, State, prune_units, refit_consumer
+from .repair import SiteResult, refit_consumer, repair_units
 from .sensitivity import measure_sensitivity, read_sensitivity
 from .session import Session
+from .weights import State
 
 
 @dataclass(frozen=True)
@@ -109,68 +113,78 @@ class _BlockPruner:
         self.dense: nn.Module | None = None
 
     def run(self, state: State) -> BlockLoss:
+        """Prune the sites one after the other, each to what the ones before it have become."""
         self.dense = self.session.skeleton.load_block(self.index, state)
-        self._load(state)
+        self._take(state)
         losses: BlockLoss = {}
         mode = "queries" if "queries" in self.kept else self.session.options.attention
         sites = self.session.family.prunable(self.session.config, mode)
         for site in sites:
-            losses[site.name] = self._prune(site, last=site is sites[-1])
+            whole = site.unit in self.kept  # units go as a whole
+            narrowed = False if whole else self._narrow_heads(site)
+            moments = self._calibrate(site, narrowed, last=site is sites[-1])
+            losses[site.name] = self._order_and_repair(site, moments, whole)
         return losses
 
-    def _load(self, state: State) -> None:
-        """Take new tensors, and a live block with the widths that are done so far."""
-        self.state = state
-        family = self.session.family
-        widths = family.widths(self.session.config, self.done)
-        self.block = self.session.skeleton.load_block(self.index, state, partial(family.pruned_class.narrow, **widths))
-
-    def _prune(self, site: Site, last: bool) -> SiteLoss:
-        options = self.session.options
-        g = self.sensitivity.get(site.name)
-        whole = site.unit in self.kept  # units go as a whole
-        narrowed = False if whole else self._narrow_heads(site, g)
-        reference = None
-        assert self.dense is not None
-        if self.dense_stream is not None:
-            residual = options.target == "residual" and site.stream is not None
-            reference = Reference(self.dense, self.dense_stream, residual, advance=last)
-        elif narrowed:  # what the whole heads give on the pruned stream
-            reference = Reference(self.dense, None)
-        moments = site_moments(self.index, self.block, self.stream, site, reference, hold_out=options.damping == "auto")
-        # Solving works on the tensors alone, and needs the memory.
-        del reference, self.block
-        if last:
-            self.dense = None
-
-        def solve() -> SiteResult:
-            if not whole:
-                return refit_consumer(self.state, site, moments, options)
-            seed = options.seed + 1_000_003 * self.index + sum(map(ord, site.name))
-            return prune_units(self.state, site, moments, self.kept[site.unit], options, g, seed)
-
-        result = self.session.processes.on_main(solve)
-        loss = self.session.processes.from_main(lambda: _loss(result))
-        if whole:
-            self.done[site.unit] = self.kept[site.unit]
-        self._load(self._from_main(None if result is None else result.state))
-        return loss
-
-    def _narrow_heads(self, site: Site, g: Tensor | None) -> bool:
-        """Cut the heads to the directions that are kept, chosen on the pruned stream; False if all of them are."""
+    def _narrow_heads(self, site: Site) -> bool:
+        """Cut the heads to the directions that are kept, ordered on the pruned stream; False if all of them are."""
         attention = self.session.family.attention(self.session.config)
         assert attention is not None
         kept = {unit: self.kept[unit] for unit in attention.directions}
         if all(kept[unit] == units for unit, (_, units) in attention.directions.items()):
             return False
-        moments = block_moments(self.index, self.block, self.stream, (site,), attention)
-        options = self.session.options
+        moments = calibrate_block(self.index, self.block, self.stream, (site,), attention)
+        options, g = self.session.options, self.sensitivity.get(site.name)
         state = self.session.processes.on_main(
             lambda: narrow_heads(self.state, site, attention, moments, kept, options, g)
         )
         self.done |= kept
-        self._load(self._from_main(state))
+        self._take(self._from_main(state))
         return True
+
+    def _calibrate(self, site: Site, narrowed: bool, last: bool) -> SiteMoments:
+        """The moments of what the site's consumer reads, with the target it is repaired to.
+
+        The live blocks are let go of: solving works on the tensors alone, and needs the memory.
+        """
+        options = self.session.options
+        assert self.dense is not None
+        reference = None
+        if self.dense_stream is not None:
+            residual = options.target == "residual" and site.stream is not None
+            reference = Reference(self.dense, self.dense_stream, residual, advance=last)
+        elif narrowed:  # what the whole heads give on the pruned stream
+            reference = Reference(self.dense, None)
+        hold_out = options.damping == "auto"
+        moments = calibrate_site(self.index, self.block, self.stream, site, reference, hold_out)
+        del self.block
+        if last:
+            self.dense = None
+        return moments
+
+    def _order_and_repair(self, site: Site, moments: SiteMoments, whole: bool) -> SiteLoss:
+        """Keep as many of the site's units as the plan says, and refit its consumer."""
+        options, g = self.session.options, self.sensitivity.get(site.name)
+
+        def solve() -> SiteResult:
+            if not whole:
+                return refit_consumer(self.state, site, moments, options)
+            seed = options.seed + 1_000_003 * self.index + sum(map(ord, site.name))
+            return repair_units(self.state, site, moments, self.kept[site.unit], options, g, seed)
+
+        result = self.session.processes.on_main(solve)
+        loss = self.session.processes.from_main(lambda: _loss(result))
+        if whole:
+            self.done[site.unit] = self.kept[site.unit]
+        self._take(self._from_main(None if result is None else result.state))
+        return loss
+
+    def _take(self, state: State) -> None:
+        """Take new tensors, and a live block with the widths that are done so far."""
+        self.state = state
+        family = self.session.family
+        widths = family.widths(self.session.config, self.done)
+        self.block = self.session.skeleton.load_block(self.index, state, partial(family.pruned_class.narrow, **widths))
 
     def _from_main(self, state: State | None) -> State:
         """The tensors of the main process, of which only those that changed travel."""

@@ -1,31 +1,33 @@
-"""The measuring pass: one sweep over the dense model gives every site's exact loss and variance curve."""
+"""The measuring pass: one sweep over the dense model gives every site's exact loss and variance curve.
+
+For each block: calibrate, order, advance. What is allocated over the curves is `plan`'s.
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import product
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config import PruneConfig
 from ..core.allocation import SiteCurve
 from ..core.linalg import tail_sums
 from ..core.moments import Moments
-from ..core.repair import subspace_of_units
 from ..core.scores import FreeScores, RotaryPairs
+from ..dense.stream import Stream
 from ..families import ATTENTION, MLP, SCORES, WHOLE, Attention, Site
-from .calibrate import block_moments
+from .calibrate import calibrate_block
+from .kinds import cheapest_kind
+from .order import order_scores, order_units, order_values
 from .plan import direction_curves, unit_curve
-from .prune_heads import score_directions, value_subspace
-from .prune_site import linear_weights
 from .score_costs import Sample, score_costs
 from .sensitivity import read_sensitivity
 from .session import Session
+from .weights import State, linear_weights
 
 # A block's curves in this order.
 SITES = (ATTENTION, SCORES, MLP)
@@ -34,67 +36,156 @@ SITES = (ATTENTION, SCORES, MLP)
 def measured_curves(session: Session) -> list[SiteCurve]:
     """The curves of every site with their variance and loss, block by block over the dense model.
 
-    `both` gets the cheapest of what can go of each block's attention (`_better`). With several processes the wide sites
-    of as many blocks are solved at once, one by each. What the journal has of an interrupted run is not measured again.
+    With several processes the wide sites of as many blocks are ordered at once, one by each. What the journal has of an
+    interrupted run is not measured again.
     """
-    skeleton, options, processes = session.skeleton, session.options, session.processes
-    family, sites = session.family, session.sites
-    attention = family.attention(session.config) if options.directions else None
-    kinds = _whole_units(session)
+    skeleton, processes, blocks = session.skeleton, session.processes, len(session.skeleton)
     known = _measured_before(session)
-    missing = [i for i in range(len(skeleton)) if i not in known]
+    missing = [i for i in range(blocks) if i not in known]
     if not missing:
         session.progress.say("curves: measured by the interrupted run")
-        return [curve for i in range(len(skeleton)) for curve in known[i]]
+        return [curve for i in range(blocks) for curve in known[i]]
     upto = missing[-1] + 1
     with session.progress.phase("measure", upto) as step:
         stream = session.stream()
         mine: list[SiteCurve] = []
         waiting: list[Callable[[], SiteCurve]] = []
-        group: list[int] = []
+        together: list[int] = []
         for i, state in skeleton.block_states(range(upto)):
             block = skeleton.load_block(i, state)
             if i in known:
                 stream.advance(i, block)
                 step()
                 continue
-            sample = None if attention is None or attention.scores == WHOLE else Sample.of_stream(stream, i)
-            moments = block_moments(i, block, stream, sites, attention, advance=True)
-            sensitivity = read_sensitivity(session, i)
-            group.append(i)
-            for site in sites:
-                g = sensitivity.get(site.name)
-                weight, _ = linear_weights(state, site.consumer, skeleton.device)
-                if site.name != ATTENTION:
-                    empty = unit_curve(family, i, skeleton.blocks[i], site, options)
-                    if processes.index == len(group) - 1:
-                        waiting.append(partial(_unit_curve, empty, weight, site, moments[site.name], options, g))
-                    continue
-                scores, costs = None, None
-                if sample is not None and attention is not None:
-                    scores = score_directions(attention, moments, options.curve_damping)
-                    costs = score_costs(block, weight, site, attention, scores, g, sample, processes)
-                if processes.main:
-                    choices = []
-                    for kind in kinds:
-                        empty = unit_curve(family, i, skeleton.blocks[i], kind, options)
-                        choices.append([_unit_curve(empty, weight, kind, moments[site.name], options, g)])
-                    if attention is not None:
-                        whole = direction_curves(family, i, skeleton.blocks[i], site, attention, options)
-                        values = moments[site.name].covariance
-                        choices.append(_direction_curves(whole, weight, attention, values, options, g, scores, costs))
-                    mine += _better(choices, options.sparsity)
-            del moments, block, sensitivity, sample
-            if len(group) == processes.count or i + 1 == upto:
+            seen = _calibrate(session, i, block, state, stream)
+            for site in session.sites:
+                if site.name == ATTENTION:
+                    mine += _order_attention(session, seen, site)
+                elif processes.index == len(together):
+                    waiting.append(_order_later(session, seen, site))
+            together.append(i)
+            del seen, block
+            if len(together) == processes.count or i + 1 == upto:
                 while waiting:
                     mine.append(waiting.pop()())
                 measured = sorted(processes.gather(mine), key=lambda curve: SITES.index(curve.site))
-                for done in group:
+                for done in together:
                     known[done] = [curve for curve in measured if curve.block == done]
                     session.journal.write(_name(done), {"curves": [_to_json(curve) for curve in known[done]]})
-                mine, group = [], []
+                mine, together = [], []
             step()
-    return [curve for i in range(len(skeleton)) for curve in known[i]]
+    return [curve for i in range(blocks) for curve in known[i]]
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A dense block when the windows have gone through it: what its sites are ordered by.
+
+    state: its tensors; moments: by site, and of `query` and `key`; sensitivity: G by site, empty if it is not needed;
+    sample: what the block read in a few windows, where directions between query and key can go.
+    """
+
+    index: int
+    block: nn.Module
+    state: State
+    moments: dict[str, Moments]
+    sensitivity: dict[str, Tensor]
+    sample: Sample | None
+
+
+def _calibrate(session: Session, index: int, block: nn.Module, state: State, stream: Stream) -> _Seen:
+    """Collect the moments of a block; the stream advances in the same pass."""
+    attention = _attention(session)
+    sample = None if attention is None or attention.scores == WHOLE else Sample.of_stream(stream, index)
+    moments = calibrate_block(index, block, stream, session.sites, attention, advance=True)
+    return _Seen(index, block, state, moments, read_sensitivity(session, index), sample)
+
+
+def _attention(session: Session) -> Attention | None:
+    """Where the parts of the heads are, if directions inside them may go."""
+    return session.family.attention(session.config) if session.options.directions else None
+
+
+def _order_attention(session: Session, seen: _Seen, site: Site) -> list[SiteCurve]:
+    """Curves of what can go of an attention, on the main process: of the cheapest kind, where there are several."""
+    options, processes, family = session.options, session.processes, session.family
+    attention, g, dense = _attention(session), seen.sensitivity.get(site.name), session.skeleton.blocks[seen.index]
+    weight, _ = linear_weights(seen.state, site.consumer, session.skeleton.device)
+    scores, costs = None, None
+    if seen.sample is not None and attention is not None:
+        scores = order_scores(attention, seen.moments, options.curve_damping)
+        costs = score_costs(seen.block, weight, site, attention, scores, g, seen.sample, processes)
+    if not processes.main:
+        return []
+    choices = []
+    for kind in _whole_units(session):
+        empty = unit_curve(family, seen.index, dense, kind, options)
+        choices.append([_unit_curve(empty, weight, kind, seen.moments[site.name], options, g)])
+    if attention is not None:
+        whole = direction_curves(family, seen.index, dense, site, attention, options)
+        values = seen.moments[site.name].covariance
+        choices.append(_direction_curves(whole, weight, attention, values, options, g, scores, costs))
+    return cheapest_kind(choices, options.sparsity)
+
+
+def _order_later(session: Session, seen: _Seen, site: Site) -> Callable[[], SiteCurve]:
+    """What orders the units of a wide site, when as many blocks are seen as there are processes."""
+    empty = unit_curve(session.family, seen.index, session.skeleton.blocks[seen.index], site, session.options)
+    weight, _ = linear_weights(seen.state, site.consumer, session.skeleton.device)
+    moments, g = seen.moments[site.name], seen.sensitivity.get(site.name)  # and nothing else of the block is kept
+    return partial(_unit_curve, empty, weight, site, moments, session.options, g)
+
+
+def _whole_units(session: Session) -> list[Site]:
+    """What can go of an attention as a whole: its heads, single query heads, or either."""
+    heads = [site for site in session.sites if site.name == ATTENTION and session.options.attention != "dims"]
+    queries = session.family.queries(session.config) if session.options.attention == "both" else None
+    return heads if queries is None else [*heads, queries]
+
+
+def _unit_curve(
+    curve: SiteCurve, weight: Tensor, site: Site, moments: Moments, options: PruneConfig, g: Tensor | None
+) -> SiteCurve:
+    keep = max(1, round(site.units * (1 - options.sparsity)))
+    seed = torch.Generator().manual_seed(options.seed)
+    subspace = order_units(moments, weight, site, options, options.curve_damping, keep, seed, g)
+    return _with_curves(curve, subspace.variance_curve, subspace.loss_curve, subspace.loss_curve[0], options)
+
+
+def _direction_curves(
+    curves: list[SiteCurve],
+    weight: Tensor,
+    attention: Attention,
+    covariance: Tensor,
+    options: PruneConfig,
+    g: Tensor | None,
+    scores: FreeScores | RotaryPairs | None,
+    score_costs: Tensor | None,
+) -> list[SiteCurve]:
+    """Value path: exact, from the subspace of directions. Scores: measured, see `score_costs`."""
+    damping = options.curve_damping
+    _, _, subspace = order_values(covariance, weight, attention, damping, g, options.sensitive_order)
+    value, total = subspace.loss_curve, subspace.loss_curve[0]
+    found = []
+    for curve in curves:
+        if curve.unit == "pairs":
+            assert scores is not None
+            assert score_costs is not None
+            # Power is a query's variance times a key's; its root is what the variances of other sites compare with.
+            variance = tail_sums(scores.power.sqrt())
+            variance /= variance[0].clamp_min(torch.finfo(variance.dtype).tiny)
+            found.append(_with_curves(curve, variance, score_costs, total, options))
+            continue
+        loss = value if curve.unit == "values" or score_costs is None else value + score_costs
+        found.append(_with_curves(curve, subspace.variance_curve, loss, total, options))
+    return found
+
+
+def _with_curves(curve: SiteCurve, variance: Tensor, loss: Tensor, total: Tensor, options: PruneConfig) -> SiteCurve:
+    """Fill in the curves (units+1,); a relative loss is a share of the site's output energy, `total`."""
+    if options.sensitivity == "relative" or not options.needs_gradient:
+        loss = loss / total.clamp_min(torch.finfo(loss.dtype).tiny)
+    return replace(curve, variance=variance.cpu(), loss=loss.cpu())
 
 
 def _measured_before(session: Session) -> dict[int, list[SiteCurve]]:
@@ -121,102 +212,3 @@ def _to_json(curve: SiteCurve) -> dict[str, Any]:
 def _from_json(entry: dict[str, Any]) -> SiteCurve:
     values = {name: torch.tensor(entry[name], dtype=torch.float64) for name in ("variance", "loss")}
     return SiteCurve(**(entry | values))
-
-
-def _whole_units(session: Session) -> list[Site]:
-    """What can go of an attention as a whole: its heads, single query heads, or either."""
-    heads = [site for site in session.sites if site.name == ATTENTION and session.options.attention != "dims"]
-    queries = session.family.queries(session.config) if session.options.attention == "both" else None
-    return heads if queries is None else [*heads, queries]
-
-
-def _better(choices: list[list[SiteCurve]], share: float) -> list[SiteCurve]:
-    """Of heads, query heads and directions those that lose least where a share of the attention's parameters goes.
-
-    Some of them may be unable; where all are, the one that gives most.
-    """
-    amount = share * max(sum(curve.units * curve.cost for curve in curves) for curves in choices)
-    able = [curves for curves in choices if sum(curve.removable for curve in curves) >= amount]
-    if not able:
-        return max(choices, key=lambda curves: sum(curve.removable for curve in curves))
-    return min(able, key=lambda curves: _loss_of(curves, amount)) if len(able) > 1 else able[0]
-
-
-def _loss_of(curves: list[SiteCurve], amount: float) -> float:
-    """The least loss of removing so many parameters from `curves`, from the last of them to a fraction of a unit."""
-    *others, last = curves
-    least = math.inf
-    for kept in product(*(range(1, curve.units + 1) for curve in others)):
-        gone = sum((curve.units - count) * curve.cost for curve, count in zip(others, kept, strict=True))
-        count = last.units - (amount - gone) / last.cost
-        if count < last.least - 1e-6:  # but for rounding
-            continue
-        loss = sum(_loss_at(curve, k) for curve, k in zip(curves, (*kept, min(count, last.units)), strict=True))
-        least = min(least, loss)
-    return least
-
-
-def _loss_at(curve: SiteCurve, kept: float) -> float:
-    """Between kept counts by linear interpolation."""
-    assert curve.loss is not None
-    low = int(kept)
-    at = [curve.loss[k].item() for k in (low, min(low + 1, curve.units))]
-    return at[0] + (kept - low) * (at[1] - at[0])
-
-
-def _with_curves(curve: SiteCurve, variance: Tensor, loss: Tensor, total: Tensor, options: PruneConfig) -> SiteCurve:
-    """Fill in the curves (units+1,); a relative loss is a share of the site's output energy, `total`."""
-    if options.sensitivity == "relative" or not options.needs_gradient:
-        loss = loss / total.clamp_min(torch.finfo(loss.dtype).tiny)
-    return replace(curve, variance=variance.cpu(), loss=loss.cpu())
-
-
-def _unit_curve(
-    curve: SiteCurve, weight: Tensor, site: Site, moments: Moments, options: PruneConfig, g: Tensor | None
-) -> SiteCurve:
-    assert options.order is not None
-    keep = max(1, round(site.units * (1 - options.sparsity)))
-    seed = torch.Generator().manual_seed(options.seed)
-    subspace = subspace_of_units(
-        moments,
-        weight,
-        options.order,
-        site.group,
-        options.curve_damping,
-        g,
-        keep,
-        site.nonnegative,
-        seed,
-        options.sensitive_order,
-        parts=site.parts,
-    )
-    return _with_curves(curve, subspace.variance_curve, subspace.loss_curve, subspace.loss_curve[0], options)
-
-
-def _direction_curves(
-    curves: list[SiteCurve],
-    weight: Tensor,
-    attention: Attention,
-    covariance: Tensor,
-    options: PruneConfig,
-    g: Tensor | None,
-    scores: FreeScores | RotaryPairs | None,
-    score_costs: Tensor | None,
-) -> list[SiteCurve]:
-    """Value path: exact, from the subspace of directions. Scores: measured, see `score_costs`."""
-    damping = options.curve_damping
-    _, _, subspace = value_subspace(covariance, weight, attention, damping, g, options.sensitive_order)
-    value, total = subspace.loss_curve, subspace.loss_curve[0]
-    found = []
-    for curve in curves:
-        if curve.unit == "pairs":
-            assert scores is not None
-            assert score_costs is not None
-            # Power is a query's variance times a key's; its root is what the variances of other sites compare with.
-            variance = tail_sums(scores.power.sqrt())
-            variance /= variance[0].clamp_min(torch.finfo(variance.dtype).tiny)
-            found.append(_with_curves(curve, variance, score_costs, total, options))
-            continue
-        loss = value if curve.unit == "values" or score_costs is None else value + score_costs
-        found.append(_with_curves(curve, subspace.variance_curve, loss, total, options))
-    return found

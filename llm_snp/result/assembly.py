@@ -16,7 +16,7 @@ from ..documents.report import Report, block_line
 from ..pruning.executor import BlockLoss, SiteLoss
 from ..pruning.job import Job
 from ..pruning.plan import Plan
-from ..pruning.prune_site import State
+from ..pruning.weights import State
 from ..system.journal import DIGEST, Journal
 from ..system.progress import Progress
 from .bundle import bundle

@@ -17,6 +17,7 @@ from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 from ..dense.hub import load_tokenizer
 from ..errors import CheckpointError
 from ..system.files import digest_of_bytes, digest_of_json, write_together
+from ..system.libraries import parse_json, reason
 
 # Files in which transformers and llama.cpp's tools look for tokenizers, and what `generate` begins with.
 TOKENIZER_FILES = (
@@ -167,9 +168,9 @@ def check_tokenizer_class(directory: Path) -> None:
 def read_object(path: Path, content: bytes) -> dict[str, Any]:
     """A JSON object. Raises `CheckpointError` if `content`, of the file `path`, is none."""
     try:
-        fields = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON ({str(error) or 'nested too deeply'}); download it again") from error
+        fields = parse_json(content)
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON ({reason(error)}); download it again") from error
     if not isinstance(fields, dict):
         raise CheckpointError(f"{path} is no JSON object, as transformers writes it; download it again")
     return fields

@@ -27,7 +27,7 @@ from ..pruning.session import Session
 from ..result.assembly import PrunedBlocks, open_result, stock_fields, write_rest
 from ..result.carried import Carried
 from ..result.writer import Writer
-from ..system.device import resolve_dtype
+from ..system.device import as_at_start, resolve_dtype
 from ..system.journal import Journal
 from ..system.manifest import FILES, remember
 from ..system.processes import Processes
@@ -45,16 +45,17 @@ def run(options: PruneConfig) -> dict[str, Any]:
     Raises `SnpError` for everything that has its cause outside llm_snp, and `Interrupted` for Ctrl-C. What can be gone
     on with by `resume` is then kept beside the output; otherwise nothing is left behind.
     """
-    job, report, progress, main = _pruned(options)
-    # Outside: it may take hours, which the other processes need not wait for.
-    return afterwards(job, report, progress) if main else report
+    with as_at_start():
+        job, report, progress, main = _pruned(options)
+        # Outside: it may take hours, which the other processes need not wait for.
+        return afterwards(job, report, progress) if main else report
 
 
 def _pruned(options: PruneConfig) -> tuple[Job, dict[str, Any], Progress, bool]:
     """Everything up to the finished result: what it was about, its report, and whether this is the main process."""
     options.validate()
     offload = check_offload(options.offload)
-    with Processes(cpu=options.device == "cpu" or not torch.cuda.is_available()) as processes:
+    with Processes(cpu=options.device.startswith("cpu") or not torch.cuda.is_available()) as processes:
         check_processes(options, processes.count)
         progress = Progress(options.quiet or not processes.main)
         with progress.phase("load"):

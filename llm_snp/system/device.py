@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -23,6 +25,10 @@ def resolve_device(name: str, local_index: int = 0) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise OptionError(f"--device {name!r} is no device; give auto, cpu, cuda or cuda:0") from error
+    if device.type == "cpu":
+        if device.index:
+            raise OptionError(f"--device {name} was asked for, but there is one CPU device; use --device cpu")
+        return torch.device("cpu")  # tensors on it do not say cpu:0
     if device.type == "cuda":
         found = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if found <= (device.index or 0):
@@ -35,6 +41,20 @@ def resolve_dtype(name: str, device: torch.device, stored: torch.dtype) -> torch
     if name == "auto":
         return torch.float32 if device.type == "cpu" or stored == torch.float64 else stored
     return getattr(torch, name)  # type: ignore[no-any-return]
+
+
+@contextmanager
+def as_at_start() -> Iterator[None]:
+    """In this thread, torch as a program finds it: gradients, no inference mode, no autocast, tensors on the CPU."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        if torch.get_default_device().type != "cpu":  # only then: it makes every call a little slower
+            stack.enter_context(torch.device("cpu"))
+        yield
 
 
 def device_facts(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:

@@ -166,6 +166,38 @@ def test_no_read_back_per_unit(m: int, group: int) -> None:
     assert seen.counts["nonzero"] <= 256 // 32
 
 
+class Dispatched(TorchDispatchMode):
+    """Counts kernels, and operations that only look at a tensor in another way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels = self.views = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        returns = func._schema.returns
+        if any(value.alias_info is not None and not value.alias_info.is_write for value in returns):
+            self.views += 1
+        else:
+            self.kernels += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("group", "kernels", "views"), [(1, 12, 7), (8, 21, 25)])
+def test_operations_per_unit(group: int, kernels: int, views: int) -> None:
+    """On a GPU the launch of each takes longer than its arithmetic; around the units there are some per panel."""
+    c, weight, _ = problem(64 * group)
+    h, energy = inverse(c), weight.mT @ weight
+    with Dispatched() as one_panel:
+        eliminate(h, energy, group, 64 * group)
+    with Dispatched() as two_panels:
+        eliminate(h, energy, group, 32 * group)
+    assert one_panel.kernels <= 64 * kernels + 25
+    assert two_panels.kernels <= 64 * kernels + 75
+    assert one_panel.views <= 64 * views + 30
+
+
 @pytest.mark.parametrize("group", [1, 4])
 def test_working_in_place_gives_the_same(group: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compaction moves rows within the memory that it reads from, strip by strip."""

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from llm_snp.core import moments as moments_module
 from llm_snp.core.moments import Moments
 
 N, M, D = 230, 12, 5
@@ -233,21 +234,171 @@ def test_reduce_sums_what_other_processes_have() -> None:
     assert moments.residual_variance == pytest.approx(once.residual_variance)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def cut_off(exact: Tensor) -> Tensor:
+    """float64 to float32 towards zero, as matrix units round their sums."""
+    nearest = exact.float()
+    further = nearest.double().abs() > exact.abs()
+    return torch.where(further, torch.nextafter(nearest, torch.zeros_like(nearest)), nearest)
+
+
+def by_matrix_units(left: Tensor, right: Tensor) -> Tensor:
+    """leftᵀ right as matrix units give it: 16 exact products at a time are added to a float32 sum, which is cut off."""
+    assert left.dtype == right.dtype
+    assert left.dtype in moments_module.HALF
+    assert len(left) <= moments_module.PIECE_TOKENS
+    total = torch.zeros(left.shape[1], right.shape[1])
+    for start in range(0, len(left), 16):
+        rows = slice(start, start + 16)
+        total = cut_off(total.double() + left[rows].double().mT @ right[rows].double())
+    return total
+
+
+@pytest.fixture
+def matrix_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU that has them."""
+    monkeypatch.setattr(moments_module, "_by_matrix_units", lambda x: x.dtype in moments_module.HALF)
+    monkeypatch.setattr(moments_module, "_product", by_matrix_units)
+
+
+TOKENS, CHANNELS, OUTPUTS = 6144, 24, 6
+
+
+def far_from_zero(dtype: torch.dtype, ratio: float, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Correlated 16-bit x (n, m), means of both signs and `ratio` times their spread, and a residual r (n, d) fp32.
+
+    The spread of the channels falls to a thousandth; r depends on x, is as far from zero, and its spread falls, too.
+    """
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(TOKENS, CHANNELS, generator=g) @ torch.randn(CHANNELS, CHANNELS, generator=g) / CHANNELS**0.5
+    x = x / x.std(0)
+    r = x @ torch.randn(CHANNELS, OUTPUTS, generator=g) / CHANNELS**0.5 + torch.randn(TOKENS, OUTPUTS, generator=g)
+    side = torch.where(torch.arange(CHANNELS) % 2 == 0, 1.0, -1.0)
+    x = ((x + ratio * side) * torch.logspace(0, -3, CHANNELS)).to(dtype)
+    return x, (r + ratio) * torch.logspace(0, -6, OUTPUTS)
+
+
+@pytest.mark.usefixtures("matrix_units")
+@pytest.mark.parametrize("ratio", [0.0, 1.0, 10.0, 100.0, 1000.0])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 @pytest.mark.parametrize("centred", [True, False])
-def test_what_matrix_units_are_given(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, centred: bool) -> None:
-    """16-bit numbers are multiplied as they are, exactly, and summed in fp32: here by a stand-in on the CPU."""
+def test_matrix_units_give_the_moments(centred: bool, dtype: torch.dtype, ratio: float) -> None:
+    """However far from zero: errors next to the spread, or to the root mean square, and no eigenvalue is lost."""
+    x, r = far_from_zero(dtype, ratio)
+    moments = collect(x, r, centred=centred, batches=(512, 4608, 1024))
+    x, r = x.double(), r.double()
+    expected = torch.linalg.eigvalsh(x.mT.corrcoef())[0].item()
+    spread = x.std(0, correction=0)
+    mean_error = (moments.mean - x.mean(0)) / spread
+    assert moments.mean_residual is not None
+    torch.testing.assert_close(moments.mean_residual, r.mean(0), rtol=1e-6, atol=0.0)
+    if centred:
+        x, r = x - x.mean(0), r - r.mean(0)
+        inside = moments.covariance
+    else:
+        inside = moments.covariance - torch.outer(moments.mean, moments.mean)
+    size, of_r = x.square().mean(0).sqrt(), r.square().mean(0).sqrt()
+    assert moments.residual_covariance is not None
+    error = (moments.covariance - x.mT @ x / TOKENS) / torch.outer(size, size)
+    of_cross = (moments.residual_covariance - r.mT @ x / TOKENS) / torch.outer(of_r, size)
+    eps = torch.finfo(dtype).eps
+    assert error.abs().max() < eps / 32
+    assert mean_error.abs().max() < eps / 64
+    # In bfloat16, 1000 spreads from zero, a channel is constant but for a few tokens: of these r is rounded.
+    assert of_cross.abs().max() < (eps if ratio == 1000.0 else eps / 32)
+    assert torch.linalg.eigvalsh(inside / torch.outer(spread, spread))[0].item() > 0.5 * expected > 0.0
+    assert moments.residual_variance == pytest.approx(r.square().sum().item() / TOKENS, rel=1e-6)
 
-    def product(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
-        assert a.dtype == b.dtype == dtype
-        return (a.double() @ b.double()).to(out_dtype)
 
-    monkeypatch.setattr("llm_snp.core.moments._by_matrix_units", lambda x: x.dtype == dtype)
-    monkeypatch.setattr(torch, "mm", product)
-    x, r = (t.to(dtype) for t in data(offset=2.0))
-    moments = collect(x, r, centred=centred)
-    exact = x.double() - (x.double().mean(0) if centred else 0.0)
-    target = r.double() - (r.double().mean(0) if centred else 0.0)
-    assert not moments.shift.any()
-    torch.testing.assert_close(moments.covariance, exact.T @ exact / N, atol=1e-4, rtol=1e-5)
-    torch.testing.assert_close(moments.residual_covariance, target.T @ exact / N, atol=1e-4, rtol=1e-5)
+@pytest.mark.usefixtures("matrix_units")
+def test_unshifted_products_would_not_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the emulation shows of the products that were: it is not too kind."""
+    monkeypatch.setattr(moments_module, "_short_mean", lambda x: torch.zeros(x.shape[1]))
+    x, r = far_from_zero(torch.float16, 100.0)
+    covariance = collect(x, r, batches=(512, 4608, 1024)).covariance
+    spread = x.double().std(0, correction=0)
+    assert torch.linalg.eigvalsh(covariance / torch.outer(spread, spread))[0] < -0.01
+
+
+@pytest.mark.usefixtures("matrix_units")
+@pytest.mark.parametrize("columns", [8, 4096])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+def test_matrix_units_strip_by_strip(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, columns: int) -> None:
+    """In the float32 of wide sites as well."""
+    x, r = far_from_zero(dtype, 10.0)
+    whole = collect(x, r, batches=(512, 4608, 1024))
+    monkeypatch.setattr("llm_snp.core.linalg.STRIP_ROWS", 5)
+    monkeypatch.setattr("llm_snp.core.linalg.FLOAT64_COLUMNS", columns)
+    parts = collect(x, r, batches=(512, 4608, 1024))
+    size, of_r = whole.covariance.diagonal().sqrt(), whole.residual
+    assert of_r is not None
+    error = (parts.covariance - whole.covariance) / torch.outer(size, size)
+    assert error.abs().max() < 1e-6
+    assert parts.residual_covariance is not None
+    assert whole.residual_covariance is not None
+    error = (parts.residual_covariance - whole.residual_covariance) / torch.outer(of_r / TOKENS, size)
+    assert error.abs().max() < 1e-6
+
+
+@pytest.mark.usefixtures("matrix_units")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+def test_groups_are_multiplied_in_full_where_there_are_matrix_units(dtype: torch.dtype) -> None:
+    x, _ = far_from_zero(dtype, 100.0)
+    grouped = collect(x, groups=3, batches=(512, 4608, 1024))
+    exact = x.double()
+    exact = exact - exact.mean(0)
+    for i, block in enumerate(exact.view(TOKENS, 3, -1).unbind(1)):
+        spread = block.square().mean(0).sqrt()
+        error = (grouped.covariance[i] - block.mT @ block / TOKENS) / torch.outer(spread, spread)
+        assert error.abs().max() < 1e-4
+
+
+@pytest.mark.usefixtures("matrix_units")
+def test_range_of_float16() -> None:
+    """Neither the distance of two numbers from each other nor a tiny residual is beyond it."""
+    x, r = data()
+    x = (3e4 + 1e4 * x / x.std(0)).clamp(-6.5e4, 6.5e4).half()
+    x[::50, 0] = -6.5e4  # from a mean of +27000
+    r = r * torch.logspace(-12, 6, D)
+    moments = collect(x, r)
+    assert moments.finite
+    exact, target = x.double() - x.double().mean(0), r.double() - r.double().mean(0)
+    spread, size = exact.square().mean(0).sqrt(), target.square().mean(0).sqrt()
+    error = (moments.covariance - exact.mT @ exact / N) / torch.outer(spread, spread)
+    assert error.abs().max() < 1e-3
+    assert moments.residual_covariance is not None
+    error = (moments.residual_covariance - target.mT @ exact / N) / torch.outer(size, spread)
+    assert error.abs().max() < 1e-3
+
+
+@pytest.mark.usefixtures("matrix_units")
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_matrix_units_let_nothing_bad_through(bad: float) -> None:
+    x, r = data()
+    for row in (3, 200):
+        broken, error = x.half(), r.clone()
+        broken[row, 4] = error[row, 1] = bad
+        assert not collect(broken).finite
+        assert not collect(x.half(), error).finite
+
+
+def test_a_constant_channel_has_no_variance() -> None:
+    x = data()[0].half()
+    x[:, 2] = 17.3
+    short = moments_module._short_mean(x)
+    assert short[2] == x[0, 2]
+    assert torch.equal(short, short.half().float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+def test_torch_without_fp32_sums_of_16_bit_products(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """torch 2.6 has no `out_dtype`, and the CPU refuses it: float32 products then."""
+    few = torch.zeros(4, 4, dtype=dtype)
+    moments_module._gives_sums.cache_clear()
+    assert not moments_module._gives_sums(few.device, dtype)
+    monkeypatch.setattr(moments_module, "_product", by_matrix_units)
+    moments_module._gives_sums.cache_clear()
+    assert moments_module._gives_sums(few.device, dtype)
+    monkeypatch.setattr(torch.ops.aten.mm, "overloads", lambda: ["default", "out"])
+    moments_module._gives_sums.cache_clear()
+    assert not moments_module._gives_sums(few.device, dtype)
+    moments_module._gives_sums.cache_clear()

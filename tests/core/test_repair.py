@@ -32,7 +32,7 @@ def exact_moments(x: Tensor, residual: Tensor | None = None, centred: bool = Tru
         second=(shifted.mT @ shifted)[None],
         residual=None if residual is None else residual.sum(0),
         cross=None if residual is None else residual.mT @ shifted,
-        power=0.0 if residual is None else residual.square().sum().item(),
+        power=None if residual is None else residual.square().sum(),
         tokens=x.shape[0],
         centred=centred,
     )

@@ -75,11 +75,38 @@ def test_nothing_measured_nothing_claimed(report: dict[str, Any]) -> None:
     assert "## Speed" not in card
 
 
+def calibrated_on(report: dict[str, Any], *sources: str) -> None:
+    """Let a report say that its windows were of these texts, as many of each."""
+    one = {key: value for key, value in report["calibration"].items() if key != "texts"}
+    report["calibration"] = one | {
+        "source": " and ".join(sources),
+        "texts": [one | {"source": source, "windows": one["windows"] // len(sources)} for source in sources],
+    }
+
+
+def test_several_calibration_texts_are_all_named(report: dict[str, Any]) -> None:
+    calibrated_on(report, "c4", "/data/notes.txt")
+    windows = report["calibration"]["windows"] // 2
+    card = model_card(report)
+    assert f"tokens of c4 ({windows}) and notes.txt ({windows}), seed" in card
+    assert "Calibrated on c4 and notes.txt" in card
+    assert metadata(card)["datasets"] == ["allenai/c4"]
+    calibrated_on(report, "c4", "/data/c4")  # a file of that name is not the text of that name
+    assert "Calibrated on c4 and c4 (2)" in model_card(report)
+
+
+def test_a_report_of_an_earlier_version_names_one_text(report: dict[str, Any]) -> None:
+    calibrated_on(report, "c4")
+    card = model_card(report)
+    del report["calibration"]["texts"]
+    assert model_card(report) == card
+
+
 def test_what_the_dense_model_says_of_itself_is_carried_over(report: dict[str, Any]) -> None:
     licence = {"license": "other", "license_name": "opt", "license_link": "https://example.org/LICENSE"}
     card = {"language": "en", "tags": ["opt", "pruned"], "datasets": ["bookcorpus"], "inference": False, **licence}
     report["model"] |= {"name": HUB_ID, "hub": True, "card": card}
-    report["calibration"]["source"] = "c4"
+    calibrated_on(report, "c4")
     report["evaluation"] = {"wikitext2": next(iter(report["evaluation"].values()))}
     text = model_card(report)
     found = metadata(text)
@@ -229,7 +256,8 @@ def test_no_local_path_gets_out(report: dict[str, Any]) -> None:
     assert shared["options"]["evaluate"] == ["test.txt", "harness:arc_easy,own.yaml"]
     assert shareable(shared) == shared
     assert model_card(shared) == card
-    report["evaluation"], report["calibration"]["source"] = {"c4": measured, "/data/c4": measured}, "/data/c4"
+    report["evaluation"] = {"c4": measured, "/data/c4": measured}
+    calibrated_on(report, "/data/c4")
     shared = shareable(report)
     assert list(shared["evaluation"]) == ["c4", "c4 (2)"]
     assert "datasets" not in metadata(model_card(report))  # a file of that name is not the text of that name

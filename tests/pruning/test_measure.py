@@ -12,7 +12,7 @@ from conftest import BLOCKS, LENGTH, SAMPLES, Prune, load
 from llm_snp.core.allocation import SiteCurve
 from llm_snp.dense import stream
 from llm_snp.families import ATTENTION, SCORES
-from llm_snp.pruning import measure, score_costs
+from llm_snp.pruning import kinds, measure, score_costs
 from llm_snp.pruning.score_costs import Sample
 
 
@@ -59,23 +59,23 @@ def test_what_goes_of_an_attention_is_compared_at_the_same_number_of_parameters(
     heads = [curve("heads", [9.0, 4.0, 2.0, 1.0, 0.0], 60)]
     # Half of what the heads have: where 30 % of 240 parameters go, 72 of its 120 have to.
     values = [curve("values", [9.0, 6.0, 3.0, 1.5, 0.2, 0.0], 24)]
-    assert measure._loss_of(heads, 72) == pytest.approx(1.0 + 0.2 * (2.0 - 1.0))
-    assert measure._loss_of(values, 72) == pytest.approx(3.0)
-    assert measure._better([heads, values], 0.3) is heads
-    assert measure._better([heads, values], 0.1) is values  # 24 are one of its units: 0.2 against 0.4
-    assert measure._better([values], 0.9) is values
+    assert kinds.least_loss(heads, 72) == pytest.approx(1.0 + 0.2 * (2.0 - 1.0))
+    assert kinds.least_loss(values, 72) == pytest.approx(3.0)
+    assert kinds.cheapest_kind([heads, values], 0.3) is heads
+    assert kinds.cheapest_kind([heads, values], 0.1) is values  # 24 are one of its units: 0.2 against 0.4
+    assert kinds.cheapest_kind([values], 0.9) is values
 
 
 def test_two_kinds_of_directions_share_what_goes() -> None:
     values, pairs = [0.9, 0.5, 0.2, 0.1, 0.0], [8.0, 0.0, 0.0]
     curves = [curve("values", values, 10), curve("pairs", pairs, 20, SCORES)]
-    assert measure._loss_of(curves, 20) == pytest.approx(0.0)  # one of the pairs
-    assert measure._loss_of(curves, 40) == pytest.approx(0.2)  # and two of the values
+    assert kinds.least_loss(curves, 20) == pytest.approx(0.0)  # one of the pairs
+    assert kinds.least_loss(curves, 40) == pytest.approx(0.2)  # and two of the values
 
 
 def test_query_heads_give_only_what_leaves_one_for_each_key() -> None:
     heads = [curve("heads", [9.0, 5.0, 0.0], 60)]
     queries = [curve("queries", [9.0, 8.0, 0.2, 0.1, 0.0], 20, least=2)]
-    assert measure._better([heads, queries], 0.3) is queries
-    assert measure._better([heads, queries], 0.4) is heads  # 48 of 120, and they have only 40
-    assert measure._better([heads, queries], 0.9) is heads  # none can; heads give most
+    assert kinds.cheapest_kind([heads, queries], 0.3) is queries
+    assert kinds.cheapest_kind([heads, queries], 0.4) is heads  # 48 of 120, and they have only 40
+    assert kinds.cheapest_kind([heads, queries], 0.9) is heads  # none can; heads give most

@@ -170,12 +170,13 @@ class Runs:
         self.shell, self.model, self.whole, self.template = shell, dense, whole, two_blocks
         self.output, self.partial = shell.output, shell.directory / "out.partial"
         self.journal = self.partial / JOURNAL
-        windows = ("--samples", SAMPLES, "--sequence-length", LENGTH, "--calibration", shell.text)
+        windows = ("--samples", SAMPLES, "--sequence-length", LENGTH)
         self.flags = [str(x) for x in (*windows, "--output", self.output, "--evaluate", held_out, "--device", "cpu")]
 
     def arguments(self, *more: str | Path) -> list[str]:
         """Later flags win."""
-        return [str(self.model), *self.flags, *map(str, more)]
+        text = () if "--calibration" in more else ("--calibration", str(self.shell.text))  # or it would be one more
+        return [str(self.model), *self.flags, *text, *map(str, more)]
 
     def __call__(self, *more: str | Path) -> tuple[int, str, str]:
         return self.shell.run(*self.arguments(*more))
@@ -556,7 +557,7 @@ def test_bad_input_costs_nothing_that_was_finished(runs: Runs, dense: Path, monk
         assert "the result needs up to " in runs.refused("--resume")
     for error in (NumericalError("overflow"), torch.OutOfMemoryError("CUDA out of memory"), ZeroDivisionError()):
         with monkeypatch.context() as patch:
-            patch.setattr("llm_snp.pruning.executor.prune_units", raiser(error))
+            patch.setattr("llm_snp.pruning.executor.repair_units", raiser(error))
             before = state_of(runs.partial)
             if isinstance(error, ZeroDivisionError):
                 with pytest.raises(ZeroDivisionError):
@@ -607,7 +608,7 @@ def test_resume_of_what_is_finished(runs: Runs, dense: Path, held_out: Path) -> 
         *CHANGES,
         (["--dtype", "float32"], "--dtype is 'float32' now"),
         (["--no-evaluate"], "--evaluate is [] now"),
-        (["--calibration", str(held_out)], f"--calibration is '{held_out}' now"),
+        (["--calibration", str(held_out)], f"--calibration is ['{held_out}'] now"),
     ):
         found = runs.refused("--resume", *flags)
         assert found.startswith(f"--resume: {runs.output} is finished, and {message.split(' now')[0]} now and was ")
@@ -744,15 +745,15 @@ def test_a_block_that_comes_out_differently(runs: Runs, monkeypatch: pytest.Monk
     """As on another device: what was fitted to it as it was is made again, too, also after another interruption."""
     runs.interrupted()
     (runs.partial / SHARDS[0]).unlink()
-    prune_units = llm_snp.pruning.executor.prune_units
+    repair_units = llm_snp.pruning.executor.repair_units
 
     def differently(*args: Any) -> Any:
-        found = prune_units(*args)
+        found = repair_units(*args)
         found.state["fc2.bias"] += 1e-3
         return found
 
     with monkeypatch.context() as patch:
-        patch.setattr("llm_snp.pruning.executor.prune_units", differently)
+        patch.setattr("llm_snp.pruning.executor.repair_units", differently)
         once(patch, PrunedBlocks, "save", 1, raiser(KeyboardInterrupt()))
         assert "1 of 3 blocks are finished" in runs("--resume")[2]
     code, _, err = runs("--resume")
@@ -919,7 +920,7 @@ def test_device_out_of_memory(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> No
             PrunedBlocks,
             "save",
             1,
-            lambda: patch.setattr("llm_snp.pruning.executor.site_moments", raiser(error)),
+            lambda: patch.setattr("llm_snp.pruning.executor.calibrate_site", raiser(error)),
         )
         code, out, err = runs("--quiet")
     assert (code, out) == (2, "")

@@ -1,4 +1,4 @@
-"""Prune one site of a live block: moments in, smaller weights out.
+"""Repair one site of a block: moments in, smaller weights out.
 
 The weights are cut from the tensors of the checkpoint, in their own dtype; what the repair changed is rounded to it.
 """
@@ -19,28 +19,16 @@ from ..core.repair import (
     lost_energy,
     refit_all,
     refit_bias,
-    subspace_of_units,
     without_repair,
 )
 from ..core.subspace import truncate
-from ..errors import NumericalError
 from ..families import Site
+from .calibrate import SiteMoments
+from .order import order_units
+from .weights import State, linear_weights, store
 
-State = dict[str, Tensor]
 # --damping auto tries these, best on the held-out windows wins.
 DAMPING_GRID = (1e-5, 1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-
-
-@dataclass(frozen=True)
-class SiteMoments:
-    """Moments of a consumer's input on the fitting windows, and on those held out for `--damping auto`."""
-
-    fit: Moments
-    held: Moments | None = None
-
-    @property
-    def all(self) -> Moments:
-        return self.fit if self.held is None else self.fit.merge(self.held)
 
 
 @dataclass(frozen=True)
@@ -53,13 +41,7 @@ class SiteResult:
     damping: float
 
 
-def linear_weights(state: State, name: str, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Weight (d, m) and bias (d,) of a linear layer as the checkpoint has them, float64, on `device`."""
-    bias = state.get(f"{name}.bias")
-    return state[f"{name}.weight"].to(device, torch.float64), None if bias is None else bias.to(device, torch.float64)
-
-
-def prune_units(
+def repair_units(
     state: State,
     site: Site,
     moments: SiteMoments,
@@ -73,22 +55,8 @@ def prune_units(
 
     def solve(moments: Moments, damping: float) -> Pruned:
         refitted, damping = refit_all(moments, linear_weights(state, site.consumer, device)[0], damping)
-        assert options.order is not None
         generator = torch.Generator().manual_seed(seed)
-        subspace = subspace_of_units(
-            moments,
-            refitted,
-            options.order,
-            site.group,
-            damping,
-            sensitivity,
-            keep,
-            site.nonnegative,
-            generator,
-            options.sensitive_order,
-            energies=False,
-            parts=site.parts,
-        )
+        subspace = order_units(moments, refitted, site, options, damping, keep, generator, sensitivity, energies=False)
         if options.target == "none":
             return without_repair(moments, subspace, *linear_weights(state, site.consumer, device), keep)
         columns, refit = truncate(subspace, refitted, keep)
@@ -156,18 +124,3 @@ def refit_consumer(state: State, site: Site, moments: SiteMoments, options: Prun
     new = dict(state)
     store(new, site.consumer, pruned.weight, None if bias is None else pruned.bias)
     return SiteResult(new, pruned.lost, pruned.total, pruned.damping)
-
-
-def store(state: State, name: str, weight: Tensor, bias: Tensor | None) -> None:
-    """Put a layer's new weight and bias into a state, rounded to its dtype. Raises `NumericalError` on overflow."""
-    for suffix, value in (("weight", weight), ("bias", bias)):
-        if value is None:
-            continue
-        key = f"{name}.{suffix}"
-        rounded = value.to(state[key].dtype)
-        if not torch.isfinite(rounded).all():
-            raise NumericalError(
-                f"the repaired {key} exceeds what {state[key].dtype} can hold (largest entry "
-                f"{value.abs().max().item():.3g}); give a larger --damping"
-            )
-        state[key] = rounded.cpu().contiguous()

@@ -11,10 +11,10 @@ from torch import Tensor
 from ..config import PruneConfig
 from ..core import heads as head_space
 from ..core.moments import Moments
-from ..core.scores import FreeScores, RotaryPairs
-from ..core.subspace import Subspace, factorise, truncate
-from ..families import FREE, Attention, Site
-from .prune_site import State, linear_weights, store
+from ..core.subspace import truncate
+from ..families import Attention, Site
+from .order import order_scores, order_values
+from .weights import State, linear_weights, store
 
 
 def narrow_heads(
@@ -37,7 +37,7 @@ def narrow_heads(
     rank = attention.value_rank(kept)
     if rank < attention.head_dim:
         weight, bias = linear_weights(state, site.consumer, device)
-        basis, in_basis, subspace = value_subspace(
+        basis, in_basis, subspace = order_values(
             values.covariance, weight, attention, damping, sensitivity, options.sensitive_order
         )
         cuts[attention.value.layer].append((attention.value.of(attention.heads), basis[:, :rank]))
@@ -48,7 +48,7 @@ def narrow_heads(
         store(new, site.consumer, refit, bias)
     rank = attention.score_rank(kept)
     if rank < attention.score_units:
-        scores = score_directions(attention, moments, damping)
+        scores = order_scores(attention, moments, damping)
         for (layer, rows), transform in zip(attention.projections.values(), scores.left(rank), strict=True):
             cuts[layer].append((rows, transform))
         table = scores.table(rank)
@@ -73,50 +73,3 @@ def cut_rows(weight: Tensor, bias: Tensor | None, parts: list[tuple[Tensor, Tens
             turned_bias[first] = found_bias
         stays[rows[:, rank:].flatten()] = False
     return turned[stays], None if turned_bias is None else turned_bias[stays]
-
-
-def score_directions(attention: Attention, moments: Mapping[str, Moments], damping: float) -> FreeScores | RotaryPairs:
-    """What can go between query and key; moments: of the outputs of `query` and `key`, grouped by head."""
-    queries, keys = moments["query"], moments["key"]
-    if attention.scores == FREE:
-        return FreeScores.of(by_head(queries.uncentred), by_head(keys.covariance), damping)
-    return RotaryPairs.of(by_head(queries.uncentred), by_head(keys.covariance))
-
-
-def by_head(second: Tensor) -> Tensor:
-    """(h, w, w), also of a single head."""
-    return second.reshape(-1, *second.shape[-2:])
-
-
-def value_subspace(
-    covariance: Tensor,
-    weight: Tensor,
-    attention: Attention,
-    damping: float,
-    sensitivity: Tensor | None,
-    sensitive_basis: bool = False,
-) -> tuple[Tensor, Tensor, Subspace]:
-    """The value path in its best bases: bases (key/value heads, w, w), the consumer in them (d, m), and the subspace.
-
-    In the full basis the block is what it was; its directions are then units like any others.
-    covariance (m, m) of the attended values, weight (d, m) of the consumer. The sensitivity weighs the energies, and
-    with `sensitive_basis` the bases, too.
-    """
-    seen = sensitivity if sensitive_basis else None
-    heads, queries = attention.heads * attention.queries, attention.queries
-    basis = head_space.value_basis(head_blocks(covariance, heads).double(), weight, damping, seen, queries)
-    rotated, in_basis = rotate(covariance, weight, basis.repeat_interleave(queries, 0))
-    columns = head_space.direction_columns(heads, basis.shape[-1], weight.device)
-    return basis, in_basis, factorise(rotated, in_basis, columns, damping, sensitivity)
-
-
-def rotate(covariance: Tensor, weight: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """Covariance (m, m) and consumer weight (d, m) in orthonormal head bases (h, w, w)."""
-    half = head_space.to_basis(covariance, basis.to(covariance.dtype))
-    return head_space.to_basis(half.mT, basis.to(covariance.dtype)), head_space.to_basis(weight, basis)
-
-
-def head_blocks(covariance: Tensor, heads: int) -> Tensor:
-    """The (h, w, w) diagonal blocks of a covariance (h·w, h·w)."""
-    w = covariance.shape[0] // heads
-    return covariance.view(heads, w, heads, w).diagonal(dim1=0, dim2=2).permute(2, 0, 1)

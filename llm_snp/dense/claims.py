@@ -1,0 +1,138 @@
+"""What a checkpoint claims about itself, held against what its files can hold, before anything is allocated for it.
+
+A config of a stranger may name a billion blocks or a width beyond 2**63, a pickle a tensor of a terabyte in a file of
+one kilobyte. The header of a safetensors file is held against the file by safetensors itself. Needs no torch to look at
+a config.
+"""
+
+from __future__ import annotations
+
+import math
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import TYPE_CHECKING, Any
+
+from ..errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+# Fields of configs that count something; None stands for a default that the config's class knows.
+BLOCKS = ("num_hidden_layers", "n_layer")
+SIZES = (
+    *BLOCKS,
+    *("hidden_size", "n_embd", "word_embed_proj_dim"),
+    *("ffn_dim", "ffn_hidden_size", "intermediate_size", "n_inner"),
+    *("num_attention_heads", "n_head", "num_key_value_heads", "num_kv_heads", "head_dim"),
+    *("vocab_size", "max_position_embeddings", "n_positions"),
+)
+# Far beyond any model there is: torch counts in 64 bits, and products of two sizes must fit.
+MOST = 2**31
+MOST_BLOCKS = 10_000
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+# Buffers that are computed, such as causal masks, lie in no file; a model may have so many bytes of them at least.
+COMPUTED = 1 << 30
+SHOWN = 80  # characters at most that an error quotes
+
+
+def checked_config(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """The fields of a config.json, its type as today's tools write it: "float16" for "torch.float16".
+
+    Raises `CheckpointError` for a size that is none, or that no model has, and for a type that weights cannot have.
+    """
+    fields = dict(content)
+    for name in SIZES:
+        value = fields.get(name)
+        if value is None:
+            continue
+        most = MOST_BLOCKS if name in BLOCKS else MOST
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise CheckpointError(f"{name} is {_shown(value)} in {path}; expected int, got {type(value).__name__}")
+        if not 1 <= value <= most:
+            raise CheckpointError(f"{name} is {_shown(value)} in {path}; it must be at least 1 and at most {most}")
+    for name in ("dtype", "torch_dtype"):
+        value = fields.get(name)
+        if value is None:
+            continue
+        plain = value.removeprefix("torch.") if isinstance(value, str) else value
+        if plain not in DTYPES:
+            raise CheckpointError(f"{name} is {_shown(value)} in {path}; expected one of {', '.join(DTYPES)}")
+        fields[name] = plain
+    return fields
+
+
+def check_blocks(config: Any, names: list[str], directory: Path) -> None:
+    """Raise `CheckpointError` if a config has more blocks than its checkpoint has tensors."""
+    if config.num_hidden_layers > len(names):
+        raise CheckpointError(
+            f"config.json in {directory} says {config.num_hidden_layers} blocks, but the weights are {len(names)} "
+            "tensors; they belong to different models"
+        )
+
+
+def check_buffers(model: nn.Module, files: list[Path]) -> None:
+    """Raise `CheckpointError` if a model (on meta) has more in buffers, which are computed, than is reasonable."""
+    needed = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
+    most = max(COMPUTED, sum(file.stat().st_size for file in files))
+    if needed > most:
+        raise CheckpointError(
+            f"config.json in {files[0].parent} describes a model with tables of {needed / 1e9:.3g} GB beside its "
+            f"weights, which are smaller; is the number of positions right?"
+        )
+
+
+def check_weight_name(file: Any, index: Path) -> str:
+    """The name of a weight file in an index: a plain one, of a file beside it. Raises `CheckpointError` for a path.
+
+    The file itself may be a symbolic link, as all files in the cache of the Hub are: who can make one on this machine
+    can read what it points to.
+    """
+    if not isinstance(file, str) or "\0" in file or file in ("", ".", ".."):
+        raise CheckpointError(f"{index} names {_shown(file)} as a weight file; expected the name of one beside it")
+    if PurePosixPath(file).name != file or PureWindowsPath(file).name != file:
+        raise CheckpointError(
+            f"{index} names {_shown(file)} as a weight file, which is a path; only files beside the index are read"
+        )
+    return file
+
+
+def check_archive(path: Path) -> None:
+    """Raise `CheckpointError` if a zip file would unpack to more than it is: torch stores tensors as they are."""
+    with zipfile.ZipFile(path) as archive:
+        unpacked = sum(member.file_size for member in archive.infolist())
+    if unpacked > path.stat().st_size:
+        raise CheckpointError(f"{path} is compressed, which no weight file is; save it anew with torch.save")
+
+
+def check_pickled(loaded: Any, path: Path) -> dict[str, Tensor]:
+    """The state dict that a .bin file holds, without its parameters' gradients.
+
+    Raises `CheckpointError` if it is something else, or has a tensor that claims more than the file holds.
+    """
+    import torch
+    from torch import Tensor
+
+    if not isinstance(loaded, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in loaded.items()
+    ):
+        raise CheckpointError(
+            f"{path} is not the state dict of a model: expected tensors by name; save model.state_dict()"
+        )
+    size = path.stat().st_size
+    for name, tensor in loaded.items():
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu" or tensor.is_complex():
+            raise CheckpointError(f"{_shown(name)} in {path} is no plain tensor; save model.state_dict() of the model")
+        if math.prod(tensor.shape) * tensor.element_size() > size:
+            raise CheckpointError(
+                f"{_shown(name)} in {path} has shape {tuple(tensor.shape)}, which is more than the file's {size} bytes"
+            )
+    return {name: tensor.detach() for name, tensor in loaded.items()}
+
+
+def _shown(value: Any) -> str:
+    """A stranger's value, at no great length."""
+    if isinstance(value, int) and abs(value) >= 2**64:  # Python refuses to write out very long ones
+        return f"a number of {value.bit_length()} bits"
+    text = ascii(value)
+    return text if len(text) <= SHOWN else text[: SHOWN - 4] + " ..."

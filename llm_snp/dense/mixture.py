@@ -1,0 +1,41 @@
+"""Several texts in one calibration: how many windows each gives, and in which order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from .data import Windows, as_windows
+
+
+def turns(shares: Sequence[float], samples: int) -> list[int]:
+    """Whose turn it is: for each of `samples` windows the number of the text that gives it.
+
+    After any count each text has given its share of it to within one window, so that what looks at the first windows,
+    or at a part of them, sees every text. Each has its first turn before any has more than it is due.
+    """
+    total, taken = sum(shares), [0] * len(shares)
+    found = []
+    for i in range(1, samples + 1):
+        missing = [k for k, count in enumerate(taken) if not count]
+        left = samples - i + 1
+        able = missing if len(missing) == left else range(len(shares))
+        text = max(able, key=lambda k: (i * shares[k] / total - taken[k], -k))
+        taken[text] += 1
+        found.append(text)
+    return found
+
+
+def mix(parts: Sequence[Windows], order: Sequence[int]) -> Windows:
+    """The windows of all parts in one, taken by turns: `order[i]` is the part that gives window i."""
+    if len(parts) == 1:
+        return parts[0]
+    at = [iter(part.tokens) for part in parts]
+    return as_windows(
+        torch.stack([next(at[text]) for text in order]),
+        " and ".join(part.source for part in parts),
+        sum(part.available for part in parts),
+        sum(part.text_tokens for part in parts),
+        tuple(parts),
+    )

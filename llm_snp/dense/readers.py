@@ -1,0 +1,211 @@
+"""Texts from where they are: files of several kinds, directories of datasets, corpora on the Hub.
+
+Whatever a file holds, it is read in bounded pieces, and what is wrong with it is a `CorpusError`.
+"""
+
+from __future__ import annotations
+
+import gzip
+import lzma
+import os
+import zlib
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any
+
+from ..errors import CorpusError, HubError
+from ..system.libraries import explained, parse_json
+from ..system.plain import encodable
+
+# A line is read in pieces of so many characters at most, and of JSON it may have so many in all.
+PIECE, LONGEST_LINE = 1 << 20, 1 << 28
+# Text shrinks to a third or a quarter. What unpacks to more characters than this, and than so many times its bytes, is
+# made to fill memories.
+UNPACKED, UNPACKED_TIMES = 1 << 24, 100
+ROWS = 1024  # of a table that are read at a time
+HUB_C4_DOCUMENTS = {"calibration": 4000, "evaluation": 1100}
+COMPRESSED: dict[str, Callable[..., IO[str]]] = {".gz": gzip.open, ".xz": lzma.open}  # type: ignore[dict-item]
+
+
+def documents(source: str, purpose: str) -> Iterator[str]:
+    """The texts of a corpus, to be joined by blank lines. `purpose` (calibration, evaluation) selects the split."""
+    if source in HUB_CORPORA:
+        return HUB_CORPORA[source](purpose)
+    path = Path(os.path.expanduser(source))
+    if os.path.isdir(path):
+        return _dataset_directory(path)
+    if not os.path.exists(path):
+        raise CorpusError(
+            f"{source} is neither a file nor a known corpus ({', '.join(HUB_CORPORA)}, self); check the path"
+        )
+    compressed = path.suffix in COMPRESSED
+    ending = Path(path.stem if compressed else path.name).suffix
+    if ending not in READERS or (compressed and ending == ".parquet"):
+        raise CorpusError(
+            f"{source} has an unknown ending; expected one of {', '.join(READERS)}, all but .parquet also with "
+            f"{' or '.join(COMPRESSED)}"
+        )
+    if not os.path.isfile(path):
+        raise CorpusError(f"{source} is no file that ends, but a pipe or a device; write the text into a file")
+    if path.stat().st_size == 0:
+        raise CorpusError(f"{source} is empty")
+    return READERS[ending](path)
+
+
+def _pieces(path: Path) -> Iterator[str]:
+    """Lines of a text file that may be compressed, long ones in pieces; raises `CorpusError` if it is not text."""
+    number, size, compressed = 1, 0, path.suffix in COMPRESSED
+    try:
+        most = max(UNPACKED, UNPACKED_TIMES * path.stat().st_size)
+        with COMPRESSED.get(path.suffix, open)(path, "rt", encoding="utf-8-sig") as file:
+            while piece := file.readline(PIECE):
+                size += len(piece)
+                if "\0" in piece:
+                    raise CorpusError(f"{path} is not text: line {number} has a zero byte")
+                if compressed and size > most:
+                    raise CorpusError(
+                        f"{path} unpacks to over {UNPACKED_TIMES} times its size, as no text does; unpack it first"
+                    )
+                yield piece
+                number += piece.endswith("\n")
+    except UnicodeDecodeError as error:
+        raise CorpusError(f"{path} is not UTF-8 text: {error.reason} after line {number - 1}") from error
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+        cause = str(error) or "it ends too early"
+        raise CorpusError(f"{path} cannot be read, it may be damaged or truncated: {cause}") from error
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """The same as whole lines, which must not be endless."""
+    line: list[str] = []
+    for piece in _pieces(path):
+        line.append(piece)
+        if piece.endswith("\n"):
+            yield "".join(line)
+            line = []
+        elif len(line) * PIECE > LONGEST_LINE:
+            raise CorpusError(
+                f"{path} has a line of over {LONGEST_LINE} characters, too long for one text; break it up"
+            )
+    if line:
+        yield "".join(line)
+
+
+def _plain(path: Path) -> Iterator[str]:
+    """One text, in parts that joined by blank lines give the file again."""
+    # A file's own line breaks must survive, so paragraphs (which a blank line separates) are the parts.
+    paragraph: list[str] = []
+    for piece in _pieces(path):
+        if piece == "\n" and paragraph and paragraph[-1].endswith("\n"):
+            yield "".join(paragraph)[:-1]
+            paragraph = []
+        else:
+            paragraph.append(piece)
+    yield "".join(paragraph)
+
+
+def _wikitext_rows(path: Path) -> Iterator[str]:
+    """wiki.*.raw as the Hub's rows: a line is a row with its line break, a blank line an empty row."""
+    for line in _lines(path):
+        yield line if line.strip() else ""
+
+
+def _jsonl(path: Path) -> Iterator[str]:
+    for number, line in enumerate(_lines(path), 1):
+        if not line.strip():
+            continue
+        try:
+            text = parse_json(line)["text"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise CorpusError(f'{path}, line {number}: expected a JSON object with a key "text"') from error
+        yield _string(text, f"{path}, line {number}")
+
+
+def _parquet(path: Path) -> Iterator[str]:
+    from pyarrow import parquet
+
+    # Damaged values fail one by one, with Python's errors.
+    with explained(lambda cause: CorpusError(f"{path} is not a parquet file: {cause}")):
+        file = parquet.ParquetFile(path)
+        if "text" not in file.schema_arrow.names:
+            raise CorpusError(f'{path} has columns {file.schema_arrow.names}, expected one named "text"')
+    row = 0
+    batches = file.iter_batches(columns=["text"], batch_size=ROWS)
+    while texts := _next_rows(batches, path):
+        for text in texts:
+            row += 1
+            yield _string(text, f"{path}, row {row}")
+
+
+def _next_rows(batches: Iterator[Any], path: Path) -> list[Any]:
+    """The values of the next rows, at least one unless there are no more; `CorpusError` for what cannot be read."""
+    with explained(lambda cause: CorpusError(f"{path} is damaged: {cause}")):
+        return next((values for batch in batches if (values := batch.column(0).to_pylist())), [])
+
+
+def _string(text: Any, where: str) -> str:
+    if not isinstance(text, str):
+        raise CorpusError(f'{where}: "text" is {"null" if text is None else type(text).__name__}, expected a string')
+    if not encodable(text):
+        raise CorpusError(f'{where}: "text" has half of a surrogate pair, which is no character; write the text anew')
+    return text
+
+
+def _dataset_directory(path: Path) -> Iterator[str]:
+    import datasets
+
+    # arrow's, datasets' and the system's own errors
+    with explained(
+        lambda cause: CorpusError(f"{path} is a directory, but not one saved by datasets' save_to_disk ({cause})")
+    ):
+        loaded = datasets.load_from_disk(str(path))
+    if isinstance(loaded, datasets.DatasetDict):
+        raise CorpusError(f"{path} has the splits {', '.join(loaded)}; name the directory of one of them")
+    if "text" not in loaded.column_names:
+        raise CorpusError(f'{path} has columns {loaded.column_names}, expected one named "text"')
+    for first in range(0, len(loaded), ROWS):
+        with explained(lambda cause: CorpusError(f"{path} is damaged: {cause}")):
+            texts = loaded[first : first + ROWS]["text"]
+        for row, text in enumerate(texts, first + 1):
+            yield _string(text, f"{path}, row {row}")
+
+
+def _hub_rows(repository: str, **options: Any) -> Iterator[str]:
+    """Column `text` of a Hub dataset; `HubError` if it cannot be had."""
+    import datasets
+
+    # Which library's errors datasets lets through (requests, httpx, aiohttp, ...) changes with its version.
+    def refusal(cause: str) -> HubError:
+        return HubError(
+            f"dataset {repository} could not be had from the Hugging Face Hub ({cause}); check the network, or give a "
+            "local file instead"
+        )
+
+    with explained(refusal):
+        for row in datasets.load_dataset(repository, **options):
+            yield row["text"]
+
+
+def _wikitext2(purpose: str) -> Iterator[str]:
+    split = "train" if purpose == "calibration" else "test"
+    return _hub_rows("Salesforce/wikitext", name="wikitext-2-raw-v1", split=split)
+
+
+def _c4(purpose: str) -> Iterator[str]:
+    """The first documents of one shard, streamed: the whole of C4 is 300 GB."""
+    shard = (
+        "en/c4-train.00000-of-01024.json.gz" if purpose == "calibration" else "en/c4-validation.00000-of-00008.json.gz"
+    )
+    rows = _hub_rows("allenai/c4", data_files={"rows": shard}, split="rows", streaming=True)
+    return islice(rows, HUB_C4_DOCUMENTS[purpose])
+
+
+READERS: dict[str, Callable[[Path], Iterator[str]]] = {
+    ".txt": _plain,
+    ".raw": _wikitext_rows,
+    ".jsonl": _jsonl,
+    ".json": _jsonl,  # the shards of C4 have this ending
+    ".parquet": _parquet,
+}
+HUB_CORPORA: dict[str, Callable[[str], Iterator[str]]] = {"wikitext2": _wikitext2, "c4": _c4}

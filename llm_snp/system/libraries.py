@@ -1,0 +1,52 @@
+"""What libraries raise on files and settings that are not what they expect, as one sentence with its cause."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ..errors import SnpError
+
+REASON = 200  # characters at most that an error quotes
+# Libraries keep some settings for the whole process: transformers sets torch's default type while it builds a model,
+# torch's random numbers are one sequence, which warnings are shown is one list. Whoever changes one holds this.
+ONE_AT_A_TIME = threading.RLock()
+
+
+@contextmanager
+def explained(sentence: Callable[[str], SnpError]) -> Iterator[None]:
+    """Turn what a library raises inside into `sentence` of its reason, but for an `SnpError` and a GPU that is full.
+
+    For calls that read what strangers wrote, and for nothing else: a fault of ours in there would look like one of
+    theirs. Which errors come out changes with a library's version, and tokenizers raises bare `Exception`.
+    """
+    try:
+        yield
+    except SnpError:
+        raise
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which takes a second to import
+            raise
+        raise sentence(reason(error)) from error
+
+
+def reason(error: BaseException) -> str:
+    """What a library says, on one line and not at length; its kind where it says nothing, or only a value."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    if isinstance(error, RecursionError):
+        text = "it is nested too deeply"
+    elif isinstance(error, (KeyError, AssertionError, MemoryError, ZeroDivisionError)) and str(error):
+        text = f"{type(error).__name__}: {text}"
+    return text if len(text) <= REASON else text[: REASON - 4] + " ..."
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What a JSON text says. Raises `ValueError` for all that is none, also if it is nested too deeply to be read."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
