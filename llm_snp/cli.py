@@ -7,6 +7,7 @@ import difflib
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from types import ModuleType
 from typing import NoReturn
@@ -14,9 +15,9 @@ from typing import NoReturn
 from . import __version__
 from .errors import OptionError, SnpError
 from .system.processes import name_of_process
+from .system.signals import ended_by_signals, exit_code
 
 BAD_INPUT = 2
-INTERRUPTED = 130
 PRUNE = "prune"
 # What else can be done; a first argument that is none of these is a model to prune.
 COMMANDS = ("push", "report", "bench")
@@ -65,9 +66,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     process = name_of_process()
     try:
-        command, args = parse(sys.argv[1:] if arguments is None else arguments)
-        _calm_libraries(getattr(args, "quiet", False) or bool(process))
-        command.main(args)
+        with ended_by_signals():
+            command, args = parse(sys.argv[1:] if arguments is None else arguments)
+            _calm_libraries(getattr(args, "quiet", False) or bool(process))
+            command.main(args)
     except SnpError as error:
         if not error.from_main:
             print(f"llm_snp{process}: {' '.join(str(error).split())}", file=sys.stderr)
@@ -75,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         # What is left behind only the main process knows.
         print(f"llm_snp{process}: {(not process and str(error)) or 'interrupted'}", file=sys.stderr)
-        return INTERRUPTED
+        return exit_code(error)
     return 0
 
 
@@ -85,6 +87,8 @@ def _calm_libraries(quiet: bool) -> None:
     from huggingface_hub import utils as hub
     from transformers.utils import logging
 
+    if not sys.warnoptions:  # nobody asked for them: beside one sentence they hide it
+        warnings.simplefilter("ignore")
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     hub.logging.set_verbosity_error()  # type: ignore[no-untyped-call]

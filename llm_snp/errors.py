@@ -64,6 +64,13 @@ class Interrupted(KeyboardInterrupt):
     """Ctrl-C, with a sentence on what is left and how to go on."""
 
 
+class Terminated(KeyboardInterrupt):
+    """A signal that asks the program to end (SIGTERM, SIGHUP): it ends as with Ctrl-C. Its number is the argument."""
+
+    def __str__(self) -> str:
+        return ""
+
+
 # Once their cause is gone the same command can go on: what it had finished is kept.
 RESUMABLE = (OutputError, CheckpointError, ProcessError, DeviceMemoryError)
 

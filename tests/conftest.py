@@ -45,7 +45,7 @@ def documents(request: pytest.FixtureRequest) -> Iterator[None]:
     marked = any(mark.name == "documents" for mark in request.node.iter_markers())
     with pytest.MonkeyPatch.context() as patch:
         if not marked:
-            patch.setattr("llm_snp.documents.writing.write_plots", lambda report, directory: [])
+            patch.setattr("llm_snp.documents.writing.plot_images", lambda report: {})
             patch.setattr("llm_snp.documents.writing.html_page", lambda report: "")
         yield
 

@@ -92,7 +92,7 @@ def test_errors_need_nothing() -> None:
 
 def test_the_card_reads_only_the_report() -> None:
     assert own("documents/card") == {"documents/shareable"}
-    assert own("documents/shareable") == set()
+    assert own("documents/shareable") == {"config"}
     assert foreign("documents/card") <= {"huggingface_hub"}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,9 +16,11 @@ from conftest import BLOCKS, LENGTH, SAMPLES, Shell, load
 
 import llm_snp
 from llm_snp import cli
+from llm_snp.cli import parse
 from llm_snp.commands import prune
+from llm_snp.commands.prune import options_of
 from llm_snp.config import METHODS, PruneConfig
-from llm_snp.documents.report import command_line
+from llm_snp.documents.shareable import command_line
 
 
 def test_help_lists_every_option(capsys: pytest.CaptureFixture[str]) -> None:
@@ -138,7 +141,7 @@ def test_what_a_run_prints(shell: Shell, dense: Path, held_out: Path) -> None:
     assert code == 0
     assert err == ""
     report = json.loads((shell.output / "report.json").read_text())
-    perplexity = report["evaluation"][str(held_out)]
+    perplexity = report["evaluation"][held_out.name]
     row = next(line for line in quiet.splitlines() if line.startswith("perplexity"))
     assert f"{perplexity['dense']['perplexity']:,.2f}" in row
     assert f"{perplexity['pruned']['perplexity']:,.2f}" in row
@@ -186,20 +189,16 @@ def test_from_python(dense: Path, text: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("environment", "expected"),
-    [
-        ({}, "python -m llm_snp model --sparsity 0.3"),
-        ({"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8"}, "torchrun --nproc-per-node 8 -m llm_snp model --sparsity 0.3"),
-        (
-            {"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"},
-            "torchrun --nnodes 2 --nproc-per-node 8 -m llm_snp model --sparsity 0.3",
-        ),
-    ],
+    ("processes", "nodes", "head"),
+    [(1, 1, "python"), (8, 1, "torchrun --nproc-per-node 8"), (16, 2, "torchrun --nnodes 2 --nproc-per-node 8")],
 )
-def test_the_command_can_be_typed_again(
-    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], expected: str
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["/somewhere/llm_snp/__main__.py", "model", "--sparsity", "0.3"])
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    assert command_line() == expected
+def test_the_command_can_be_typed_again(processes: int, nodes: int, head: str) -> None:
+    words = ["my model", "--sparsity", "0.25", "--output=-x", "--seed", "1", "--evaluate", "a", "--evaluate", "b"]
+    for arguments in ([], words, ["m", "--no-evaluate", "--method", "snp", "--damping", "auto", "--quiet", "--resume"]):
+        _, args = parse(arguments)
+        options = options_of(args)
+        for given in (options, options.resolved()):
+            line = command_line(dataclasses.asdict(given), processes, nodes)
+            assert line.startswith(f"{head} -m llm_snp ")
+            _, again = parse(shlex.split(line.split("-m llm_snp ")[1]))
+            assert options_of(again).resolved() == options.resolved()

@@ -16,7 +16,7 @@ from ..errors import OptionError, SnpError, choose
 from ..evaluation.speed import NEW, PROMPT, RUNS, SpeedProgress, measure_speed, positions
 from ..evaluation.speed_table import speed_table
 from ..system.device import resolve_device, resolve_dtype
-from ..system.workspace import is_result
+from ..system.manifest import has_report, recall
 
 HELP = "time a pruned model beside the dense one, and count their memory"
 
@@ -51,8 +51,8 @@ def main(args: argparse.Namespace) -> None:
     device = resolve_device(args.device)
     directory = locate(args.directory)
     config = load_config(directory)
-    report = read_report(directory) if is_result(directory) else None
-    dense, its_own = _against(args.against, args.directory, report)
+    report = read_report(directory) if has_report(directory) else None
+    dense, its_own = _against(args.against, directory, report)
     for path in (directory, dense):
         if args.prompt is not None and path is not None:
             _check_prompt(args.prompt, path)
@@ -72,7 +72,7 @@ def main(args: argparse.Namespace) -> None:
         print(f"stored   in the report of {directory}")
 
 
-def _against(against: str | None, directory: str, report: dict[str, Any] | None) -> tuple[Path | None, bool]:
+def _against(against: str | None, directory: Path, report: dict[str, Any] | None) -> tuple[Path | None, bool]:
     """The model to compare with, and whether it is what DIR was made of, or would be.
 
     Says why if there is none. Raises `SnpError` if what was asked for is not there.
@@ -84,7 +84,8 @@ def _against(against: str | None, directory: str, report: dict[str, Any] | None)
         return None, False
     if report is None:
         return locate(against), False
-    name, revision = report["options"]["model"], report["options"]["revision"]
+    revision = report["options"].get("revision")
+    name = dense_of(directory, report)
     if against is not None:
         given, local = locate(against), EMBEDDED if name is None else Path(name).expanduser()
         return given, (against == name and not revision) or (local.is_dir() and given.samefile(local))
@@ -93,6 +94,21 @@ def _against(against: str | None, directory: str, report: dict[str, Any] | None)
     except SnpError as error:
         print(f"alone    the dense model is not there to compare with: {' '.join(str(error).split())}")
         return None, True
+
+
+def dense_of(directory: Path, report: dict[str, Any]) -> str | None:
+    """Where the dense model of a result is: its Hub id, or its directory on the machine that pruned it; None: embedded.
+
+    Elsewhere a report tells no more of a directory than its name.
+    """
+    name: str | None = report["options"].get("model")
+    if name is None or report["model"].get("hub"):
+        return name
+    known = recall(directory).get("model")
+    if isinstance(known, str):
+        return known
+    # Reports of earlier versions have the path itself. Without any, a name must not become one on the Hub.
+    return name if "/" in name else f"./{name}"
 
 
 def _check_prompt(prompt: int, directory: Path) -> None:

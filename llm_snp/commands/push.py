@@ -21,9 +21,13 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    from ..result.publish import push
+    from ..documents.writing import read_report
+    from ..result.publish import left_here, push
+    from ..system.manifest import some
 
     url = push(args.directory, args.repo, args.private, args.overwrite, args.message)
-    trust = ", trust_remote_code=True" if any(args.directory.glob("modeling_*.py")) else ""
+    trust = ", trust_remote_code=True" if read_report(args.directory)["model"]["custom_code"] else ""
     print(f"pushed   {url}")
+    if left := left_here(args.directory):
+        print(f"left     {some(left)}: no run of llm_snp wrote what stays here")
     print(f"load it  AutoModelForCausalLM.from_pretrained({args.repo!r}{trust})")

@@ -11,20 +11,21 @@ HELP = "make the page, the plots and the card of a result anew from its report.j
 def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("directory", metavar="DIR", type=Path, help="the result of a run")
     p.add_argument(
-        "--output", metavar="FILE.html", type=Path, help="write only the page, to this file; DIR stays as it is"
+        "--output",
+        metavar="FILE.html",
+        type=Path,
+        help="write only the page, to this new file or over an earlier page; DIR stays as it is",
     )
 
 
 def main(args: argparse.Namespace) -> None:
     """Write the documents, print their paths and what the run came to. Raises `SnpError` if DIR is no result."""
-    from ..documents.page import html_page
     from ..documents.report import summary
-    from ..documents.writing import CARD, read_report, write_documents
-    from ..system.files import write_text
+    from ..documents.writing import CARD, read_report, write_documents, write_page
 
     report = read_report(args.directory)
     if args.output is not None:
-        write_text(args.output, html_page(report))
+        write_page(args.output, report)
         written = [args.output]
     else:
         written = write_documents(args.directory, report)

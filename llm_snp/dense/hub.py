@@ -17,8 +17,21 @@ from ..system.libraries import explained, parse_json, reason
 from ..system.plain import encodable
 from .claims import checked_config
 
-# What travels besides the weights.
-SIDE_FILES = ("*.json", "*.txt", "*.model", "tokenizer*", "README.md")
+# What travels besides the weights; terms of use have names of all kinds.
+SIDE_FILES = (
+    "*.json",
+    "*.txt",
+    "*.model",
+    "tokenizer*",
+    "*.jinja",
+    "README.md",
+    "[Ll][Ii][Cc][Ee][Nn][CcSs][Ee]*",
+    "[Nn][Oo][Tt][Ii][Cc][Ee]*",
+    "[Cc][Oo][Pp][Yy]*",
+    "[Tt][Ee][Rr][Mm][Ss]*",
+    "*[Pp][Oo][Ll][Ii][Cc][Yy]",
+    "*[Pp][Oo][Ll][Ii][Cc][Yy].md",
+)
 # Weights as transformers names them. Some repositories have them a second time, in another layout.
 SAFETENSORS = ("model.safetensors", "model-*-of-*.safetensors")
 BIN = "pytorch_model*.bin"
@@ -58,6 +71,18 @@ def _local(path: Path) -> Path:
     return path
 
 
+def check_token() -> None:
+    """Raise `HubError` for a token that cannot be one: no request could be made with it."""
+    from huggingface_hub import get_token
+
+    token = get_token() or ""
+    if not token.isascii() or not token.isprintable() or " " in token:
+        raise HubError(
+            "the token for the Hugging Face Hub has characters that no token has; check HF_TOKEN, or run "
+            "`hf auth login`"
+        )
+
+
 def _download(model: str, revision: str | None, weights: bool) -> Path:
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import (
@@ -73,6 +98,7 @@ def _download(model: str, revision: str | None, weights: bool) -> Path:
             "network, or give a directory with the model's files"
         )
 
+    check_token()
     # Which library's errors the Hub's client lets through (requests, httpx, ...) changes with its version.
     with explained(refusal):
         try:

@@ -53,7 +53,7 @@ def _metadata(report: dict[str, Any], title: str) -> ModelCardData:
     datasets = dict.fromkeys([*_list(card.get("datasets")), *known])
     results = _results(report) or None
     return ModelCardData(
-        base_model=hub_id(report["model"]["name"]),
+        base_model=hub_id(report["model"]),
         library_name="transformers",
         pipeline_tag=TASK,
         tags=list(dict.fromkeys([*_list(card.get("tags")), *TAGS])),

@@ -15,7 +15,7 @@ from .drawing import site_names
 from .page_template import CSS, TEMPLATE
 from .plots import PLOTS, figures, style
 from .report import relative_error
-from .shareable import shareable, texts_of
+from .shareable import hub_id, shareable, texts_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -38,7 +38,7 @@ def html_page(report: dict[str, Any]) -> str:
     return environment.from_string(TEMPLATE).render(
         report=report,
         name=report["output"],
-        on_hub="/" in report["model"]["name"],
+        on_hub=hub_id(report["model"]) is not None,
         css=Markup(CSS),
         percent="{:.2%}".format,
         on_device=_on_device,

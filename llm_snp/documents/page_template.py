@@ -71,6 +71,7 @@ TEMPLATE = """
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="generator" content="llm_snp">
 <title>{{ name }}: report of the pruning</title>
 <style>{{ css }}</style>
 </head>

@@ -6,10 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..system.files import disk, write_bytes
 from . import drawing
 from .shareable import shareable
 
@@ -42,6 +40,7 @@ STYLE: dict[str, Any] = {
     "legend.handlelength": 2.4,
     "legend.columnspacing": 1.2,
     "svg.fonttype": "none",
+    "text.parse_math": False,  # a `$` in a name is no formula
 }
 
 
@@ -62,23 +61,22 @@ def figures(report: dict[str, Any]) -> dict[str, Figure]:
     return {name: figure for name, figure in drawn.items() if figure is not None}
 
 
-def write_plots(report: dict[str, Any], directory: Path) -> list[Path]:
-    """Write `directory`/plots/NAME.png, with titles; the same report gives the same bytes.
-
-    Returns the paths in the order of `PLOTS`. Raises `OutputError` if the disk does not take them.
-    """
-    folder, paths = directory / FOLDER, []
-    with disk(folder):
-        folder.mkdir(exist_ok=True)
+def plot_images(report: dict[str, Any]) -> dict[str, bytes]:
+    """The plots with titles, in the order of `PLOTS`: `plots/NAME.png` -> its bytes; the same report gives the same."""
+    images = {}
     for name, figure in figures(report).items():
-        path, image = folder / f"{name}.png", BytesIO()
+        image = BytesIO()
         figure.set_figheight(figure.get_figheight() + TITLE_HEIGHT)
         with style():
             figure.suptitle(PLOTS[name].title, x=0.01, ha="left")
             figure.savefig(image, format="png", dpi=PNG_DPI, metadata={"Software": None})
-        write_bytes(path, image.getvalue())
-        paths.append(path)
-    return paths
+        images[plot_path(name)] = image.getvalue()
+    return images
+
+
+def plot_path(name: str) -> str:
+    """Where a plot is in a result."""
+    return f"{FOLDER}/{name}.png"
 
 
 @contextmanager

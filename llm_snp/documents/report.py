@@ -7,7 +7,6 @@ import os
 import platform
 import re
 import resource
-import shlex
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -28,6 +27,7 @@ from ..pruning.job import Job
 from ..pruning.plan import Plan
 from ..system.device import device_facts, dtype_name
 from ..version import __version__
+from .shareable import command_line
 
 FORMAT = 1
 CURVE_POINTS = 33
@@ -50,17 +50,18 @@ class Report:
         self.data: dict[str, Any] = {
             "format": FORMAT,
             "versions": versions(),
-            "command": command_line(),
+            "command": command_line(dataclasses.asdict(options), processes, nodes()),
             "options": dataclasses.asdict(options),
             "seed": options.seed,
             "model": {
-                "name": options.model or job.directory.name,
+                "name": options.model if job.from_hub else job.directory.resolve().name,
+                "hub": job.from_hub,
                 "type": job.config.model_type,
                 "dtype": dtype_name(stored),
                 "bytes": sum(file.stat().st_size for file in checkpoint.files),
                 "card": card_metadata(job.directory),
             },
-            "device": device_facts(job.device, dtype) | {"processes": processes},
+            "device": device_facts(job.device, dtype) | {"processes": processes, "nodes": nodes()},
             "calibration": {
                 **_text(calibration),
                 "texts": [_text(part) for part in calibration.parts or (calibration,)],
@@ -169,15 +170,10 @@ def versions() -> dict[str, str]:
     return {"llm_snp": __version__, "python": platform.python_version()} | {name: version(name) for name in LIBRARIES}
 
 
-def command_line() -> str:
-    """The command as it can be typed again."""
-    program = Path(sys.argv[0])
-    head = ["python", "-m", "llm_snp"] if program.name == "__main__.py" else [program.name]
+def nodes() -> int:
+    """On how many machines torchrun has started the processes of this run."""
     processes, here = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-    if processes > 1 and program.name == "__main__.py":
-        nodes = ["--nnodes", str(processes // here)] if processes > here else []
-        head = ["torchrun", *nodes, "--nproc-per-node", str(here), "-m", "llm_snp"]
-    return shlex.join([*head, *sys.argv[1:]])
+    return max(1, processes // here)
 
 
 def _text(windows: Windows) -> dict[str, Any]:

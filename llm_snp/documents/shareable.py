@@ -1,12 +1,14 @@
-"""The report as it may be shown to others: without paths of the machine it was made on."""
+"""The report as others may see it, which is how it is written: nothing in it is of the machine it was made on."""
 
 from __future__ import annotations
 
-import copy
+import dataclasses
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from ..config import METHODS, PruneConfig
 
 CORPORA = {  # Hub id, config and split of the texts that have a name: what is evaluated on
     "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "test"),
@@ -16,14 +18,14 @@ TASKS = "harness:"  # what begins so among the texts to evaluate on lists tasks
 
 
 def shareable(report: dict[str, Any]) -> dict[str, Any]:
-    """A copy of the report in which local paths are reduced to their last component.
+    """A copy of the report in which local paths are reduced to their last component, the command's as well.
 
     What is no path stays: Hub ids, and the names of texts. Of texts that have the same name then, also one from the
-    Hub, the second gets "(2)", and so on.
+    Hub, the second gets "(2)", and so on. What cannot be printed is replaced, what a card cannot have is left out.
     """
-    report = copy.deepcopy(report)
+    report = _printable(report)
     model, options = report["model"], report["options"]
-    kept = {value for value in (hub_id(model["name"]), options.get("push_to_hub")) if value}
+    kept = {value for value in (hub_id(model), options.get("push_to_hub")) if value}
 
     def last(value: Any) -> Any:
         if isinstance(value, (list, tuple)):
@@ -34,9 +36,13 @@ def shareable(report: dict[str, Any]) -> dict[str, Any]:
 
     model["name"], report["output"] = last(model["name"]), last(report["output"])
     report["options"] = {option: last(value) for option, value in options.items()}
+    if options.get("model") is not None:
+        report["options"]["model"] = model["name"]
+    card = model.get("card") or {}
+    model["card"] = {field: value for field, value in card.items() if _is_text(value)}
 
     def text(source: str, taken: Iterable[str] = ()) -> str:
-        names = [short := last(source), *(f"{short} ({i})" for i in range(2, len(report["evaluation"]) + 3))]
+        names = [short := last(source), *(f"{short} ({i})" for i in range(2, len(report["evaluation"]) + 9))]
         return next(name for name in names if name not in taken and (name == source or name not in CORPORA))
 
     taken: list[str] = []
@@ -51,12 +57,28 @@ def shareable(report: dict[str, Any]) -> dict[str, Any]:
     report["evaluation"] = evaluation
     if "harness" in report:
         report["harness"] = {last(task): found for task, found in report["harness"].items()}
-    words = []
-    for word in shlex.split(report["command"]):
-        flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
-        words.append(flag + equals + last(value))
-    report["command"] = shlex.join(words)
+    device = report["device"]
+    report["command"] = command_line(report["options"], device.get("processes", 1), device.get("nodes", 1))
     return report
+
+
+def _printable(content: Any) -> Any:
+    """A copy of something JSON-ready without characters that a page, a plot or a card cannot have."""
+    if isinstance(content, str):
+        return "".join(one if one.isprintable() or one in "\n\t" else "\ufffd" for one in content)
+    if isinstance(content, Mapping):
+        copied: dict[str, Any] = {}
+        for name, value in content.items():
+            key = _printable(name)
+            while key in copied:
+                key += "\ufffd"
+            copied[key] = _printable(value)
+        return copied
+    return [_printable(one) for one in content] if isinstance(content, (list, tuple)) else content
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(one, str) for one in value))
 
 
 def texts_of(calibration: dict[str, Any]) -> list[dict[str, Any]]:
@@ -65,7 +87,34 @@ def texts_of(calibration: dict[str, Any]) -> list[dict[str, Any]]:
     return texts
 
 
-def hub_id(name: str) -> str | None:
-    """The name of the dense model, where it is one on the Hub."""
-    is_local = name.startswith((".", "/", "~")) or name.count("/") != 1 or Path(name).exists()
-    return None if is_local else name
+def hub_id(model: Mapping[str, Any]) -> str | None:
+    """The id of the dense model, if it was one on the Hub; a report of an earlier version does not say so."""
+    return model["name"] if model.get("hub") else None
+
+
+def command_line(options: Mapping[str, Any], processes: int = 1, nodes: int = 1) -> str:
+    """The command that `options` (fields of `PruneConfig`, some perhaps missing) come to, whoever called.
+
+    What the program that called was given for itself does not get here.
+    """
+    head = ["python"]
+    if processes > 1:
+        several = ["--nnodes", str(nodes)] if nodes > 1 else []
+        head = ["torchrun", *several, "--nproc-per-node", str(processes // nodes)]
+    plain: dict[str, Any] = {}
+    for name, value in options.items():
+        plain[name] = tuple(value) if isinstance(value, list) else value
+    method = plain.get("method")
+    default = PruneConfig(plain.get("model"), method=method if method in METHODS else PruneConfig.method).resolved()
+    words = [*head, "-m", "llm_snp", *([plain["model"]] if plain.get("model") else [])]
+    for field in dataclasses.fields(PruneConfig):
+        name, flag = field.name, "--" + field.name.replace("_", "-")
+        value = plain.get(name)
+        if name == "evaluate" and value == ():
+            words.append("--no-evaluate")
+        elif value is True:
+            words.append(flag)
+        elif name != "model" and value is not None and (name == "sparsity" or value != getattr(default, name)):
+            for one in value if isinstance(value, tuple) else (value,):
+                words += [f"{flag}={one}"] if str(one).startswith("-") else [flag, str(one)]
+    return shlex.join(words)

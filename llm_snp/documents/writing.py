@@ -3,45 +3,69 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError
-from ..system.files import digest, disk, write_json, write_text
-from ..system.workspace import REPORT
+from ..errors import CheckpointError, OptionError
+from ..system.files import digest, digest_of_bytes, disk, write_bytes, write_together
+from ..system.manifest import FILES, MEMORY, REPORT, is_result, manifest, recall, remember
 from .card import model_card
 from .page import html_page
-from .plots import FOLDER, PLOTS, write_plots
+from .plots import FOLDER, PLOTS, plot_images, plot_path
 from .report import FORMAT
+from .schema import fault
+from .shareable import shareable
 
 CARD = "README.md"
 PAGE = "report.html"
-# What every reader of a report relies on.
-NEEDED = ("model", "sparsity", "plan", "blocks", "evaluation", "calibration", "options", "seconds", "output")
+# By what a page of ours is known, also one of an earlier version.
+PAGE_MARKS = (b'<meta name="generator" content="llm_snp">', b": report of the pruning</title>")
 
 
 def write_documents(directory: Path, report: dict[str, Any]) -> list[Path]:
     """Write plots/*.png, report.html, README.md and report.json; returns the paths of what was written.
 
-    A README.md that a person has edited since it was written here is left alone; `report["card"]`, which is set, is
-    the hash that tells. Raises `OutputError` if the disk does not take them.
+    They are made as a whole, and written aside, before the first takes its name: a failure leaves those that were
+    there. A README.md that a person has edited since it was written here is left alone. Sets `report["card"]`, the
+    hash that tells, and `report["files"]`, those of everything that belongs to the result. Nothing that is written
+    names a place on this machine (`shareable`). Raises `OutputError` if the disk does not take them.
     """
-    plots = write_plots(report, directory)
-    with disk(directory / FOLDER):
-        for name in PLOTS:
-            path = directory / FOLDER / f"{name}.png"
-            if path not in plots:
-                path.unlink(missing_ok=True)
-    page, card = directory / PAGE, directory / CARD
-    write_text(page, html_page(report))
-    written = [*plots, page]
+    files = manifest(directory, report)
+    public = shareable(report)
+    made = plot_images(public)
+    made[PAGE] = html_page(public).encode()
+    card = directory / CARD
     if not _edited(card, report):
-        titles = [(PLOTS[path.stem].title, f"{FOLDER}/{path.name}") for path in plots]
-        write_text(card, model_card(report, plots=titles))
-        report["card"] = digest(card)
-        written.append(card)
-    write_json(directory / REPORT, report)  # last: a directory with it is a result
-    return [*written, directory / REPORT]
+        titles = [(plot.title, plot_path(name)) for name, plot in PLOTS.items() if plot_path(name) in made]
+        made[CARD] = model_card(public, plots=titles).encode()
+        report["card"] = digest_of_bytes(made[CARD])
+    old = [plot_path(name) for name in PLOTS if plot_path(name) not in made]
+    files = {name: found for name, found in files.items() if name not in old}
+    files |= {name: digest_of_bytes(content) for name, content in made.items()}
+    report[FILES] = {name: found or _digest(directory / name) for name, found in sorted(files.items())}
+    public |= {"card": report.get("card"), FILES: report[FILES]}
+    if not (directory / MEMORY).exists() and is_result(directory):
+        _remember_earlier(directory)
+    # Last: a directory with it is a result.
+    write_together(directory, made | {REPORT: (json.dumps(public, indent=2, allow_nan=False) + "\n").encode()})
+    with disk(directory / FOLDER):
+        for name in old:
+            (directory / name).unlink(missing_ok=True)
+    return [directory / name for name in (*made, REPORT)]
+
+
+def _digest(path: Path) -> str:
+    with disk(path):
+        return digest(path)
+
+
+def _remember_earlier(directory: Path) -> None:
+    """What earlier versions kept in the report itself: the places of the model and of texts on this machine."""
+    earlier = json.loads((directory / REPORT).read_bytes())
+    options = earlier.get("options")
+    if FILES not in earlier and isinstance(options, dict) and not recall(directory):
+        remember(directory, {"options": options, "model": options.get("model")})
 
 
 def _edited(card: Path, report: dict[str, Any]) -> bool:
@@ -49,6 +73,25 @@ def _edited(card: Path, report: dict[str, Any]) -> bool:
     with disk(card):
         finished = card.exists() and card.with_name(REPORT).exists()
         return finished and digest(card) != report.get("card")
+
+
+def write_page(path: Path, report: dict[str, Any]) -> None:
+    """Write only the page, to a new file or over an earlier page. Raises `OptionError` for any other file."""
+    with disk(path):
+        if path.suffix.lower() not in (".html", ".htm"):
+            raise OptionError(f"--output {path} is no name for a page; give one that ends in .html")
+        if is_result(path.parent) and path.name in manifest(path.parent):
+            raise OptionError(f"--output {path} is part of a result; leave --output out to make its page anew")
+        if path.is_file() and not any(mark in path.read_bytes() for mark in PAGE_MARKS):
+            raise OptionError(f"--output {path} is there, and no page of llm_snp; give another name, or move it")
+    write_bytes(path, html_page(report).encode())
+
+
+def _finite(text: str) -> float:
+    """A number as JSON has it; `ValueError` for NaN and what is infinite."""
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text[:20]} is no number of JSON")
+    return value
 
 
 def read_report(directory: Path) -> dict[str, Any]:
@@ -59,10 +102,14 @@ def read_report(directory: Path) -> dict[str, Any]:
         raise CheckpointError(f"{directory} {found}; {advice}")
     if not path.is_file():
         raise CheckpointError(f"{directory} has no {REPORT}; {advice}")
+    restore = "restore the file, or prune again"
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON ({error}); {advice}") from error
+        report = json.loads(path.read_bytes(), parse_constant=_finite, parse_float=_finite)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}; {advice}") from error
+    except (ValueError, RecursionError) as error:
+        why = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise CheckpointError(f"{path} is damaged or truncated, it is no JSON ({why}); {restore}") from error
     versions = report.get("versions") if isinstance(report, dict) else None
     if not isinstance(versions, dict) or "llm_snp" not in versions or not isinstance(report.get("format"), int):
         raise CheckpointError(f"{path} is no report of llm_snp; {advice}")
@@ -71,9 +118,8 @@ def read_report(directory: Path) -> dict[str, Any]:
             f"{path} has format {report['format']}, of llm_snp {versions['llm_snp']}; this llm_snp knows {FORMAT} and "
             "older: install a newer one"
         )
-    missing = [key for key in NEEDED if key not in report]
-    if missing:
-        raise CheckpointError(f"{path} is damaged: it lacks {', '.join(missing)}; prune again, or restore the file")
+    if found := fault(report):
+        raise CheckpointError(f"{path} is damaged: {found}; {restore}")
     # Earlier reports do not say it.
     report["model"].setdefault("custom_code", any(directory.glob("modeling_*.py")))
     return report

@@ -30,6 +30,12 @@ class Job:
     device: torch.device
     length: int
 
+    @property
+    def from_hub(self) -> bool:
+        """Whether the model was a repository on the Hub; a local directory may look like the name of one."""
+        model = self.options.model
+        return model is not None and self.directory != Path(os.path.expanduser(model))
+
 
 def open_job(options: PruneConfig, weights: bool, local_index: int = 0) -> Job:
     """Resolve and check `options`; `weights` False fetches a model's config only. Raises `SnpError`.

@@ -112,6 +112,8 @@ def direction_curves(
 
 def check_budget(family: Family, config: Any, blocks: Sequence[nn.Module], options: PruneConfig) -> None:
     """Raise `OptionError` if no plan can meet the budget, before anything is measured."""
+    if options.round_to > 1:  # first whether it is --sparsity alone
+        check_budget(family, config, blocks, dataclasses.replace(options, round_to=1))
     modes = ("heads", "dims") if options.attention == "both" else (options.attention,)
     most = 0
     for block in blocks:
@@ -124,6 +126,12 @@ def check_budget(family: Family, config: Any, blocks: Sequence[nn.Module], optio
 
 def _check_removable(options: PruneConfig, most: int, base: int) -> None:
     """most: parameters that can go; base: all linear ones of the blocks."""
+    if options.sparsity * base > most and options.round_to > 1:
+        raise OptionError(
+            f"--sparsity {options.sparsity:g} and --round-to {options.round_to} exclude each other: with a multiple of "
+            f"{options.round_to} units left in every layer, or all where it has fewer, at most "
+            f"{int(1000 * most / base) / 1000:g} can be removed from this model{_with(options)}; lower one of them"
+        )
     if options.sparsity * base > most:
         raise OptionError(
             f"--sparsity {options.sparsity:g} would leave a block empty; with one unit left everywhere at most "

@@ -20,7 +20,8 @@ from ..pruning.weights import State
 from ..system.journal import DIGEST, Journal
 from ..system.progress import Progress
 from .bundle import bundle
-from .writer import TOKENIZER_FILES, Writer
+from .carried import Carried, without_code
+from .writer import Writer
 
 KEPT = "kept"
 # What a result brings along that needs a class of its own: its family's file of `llm_snp.modeling`, with what that
@@ -102,13 +103,14 @@ def stock_fields(job: Job, plan: Plan) -> dict[str, Any] | None:
     return job.family.stock_fields(job.config, plan.kept)
 
 
-def write_rest(writer: Writer, job: Job, skeleton: Skeleton, plan: Plan, tokenizer: Any) -> None:
+def write_rest(writer: Writer, job: Job, skeleton: Skeleton, plan: Plan, tokenizer: Any, carried: Carried) -> None:
     """Everything but the blocks: outer weights, config, tokenizer, modelling file; the index last."""
     family, config, checkpoint = job.family, job.config, skeleton.checkpoint
     writer.shard(len(skeleton), dict(checkpoint.tensors(skeleton.outer)))
     stock = stock_fields(job, plan)
-    own = ("model_type", "architectures", "auto_map")  # what the result has of its own, or does not have
-    fields = {key: value for key, value in config.to_dict().items() if key not in own}
+    files = dict(carried.files)
+    own = ("model_type", "architectures")  # what the result has of its own
+    fields = {key: value for key, value in without_code(config.to_dict()).items() if key not in own}
     # Without it AutoTokenizer would look for the tokenizer of a model type that stock transformers does not know.
     # (TokenizersBackend is what transformers 5 calls PreTrainedTokenizerFast, which both major versions know.)
     fields["tokenizer_class"] = type(tokenizer).__name__.replace("TokenizersBackend", "PreTrainedTokenizerFast")
@@ -127,9 +129,9 @@ def write_rest(writer: Writer, job: Job, skeleton: Skeleton, plan: Plan, tokeniz
             "AutoModel": f"{module}.{family.pruned_class.base_class.__name__}",
             "AutoModelForCausalLM": f"{module}.{family.pruned_class.__name__}",
         }
-        writer.text(MODELING, bundle(source))
-    writer.text("config.json", result.to_json_string())
-    writer.copy(job.directory, TOKENIZER_FILES)
+        files[MODELING] = bundle(source).encode()
+    files["config.json"] = result.to_json_string().encode()
+    writer.bytes(files)
     writer.index()
 
 

@@ -7,20 +7,21 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-import xxhash
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from safetensors import SafetensorError, safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
+from ..dense.hub import check_token
 from ..documents.card import model_card, plots_of
 from ..documents.shareable import shareable
+from ..documents.writing import CARD, read_report
 from ..errors import CheckpointError, HubError, OptionError
-from ..system.files import digest
-from ..system.workspace import REPORT, is_result
+from ..system.files import digest, digest_of_bytes
+from ..system.manifest import FILES, REPORT, changed, manifest, some, strays
 from ..version import __version__
 
-CARD = "README.md"
 ATTRIBUTES = ".gitattributes"  # the Hub puts it into every new repository
 REASON = 300  # characters at most that an error quotes
 
@@ -37,18 +38,20 @@ def check_push(repo: str, overwrite: bool = False) -> None:
 def push(directory: Path, repo: str, private: bool = False, overwrite: bool = False, message: str | None = None) -> str:
     """Upload a result to `repo` ("user/name") in one commit, and return its URL.
 
-    The repository is made if there is none, as a private one if `private`. With `overwrite` it has afterwards what
-    `directory` has and nothing else. The card says how to load the model from there, unless a person has edited
-    README.md, which then goes up as it is; report.json goes up without paths of this machine. `directory` itself is
-    not changed.
+    What a run wrote goes up, after it was checked against its hashes, and nothing else (`left_here` tells what that
+    leaves). The repository is made if there is none, as a private one if `private`. With `overwrite` it has afterwards
+    what the result consists of and nothing else. The card says how to load the model from there, unless a person has
+    edited README.md, which then goes up as it is. `directory` itself is not changed.
 
-    Raises `CheckpointError` if the directory is no finished result, and what `check_push` raises. After a `HubError`
-    in the middle the same call can be repeated: before the commit nothing of an upload is seen.
+    Raises `CheckpointError` if the directory is no finished result or not as it was written, and what `check_push`
+    raises. After a `HubError` in the middle the same call can be repeated: before the commit nothing of an upload is
+    seen.
     """
-    files = _files(directory)
+    report = read_report(directory)
+    files = _files(directory, report)
     api = HfApi()
     there = _files_there(api, repo, overwrite)
-    content = files | _documents(directory, repo)
+    content = files | _documents(directory, report, repo)
     stale = sorted((there or set()) - set(content) - {ATTRIBUTES})
     visibility: dict[str, Any] = {"private": True} if private else {}  # else the owner's default, for most public
     try:
@@ -78,34 +81,50 @@ def push(directory: Path, repo: str, private: bool = False, overwrite: bool = Fa
     return f"{api.endpoint}/{repo}"
 
 
-def _files(directory: Path) -> dict[str, Path | bytes]:
-    """What a result consists of, by name in the repository. Raises `CheckpointError` if it is no complete one."""
-    if not is_result(directory):
-        raise CheckpointError(
-            f"{directory} is no finished result of llm_snp: it has no {REPORT} of it; give the --output of a run"
-        )
+def left_here(directory: Path) -> list[str]:
+    """The files in a result that `push` leaves where they are: no run wrote them."""
+    return [name for name in strays(directory) if name != CARD]
+
+
+def _files(directory: Path, report: dict[str, Any]) -> dict[str, Path | bytes]:
+    """What a result consists of, by name in the repository. Raises `CheckpointError` if it is not as it was written."""
+    files = {name: found for name, found in manifest(directory, report).items() if name != CARD}
     index = directory / SAFE_WEIGHTS_INDEX_NAME
     try:
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index.exists() else set()
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} is no index of safetensors files; prune the model again") from error
-    missing = [name for name in ("config.json", index.name, *sorted(shards)) if not (directory / name).is_file()]
-    if missing:
-        raise CheckpointError(f"{directory} is incomplete: it has no {', '.join(missing)}; prune the model again")
-    names = (path.relative_to(directory) for path in sorted(directory.rglob("*")) if path.is_file())
-    # Hidden files are those of editors, version control and interrupted writes.
-    wanted = [name for name in names if not any(part.startswith((".", "__pycache__")) for part in name.parts)]
-    return {name.as_posix(): directory / name for name in wanted}
+        shards = set(json.loads(index.read_bytes())["weight_map"].values()) if index.exists() else set()
+        config = json.loads((directory / "config.json").read_bytes()) if (directory / "config.json").exists() else {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{directory} is damaged: its config or index cannot be read; prune again") from error
+    needed = {"config.json", index.name, *map(str, shards)} | ({"modeling_snp.py"} if config.get("auto_map") else set())
+    missing, other = changed(directory, dict.fromkeys(sorted(needed)) | files)
+    other += [name for name in sorted(needed) if name.endswith(".safetensors") and not _opens(directory / name)]
+    if missing or other:
+        wrong = [f"{some(names)} {what}" for names, what in ((missing, "missing"), (other, "changed")) if names]
+        raise CheckpointError(
+            f"{directory} is not as it was written: {', '.join(wrong)}; restore that, prune again, or, where only "
+            f"plots or the page are wrong, make them anew with `python -m llm_snp report {shlex.quote(str(directory))}`"
+        )
+    return {name: directory / name for name in files}
 
 
-def _documents(directory: Path, repo: str) -> dict[str, bytes]:
+def _opens(path: Path) -> bool:
+    """Whether a shard is whole, as far as its header tells; `changed` tells all where there is a hash."""
+    try:
+        with safe_open(path, framework="pt"):
+            return True
+    except (SafetensorError, OSError):
+        return False
+
+
+def _documents(directory: Path, report: dict[str, Any], repo: str) -> dict[str, bytes]:
     """Card and report as they go up: the card for loading from `repo`, the report without paths of this machine."""
-    report = json.loads((directory / REPORT).read_text(encoding="utf-8"))
     card = _card(directory / CARD, report, repo)
+    documents = {CARD: (directory / CARD).read_bytes() if card is None else card.encode()}
     report = shareable(report)
-    documents = {} if card is None else {CARD: card.encode()}
+    files = {name: found for name, found in manifest(directory, report).items() if found}
+    report[FILES] = files | {CARD: digest_of_bytes(documents[CARD])}
     if card is not None:  # so that the card of a downloaded copy is known as ours
-        report["card"] = xxhash.xxh3_128_hexdigest(documents[CARD])
+        report["card"] = report[FILES][CARD]
     return documents | {REPORT: (json.dumps(report, indent=2) + "\n").encode()}
 
 
@@ -113,7 +132,7 @@ def _card(path: Path, report: dict[str, Any], repo: str) -> str | None:
     """The card for `repo`, or None if a person has edited the one that is there."""
     if not path.exists():
         return model_card(report, repo)
-    text = path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8", errors="replace")
     plots = plots_of(text)
     known = report.get("card")
     ours = digest(path) == known if known else text == model_card(report, plots=plots)
@@ -130,6 +149,7 @@ def _files_there(api: HfApi, repo: str, overwrite: bool) -> set[str] | None:
         raise OptionError(f"{repo!r} does not say whose repository it is; give user/name")
     if get_token() is None:
         raise HubError("there is no token for the Hugging Face Hub; run `hf auth login`, or set HF_TOKEN")
+    check_token()
     try:
         _check_permission(api.whoami(), repo)
         try:

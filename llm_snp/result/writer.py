@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
+import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -13,21 +12,7 @@ from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from ..core.stopwatch import timed
-from ..system.files import digest, disk, write_json, write_tensors, write_text
-
-# Of the dense model these go along unchanged; weights, config and card are written anew.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
+from ..system.files import digest, digest_of_bytes, write_tensors, write_together
 
 
 class Writer:
@@ -36,6 +21,7 @@ class Writer:
     def __init__(self, directory: Path, shards: int):
         self.directory = directory
         self._shards = shards
+        self.files: dict[str, str] = {}  # name -> hash of what was written
         self._map: dict[str, str] = {}
         self._bytes = 0
         self._parameters = 0
@@ -50,7 +36,8 @@ class Writer:
         path = self.path(number)
         write_tensors(path, tensors)
         self._count(path, tensors)
-        return digest(path)
+        self.files[path.name] = digest(path)
+        return self.files[path.name]
 
     def adopt(self, number: int, expected: str) -> dict[str, Tensor] | None:
         """The tensors of a shard that an earlier run wrote, as if written now; None if it is not what it was."""
@@ -62,6 +49,7 @@ class Writer:
         except (OSError, SafetensorError):
             return None
         self._count(path, tensors)
+        self.files[path.name] = expected
         return tensors
 
     def _count(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -69,23 +57,16 @@ class Writer:
         self._bytes += sum(t.numel() * t.element_size() for t in tensors.values())
         self._parameters += sum(t.numel() for t in tensors.values() if t.is_floating_point())
 
-    def text(self, name: str, content: str) -> None:
-        write_text(self.directory / name, content)
-
-    def json(self, name: str, content: Any) -> None:
-        write_json(self.directory / name, content)
-
-    def copy(self, source: Path, names: tuple[str, ...] | None = None) -> None:
-        """Copy a file, or of a directory those of `names` that it has."""
-        files = [source] if names is None else [source / name for name in names if (source / name).is_file()]
-        with disk(self.directory):
-            for file in files:
-                shutil.copyfile(file, self.directory / file.name)
+    def bytes(self, files: Mapping[str, bytes]) -> None:
+        """Write other files by their name, some perhaps in folders."""
+        write_together(self.directory, files)
+        self.files |= {name: digest_of_bytes(content) for name, content in files.items()}
 
     def index(self) -> None:
         """The index, after all shards: a directory without it does not load."""
         metadata = {"total_size": self._bytes, "total_parameters": self._parameters}
-        self.json(SAFE_WEIGHTS_INDEX_NAME, {"metadata": metadata, "weight_map": dict(sorted(self._map.items()))})
+        index = {"metadata": metadata, "weight_map": dict(sorted(self._map.items()))}
+        self.bytes({SAFE_WEIGHTS_INDEX_NAME: (json.dumps(index, indent=2) + "\n").encode()})
 
     @property
     def weight_bytes(self) -> int:

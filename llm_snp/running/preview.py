@@ -11,10 +11,12 @@ from ..dense.hub import config_dtype
 from ..dense.skeleton import empty_model, linear_blocks
 from ..dense.storage import check_offload
 from ..pruning.job import Job, open_job
-from ..pruning.plan import Plan, empty_curves, make_plan
+from ..pruning.plan import Plan, check_budget, empty_curves, make_plan
+from ..result.carried import check_tokenizer_class
 from ..system.device import resolve_dtype
-from ..system.workspace import check_output
+from ..system.workspace import check_harmless, check_output
 from .estimate import Estimate, estimate
+from .inputs import inputs_of
 
 
 @dataclass(frozen=True)
@@ -34,14 +36,17 @@ def preview(options: PruneConfig, device: torch.device | None = None) -> Preview
     options.validate()
     check_offload(options.offload)
     job = open_job(options, weights=False)
+    check_tokenizer_class(job.directory)
     if not options.resume:
         check_output(job.output, options.overwrite)
+        check_harmless(job.output, inputs_of(job))
     family, config, options = job.family, job.config, job.options
     device = device or job.device
     dtype = resolve_dtype(options.dtype, device, config_dtype(config))
     model = empty_model(config)
     parameters = sum(p.numel() for p in model.parameters())
     blocks, _ = linear_blocks(model, family.blocks)
+    check_budget(family, config, blocks, options)
     plan = make_plan(family, config, blocks, options, empty_curves(family, config, blocks, options), "uniform")
     needed = estimate(model, family, config, options, job.length, dtype, device, 1 - plan.removed / parameters)
     return Preview(job, plan, options.measures, parameters, needed, dtype)

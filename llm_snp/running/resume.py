@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,12 +14,16 @@ import torch
 from ..config import PruneConfig
 from ..dense.checkpoint import Checkpoint
 from ..dense.data import Windows
-from ..documents.report import command_line
+from ..documents.report import nodes
+from ..documents.shareable import command_line, shareable
+from ..documents.writing import read_report
 from ..errors import RESUMABLE, CheckpointError, DeviceMemoryError, Interrupted, ResumeError, SnpError
+from ..evaluation.harness import texts_of
 from ..pruning.job import Job
-from ..result.writer import TOKENIZER_FILES
+from ..result.carried import Carried
 from ..system.files import digest
-from ..system.workspace import JOURNAL, REPORT, Workspace, is_result, tidy
+from ..system.manifest import JOURNAL, is_result, recall
+from ..system.workspace import Workspace, tidy
 from ..version import __version__
 
 # Options that do not change the result.
@@ -37,13 +42,12 @@ def settings(options: PruneConfig, dtype: torch.dtype) -> dict[str, Any]:
     return {"llm_snp": __version__, **fields, "--dtype": str(dtype).removeprefix("torch.")}
 
 
-def model_identity(job: Job, checkpoint: Checkpoint) -> dict[str, str]:
+def model_identity(job: Job, carried: Carried, checkpoint: Checkpoint) -> dict[str, str]:
     """Hashes of everything that is read of the dense model. Raises `CheckpointError` if it cannot be read."""
-    tokenizer = [job.directory / name for name in TOKENIZER_FILES if (job.directory / name).is_file()]
     try:
         return {
             "the hash of the model's config.json": digest(job.directory / "config.json"),
-            "the hash of the model's tokenizer": digest(*tokenizer),
+            "the hash of the model's tokenizer, templates and terms": carried.digest,
             "the hash of the model's weights": digest(*checkpoint.files),
         }
     except OSError as error:
@@ -66,9 +70,15 @@ def finished_before(job: Job) -> dict[str, Any] | None:
     tidy(output)
     if not options.resume or not is_result(output) or (options.overwrite and not untidy):
         return None
-    report: dict[str, Any] = json.loads((output / REPORT).read_text(encoding="utf-8"))
-    now = {"llm_snp": __version__, **json.loads(json.dumps(dataclasses.asdict(options)))}
-    earlier = {"llm_snp": report["versions"]["llm_snp"], **report["options"]}
+    report = read_report(output)
+    given = json.loads(json.dumps(dataclasses.asdict(options)))
+    earlier = recall(output).get("options")
+    if not isinstance(earlier, dict):  # made elsewhere, and brought here: the report has the names of files only
+        model = {"name": options.model or "", "hub": job.from_hub}
+        given = shareable(report | {"options": given, "model": report["model"] | model})["options"]
+        earlier = report["options"]
+    now = {"llm_snp": __version__, **given}
+    earlier = {"llm_snp": report["versions"]["llm_snp"], **earlier}
     for name in now:
         if name not in FREE and earlier.get(name) != now[name]:
             if options.overwrite:
@@ -77,7 +87,15 @@ def finished_before(job: Job) -> dict[str, Any] | None:
                 f"--resume: {job.output} is finished, and {_flag(name)} is {now[name]!r} now and was "
                 f"{earlier.get(name)!r} there; give another --output, or --overwrite"
             )
-    return report
+    # As the run itself gave it: the report in the file has names where the caller has paths.
+    evaluated = zip(texts_of(options.evaluate or ()), report["evaluation"].values(), strict=True)
+    return report | {
+        "options": dataclasses.asdict(options),
+        "output": str(job.output),
+        "evaluation": {
+            source: {which: found | {"source": source} for which, found in both.items()} for source, both in evaluated
+        },
+    }
 
 
 def _flag(name: str) -> str:
@@ -86,10 +104,11 @@ def _flag(name: str) -> str:
 
 
 @contextmanager
-def kept_for_resume(workspace: Workspace | None, blocks: int) -> Iterator[None]:
+def kept_for_resume(workspace: Workspace | None, blocks: int, command: str) -> Iterator[None]:
     """Whatever ends the run early, leave what can be gone on with and say so, or nothing at all.
 
-    What an earlier run has left is never removed here: a wrong option must not cost what took days.
+    command: what goes on from there. What an earlier run has left is never removed here: a wrong option must not cost
+    what took days.
     """
     try:
         yield
@@ -99,7 +118,7 @@ def kept_for_resume(workspace: Workspace | None, blocks: int) -> Iterator[None]:
                 f"the device ran out of memory ({str(error).splitlines()[0]}); use --device cpu or a shorter "
                 "--sequence-length; --dry-run tells what a run needs"
             )
-        left = "" if workspace is None else _left(workspace, blocks)
+        left = "" if workspace is None else _left(workspace, blocks, command)
         # The same command can go on from here; after a ResumeError another one can, as its own sentence says.
         resumable = not isinstance(error, SnpError) or isinstance(error, RESUMABLE)
         if workspace is not None:
@@ -115,7 +134,7 @@ def kept_for_resume(workspace: Workspace | None, blocks: int) -> Iterator[None]:
         raise error
 
 
-def _left(workspace: Workspace, blocks: int) -> str:
+def _left(workspace: Workspace, blocks: int, command: str) -> str:
     """What an unfinished run has to show, and how to go on; empty if there is nothing."""
 
     def count(pattern: str) -> int:
@@ -133,9 +152,10 @@ def _left(workspace: Workspace, blocks: int) -> str:
         what = "the dense model is evaluated"
     else:
         return ""
-    return f"{what} and kept in {workspace.directory}; go on with: {_again()}"
+    return f"{what} and kept in {workspace.directory}; go on with: {command}"
 
 
-def _again() -> str:
-    command = command_line()
-    return command if "--resume" in command.split() else f"{command} --resume"
+def again(options: PruneConfig) -> str:
+    """The command that goes on with a run, whether a person typed it or a program called `prune`."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    return command_line(dataclasses.asdict(options) | {"resume": True}, processes, nodes())

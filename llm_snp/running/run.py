@@ -25,14 +25,17 @@ from ..pruning.job import Job, open_job
 from ..pruning.plan import Plan, check_budget
 from ..pruning.session import Session
 from ..result.assembly import PrunedBlocks, open_result, stock_fields, write_rest
+from ..result.carried import Carried
 from ..result.writer import Writer
 from ..system.device import as_at_start, resolve_dtype
 from ..system.journal import Journal
+from ..system.manifest import FILES, remember
 from ..system.processes import Processes
 from ..system.progress import Progress
 from ..system.workspace import Workspace, check_space
 from .afterwards import afterwards, check_afterwards
-from .resume import calibration_identity, finished_before, kept_for_resume, model_identity, settings
+from .inputs import inputs_of, memory_of
+from .resume import again, calibration_identity, finished_before, kept_for_resume, model_identity, settings
 
 
 def run(options: PruneConfig) -> dict[str, Any]:
@@ -58,13 +61,17 @@ def _pruned(options: PruneConfig) -> tuple[Job, dict[str, Any], Progress, bool]:
         with progress.phase("load"):
             processes.on_main(lambda: check_afterwards(options))
             job = open_job(options, weights=True, local_index=processes.local_index)
+            carried = Carried(job.directory)
             earlier = processes.from_main(lambda: finished_before(job))
             if earlier is not None:
                 progress.say(f"{job.output} is finished already")
                 return job, earlier, progress, processes.main
-            workspace = processes.on_main(lambda: Workspace(job.output, options.overwrite, options.resume))
-        with kept_for_resume(workspace, job.config.num_hidden_layers):
-            report = _Run(job, Storage(offload, job.device.type == "cuda"), processes, progress, workspace).prune()
+            workspace = processes.on_main(
+                lambda: Workspace(job.output, options.overwrite, options.resume, inputs_of(job))
+            )
+        with kept_for_resume(workspace, job.config.num_hidden_layers, again(options)):
+            storage = Storage(offload, job.device.type == "cuda")
+            report = _Run(job, carried, storage, processes, progress, workspace).prune()
         return job, report, progress, processes.main
 
 
@@ -86,10 +93,16 @@ class _Run:
     """The parts of one run. Only the main process has the workspace, and writes."""
 
     def __init__(
-        self, job: Job, storage: Storage, processes: Processes, progress: Progress, workspace: Workspace | None
+        self,
+        job: Job,
+        carried: Carried,
+        storage: Storage,
+        processes: Processes,
+        progress: Progress,
+        workspace: Workspace | None,
     ):
-        self.job, self.storage, self.processes, self.progress = job, storage, processes, progress
-        self.workspace = workspace
+        self.job, self.carried, self.storage = job, carried, storage
+        self.processes, self.progress, self.workspace = processes, progress, workspace
         self.directory = processes.from_main(lambda: _known(workspace).directory)
         self.journal = Journal(processes.from_main(lambda: _known(workspace).journal), processes, progress)
         with progress.phase("load"):
@@ -97,8 +110,9 @@ class _Run:
             self.stored = stored_dtype(self.checkpoint)
             self.dtype = resolve_dtype(job.options.dtype, job.device, self.stored)
             self.journal.expect("settings", settings(job.options, self.dtype))
-            self.journal.expect("model", processes.from_main(lambda: model_identity(job, self.checkpoint)))
+            self.journal.expect("model", processes.from_main(lambda: model_identity(job, carried, self.checkpoint)))
             self.tokenizer = load_tokenizer(job.directory)
+            processes.on_main(lambda: carried.check(self.tokenizer, _known(workspace).journal / "tokenizer"))
             processes.on_main(self._check_space)
             self.skeleton = Skeleton(job.config, job.family.blocks, self.checkpoint, job.device, self.dtype)
             # Nothing is measured yet, but whether the budget can be met at all is known already.
@@ -158,11 +172,18 @@ class _Run:
     def _write(self, writer: Writer, plan: Plan) -> None:
         """Write what is not a block; when this returns, all processes may read the result."""
         with self.progress.phase("save"):
-            self.processes.on_main(lambda: write_rest(writer, self.job, self.skeleton, plan, self.tokenizer))
+            self.processes.on_main(
+                lambda: write_rest(writer, self.job, self.skeleton, plan, self.tokenizer, self.carried)
+            )
 
     def _finish(self, writer: Writer, report: Report) -> dict[str, Any]:
+        workspace = _known(self.workspace)
+        report.data[FILES] = writer.files
         write_documents(self.directory, report.data)
-        _known(self.workspace).finish()
+        remember(self.directory, memory_of(self.job))
+        workspace.finish()
+        if workspace.left:
+            self.progress.say(f"kept {workspace.left}: someone put files into {self.job.output} while it was replaced")
         return report.data
 
     def _dense_perplexity(self, windows: Windows) -> Perplexity:

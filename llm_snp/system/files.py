@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,27 @@ def write_bytes(path: Path, content: bytes) -> None:
         _settle(temporary, path)
 
 
+def write_together(directory: Path, files: Mapping[str, bytes]) -> None:
+    """Write files by their name relative to `directory`, folders and all: all of them, or after an error none.
+
+    Each is written aside first; then they take their names, in the order given.
+    """
+    with disk(directory), ExitStack() as stack:
+        ready = []
+        for name, content in files.items():
+            path = directory / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = stack.enter_context(_temporary(path))
+            temporary.write_bytes(content)
+            _durable(temporary)
+            ready.append((temporary, path))
+        for _, path in ready:
+            if path.is_dir():  # which `replace` would find out after others have their names
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        for temporary, path in ready:
+            _settle(temporary, path)
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file: temporary name, fsync, rename."""
     with disk(path), _temporary(path) as temporary:
@@ -56,9 +77,14 @@ def digest(*paths: Path) -> str:
     return found.hexdigest()
 
 
+def digest_of_bytes(content: bytes) -> str:
+    """The same for what a file has, or is to have."""
+    return xxhash.xxh3_128_hexdigest(content)
+
+
 def digest_of_json(content: Any) -> str:
     """The same for what is written as JSON: equal for what was written and what is read back."""
-    return xxhash.xxh3_128_hexdigest(json.dumps(content).encode())
+    return digest_of_bytes(json.dumps(content).encode())
 
 
 @contextmanager
@@ -94,9 +120,13 @@ def _temporary(path: Path) -> Iterator[Path]:
 
 def _settle(temporary: Path, final: Path) -> None:
     """Make a written file durable, then visible under its name."""
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
+    _durable(temporary)
     os.replace(temporary, final)
+
+
+def _durable(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

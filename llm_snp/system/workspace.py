@@ -5,10 +5,10 @@ At the end the directory gets its name, so that a result is complete or not ther
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import socket
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,10 +16,9 @@ from filelock import FileLock, Timeout
 
 from ..errors import OutputError
 from .files import disk
+from .manifest import JOURNAL, REPORT, has_report, is_result, remove_own, some, strays
 
-REPORT = "report.json"
 PARTIAL = ".partial"
-JOURNAL = ".llm_snp"  # inside the partial directory: what is no part of the result, and the mark that it is ours
 LOCK = "lock"
 OWNER = "owner"
 BLOCKS = "block-*.json"
@@ -28,11 +27,12 @@ BLOCKS = "block-*.json"
 class Workspace:
     """The partial directory of `output`, held by this run until `finish`, `discard` or `keep`.
 
-    resume: go on with what an interrupted run left; without it, and without `overwrite`, finished blocks of such a run
-    are not thrown away but refused. Raises `OutputError`, also if another run holds the directory.
+    inputs: what the run reads, which it must not write to; resume: go on with what an interrupted run left; without it,
+    and without `overwrite`, finished blocks of such a run are not thrown away but refused. Raises `OutputError`, also
+    if another run holds the directory.
     """
 
-    def __init__(self, output: Path, overwrite: bool, resume: bool):
+    def __init__(self, output: Path, overwrite: bool, resume: bool, inputs: Iterable[Path] = ()):
         # A symbolic link stays one: what it points to is replaced.
         self.output = output.resolve()
         self.directory = self.output.with_name(self.output.name + PARTIAL)
@@ -41,6 +41,7 @@ class Workspace:
         self.finished = False  # whether the result has its name
         self._overwrite = overwrite
         check_output(output, overwrite)
+        check_harmless(output, inputs)
         missing = (self.directory, *self.directory.parents)
         self._made = [path for path in missing if not path.exists()]
         self._lock = FileLock(self.journal / LOCK, blocking=False)
@@ -120,6 +121,12 @@ class Workspace:
         tidy(self.output)
         self._lock.release()
 
+    @property
+    def left(self) -> Path | None:
+        """Where files are that were put into an earlier result while this run replaced it."""
+        aside = _aside(self.output)
+        return aside if aside.exists() else None
+
     def keep(self) -> None:
         """Leave what is finished for a later run."""
         self._lock.release()
@@ -134,10 +141,13 @@ class Workspace:
 
 
 def tidy(output: Path) -> None:
-    """Remove what is no part of a result: after `finish`, or after a run that was killed within it."""
+    """Remove what is no part of a result, and the earlier one: after `finish`, or after a run that was killed within.
+
+    What someone else has put into the earlier one stays, under the name that it has by then.
+    """
     output = output.resolve()
     if (output / JOURNAL).exists() and is_result(output):
-        shutil.rmtree(_aside(output), ignore_errors=True)
+        remove_own(_aside(output))
         shutil.rmtree(output / JOURNAL, ignore_errors=True)
 
 
@@ -157,7 +167,8 @@ def check_output(output: Path, overwrite: bool) -> None:
             raise OutputError(f"--output {output} is a file; give a directory")
         if resolved.exists() and any(resolved.iterdir()):
             if not is_result(resolved):
-                raise OutputError(f"--output {output} is not empty and no result of llm_snp; give another directory")
+                found = f"its {REPORT} is damaged" if has_report(resolved) else "no result of llm_snp"
+                raise OutputError(f"--output {output} is not empty and {found}; give another directory")
             if not overwrite:
                 raise OutputError(f"--output {output} holds an earlier result; give another directory, or --overwrite")
         # A run that was killed within `finish` leaves one, which the next run puts back or removes.
@@ -171,12 +182,29 @@ def _check_aside(aside: Path) -> None:
         raise OutputError(f"{aside} is in the way; it may be a still earlier result: move or remove it")
 
 
-def is_result(directory: Path) -> bool:
-    """Whether a directory has the report of an earlier run."""
-    try:
-        return "llm_snp" in json.loads((directory / REPORT).read_text(encoding="utf-8"))["versions"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+def check_harmless(output: Path, inputs: Iterable[Path]) -> None:
+    """Raise `OutputError` if writing to `output` would touch an input, or remove what no run of llm_snp wrote.
+
+    To be called before the work, after `check_output`; hashes what an earlier result consists of.
+    """
+    with disk(output):
+        resolved = output.resolve()
+        places = (resolved, resolved.with_name(resolved.name + PARTIAL), _aside(resolved))
+        for path in inputs:
+            real = path.resolve()
+            # A file may lie elsewhere than the directory that has its name.
+            members = [member.resolve() for member in real.iterdir()] if real.is_dir() else []
+            if any(one.is_relative_to(place) for one in (real, *members) for place in places):
+                raise OutputError(
+                    f"--output {output} is or holds {path}, which the run reads; give another directory, or move that"
+                )
+            if real.is_dir() and resolved.is_relative_to(real):
+                raise OutputError(f"--output {output} lies inside {path}, which the run reads; give another directory")
+        if others := strays(resolved) if resolved.is_dir() else []:
+            raise OutputError(
+                f"--output {output} has files that no run of llm_snp wrote, or that were changed since "
+                f"({some(others)}), and --overwrite would remove them; move them, or give another directory"
+            )
 
 
 def check_space(directory: Path, needed: int) -> None:
@@ -187,8 +215,8 @@ def check_space(directory: Path, needed: int) -> None:
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise OutputError(
-            f"the result needs up to {needed / 1e9:.2f} GB, but the disk of {existing} has {free / 1e9:.2f} GB free; "
-            "give --output on another disk"
+            f"the result needs up to {_size(needed)}, but the disk of {existing} has {_size(free)} free; give --output "
+            "on another disk"
         )
 
 
@@ -202,3 +230,11 @@ def _owner(journal: Path) -> str:
         return f" ({(journal / OWNER).read_text(encoding='utf-8')})"
     except OSError:
         return ""
+
+
+def _size(count: int) -> str:
+    """Bytes as a person reads them: `2.61 GB`, `3.1 MB`, `12 kB`."""
+    for scale, style, unit in ((1e9, ".2f", "GB"), (1e6, ".1f", "MB")):
+        if count >= scale:
+            return f"{count / scale:{style}} {unit}"
+    return f"{count / 1e3:.0f} kB" if count >= 1e3 else f"{count} bytes"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +105,7 @@ def test_a_report_of_an_earlier_version_names_one_text(report: dict[str, Any]) -
 def test_what_the_dense_model_says_of_itself_is_carried_over(report: dict[str, Any]) -> None:
     licence = {"license": "other", "license_name": "opt", "license_link": "https://example.org/LICENSE"}
     card = {"language": "en", "tags": ["opt", "pruned"], "datasets": ["bookcorpus"], "inference": False, **licence}
-    report["model"] |= {"name": HUB_ID, "card": card}
+    report["model"] |= {"name": HUB_ID, "hub": True, "card": card}
     calibrated_on(report, "c4")
     report["evaluation"] = {"wikitext2": next(iter(report["evaluation"].values()))}
     text = model_card(report)
@@ -130,14 +129,17 @@ def test_what_the_dense_model_says_of_itself_is_carried_over(report: dict[str, A
     assert metadata(model_card(report))["datasets"] == ["allenai/c4"]
 
 
-def test_a_local_directory_is_no_base_model(
-    report: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "models" / "tiny").mkdir(parents=True)
-    for name in ("models/tiny", "./models/tiny", "~/tiny", "/a/b", "a/b/c", "tiny"):
-        report["model"]["name"] = name
-        assert "base_model" not in metadata(model_card(report)), name
+def test_a_local_directory_is_no_base_model(report: dict[str, Any]) -> None:
+    """Even if it has the name of one on the Hub; a report that does not say claims nothing."""
+    for name in ("models/tiny", "./models/tiny", "~/tiny", "/a/b", "a/b/c", "tiny", HUB_ID):
+        for hub in ({}, {"hub": False}):
+            report["model"] = {key: value for key, value in report["model"].items() if key != "hub"} | {
+                "name": name,
+                **hub,
+            }
+            card = model_card(report)
+            assert "base_model" not in metadata(card), name
+            assert HUB_ID not in card
 
 
 def test_what_was_removed(report: dict[str, Any]) -> None:
@@ -228,16 +230,15 @@ def test_plots(report: dict[str, Any]) -> None:
 
 
 def test_no_local_path_gets_out(report: dict[str, Any]) -> None:
-    words = ["python", "-m", "llm_snp", "/home/ann/models/tiny", "--calibration=/data/my text.txt"]
-    words += ["--evaluate", "harness:arc_easy,/home/ann/own.yaml", "--output", "../out/tiny-snp-30", "--seed", "1"]
-    words += ["--push-to-hub", "ann/tiny"]
-    report["command"] = shlex.join(words)
+    report["command"] = "/home/ann/program --password hf_secret"
     report["model"]["name"], report["output"] = "/home/ann/models/tiny", "../out/tiny-snp-30"
     report["options"] |= {
         "model": "/home/ann/models/tiny",
         "calibration": "/data/my text.txt",
         "evaluate": ["/home/ann/test.txt", "harness:arc_easy,/home/ann/own.yaml"],
         "push_to_hub": "ann/tiny",
+        "output": "../out/tiny-snp-30",
+        "seed": 1,
     }
     report["calibration"]["source"] = "/data/my text.txt"
     (measured,) = report["evaluation"].values()
@@ -246,11 +247,11 @@ def test_no_local_path_gets_out(report: dict[str, Any]) -> None:
     card, shared = model_card(report), shareable(report)
     assert report == before
     for text in (card, json.dumps(shared)):
-        assert not any(part in text for part in ("/home", "/data", "../out", "models/"))
-    assert (
-        "python -m llm_snp tiny '--calibration=my text.txt' --evaluate harness:arc_easy,own.yaml "
-        "--output tiny-snp-30 --seed 1 --push-to-hub ann/tiny" in card
-    )
+        assert not any(part in text for part in ("/home", "/data", "../out", "models/", "hf_secret"))
+    (command,) = (line for line in card.splitlines() if line.startswith("python -m"))
+    assert command.startswith("python -m llm_snp tiny --sparsity 0.3 --output tiny-snp-30 --calibration 'my text.txt' ")
+    assert " --seed 1 " in command
+    assert " --evaluate test.txt --evaluate harness:arc_easy,own.yaml --push-to-hub ann/tiny" in command
     assert list(shared["evaluation"]) == ["test.txt", "test.txt (2)"]
     assert shared["options"]["evaluate"] == ["test.txt", "harness:arc_easy,own.yaml"]
     assert shareable(shared) == shared
@@ -261,9 +262,9 @@ def test_no_local_path_gets_out(report: dict[str, Any]) -> None:
     assert list(shared["evaluation"]) == ["c4", "c4 (2)"]
     assert "datasets" not in metadata(model_card(report))  # a file of that name is not the text of that name
     assert model_card(shared) == model_card(report)
-    report["model"]["name"] = report["options"]["model"] = HUB_ID
-    report["command"] = f"python -m llm_snp {HUB_ID}"
-    assert f"python -m llm_snp {HUB_ID}\n" in model_card(report)
+    report["model"] |= {"name": HUB_ID, "hub": True}
+    report["options"]["model"] = HUB_ID
+    assert f"python -m llm_snp {HUB_ID} " in model_card(report)
     assert shareable(report)["options"]["model"] == HUB_ID
 
 

@@ -17,11 +17,14 @@ from conftest import Prune, load, logits, new_connections
 from hub_server import FINE, ORGANISATION, READ, USER, WRITE, HubServer
 from huggingface_hub import constants
 
+from llm_snp.cli import main
 from llm_snp.commands import push as command
+from llm_snp.dense.hub import locate
 from llm_snp.documents.card import model_card
 from llm_snp.errors import CheckpointError, HubError, OptionError, SnpError
 from llm_snp.result.publish import check_push, push
 from llm_snp.system.files import digest
+from llm_snp.system.manifest import changed, manifest, strays
 
 pytestmark = pytest.mark.documents
 
@@ -34,8 +37,6 @@ def pruned(prune: Prune, dense: Path, held_out: Path, tmp_path_factory: pytest.T
     """A result that tests only read."""
     output = tmp_path_factory.mktemp("publish") / "tiny-snp-30"
     prune(dense, output, evaluate=(str(held_out),))
-    (output / "plots").mkdir(exist_ok=True)
-    (output / "plots" / "mine.png").write_bytes(b"\x89PNG and so on")
     return output
 
 
@@ -46,7 +47,9 @@ def result(pruned: Path, tmp_path: Path) -> Path:
 
 
 def names(directory: Path) -> set[str]:
-    return {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
+    """The files of a result, but for what is of this machine only."""
+    found = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
+    return {name for name in found if not name.startswith(".cache/")}
 
 
 def refusal(kind: type[SnpError], *arguments: str, directory: Path | None = None) -> str:
@@ -70,7 +73,8 @@ def test_one_commit_with_everything(hub: HubServer, pruned: Path) -> None:
     assert set(repository.files) == names(pruned) | {INITIAL}
     assert "model.safetensors.index.json" in repository.files
     assert "modeling_snp.py" in repository.files
-    assert "plots/mine.png" in repository.files
+    assert "plots/kept.png" in repository.files
+    assert "custom_code" in json.loads(repository.files["report.json"])["model"]
     for name in names(pruned) - {"README.md", "report.json"}:
         assert repository.files[name] == before[name], name
     assert len(hub.uploads) > len([name for name in names(pruned) if name.endswith(".safetensors")])  # one in parts
@@ -97,13 +101,10 @@ def test_card_and_report_are_those_for_others(hub: HubServer, pruned: Path, text
     assert report["blocks"] == json.loads((pruned / "report.json").read_text())["blocks"]
 
 
-def test_the_card_keeps_its_plots(hub: HubServer, result: Path) -> None:
-    report = json.loads((result / "report.json").read_text())
-    (result / "README.md").write_text(model_card(report, plots=[("My plot", "plots/mine.png")]))
-    (result / "report.json").write_text(json.dumps(report | {"card": digest(result / "README.md")}))
-    push(result, REPO)
+def test_the_card_keeps_its_plots(hub: HubServer, pruned: Path) -> None:
+    push(pruned, REPO)
     card = hub.repositories[REPO].files["README.md"].decode()
-    assert "![My plot](plots/mine.png)" in card
+    assert "](plots/kept.png)" in card
     assert REPO in card
 
 
@@ -138,12 +139,84 @@ def test_a_card_with_broken_metadata_is_refused_before_the_upload(hub: HubServer
     assert not hub.uploads
 
 
-def test_hidden_files_stay_here(hub: HubServer, result: Path) -> None:
-    (result / ".llm_snp").mkdir()
-    (result / ".llm_snp" / "lock").touch()
-    (result / ".notes").touch()
+STRAYS = ("token.txt", ".env", "plots/mine.png", "lora/adapter_config.json", ".llm_snp/lock", "evil.py")
+
+
+def test_what_no_run_wrote_stays_here(
+    hub: HubServer, pruned: Path, result: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in STRAYS:
+        (result / name).parent.mkdir(exist_ok=True)
+        (result / name).write_text("secret")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "key").write_text("secret")
+    (result / "linked").symlink_to(tmp_path / "elsewhere")
+    assert main(["push", str(result), REPO]) == 0
+    files = hub.repositories[REPO].files
+    assert set(files) == names(pruned) | {INITIAL}
+    assert not any(b"secret" in content for content in files.values())
+    said = capsys.readouterr().out
+    assert "left     .env, evil.py, linked, token.txt, lora/adapter_config.json and 1 more: " in said
+
+
+@pytest.mark.parametrize("spoil", ["truncate", "empty", "other", "unlink", "link"])
+@pytest.mark.parametrize("which", ["shard", "config.json", "modeling_snp.py", "tokenizer.json", "plots/kept.png"])
+def test_a_damaged_result_is_refused(hub: HubServer, result: Path, which: str, spoil: str) -> None:
+    path = sorted(result.glob("model-*.safetensors"))[1] if which == "shard" else result / which
+    content = path.read_bytes()
+    if spoil in ("truncate", "empty"):
+        path.write_bytes(content[: len(content) // 2 if spoil == "truncate" else 0])
+    elif spoil == "other":
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    else:
+        path.rename(result.parent / "moved")
+        if spoil == "link":
+            path.symlink_to(result.parent / "moved")
+    message = refusal(CheckpointError, REPO, directory=result)
+    if which != "config.json" or spoil not in ("truncate", "empty", "other"):  # then it may be no JSON
+        assert f"{path.name} {'missing' if spoil == 'unlink' else 'changed'}" in message
+    assert str(result) in message
+    assert not hub.uploads
+
+
+@pytest.mark.parametrize("spoil", ["truncate", "empty", "unlink"])
+def test_a_damaged_result_of_a_version_that_kept_no_hashes(hub: HubServer, result: Path, spoil: str) -> None:
+    report = json.loads((result / "report.json").read_text())
+    (result / "report.json").write_text(json.dumps({key: report[key] for key in report if key != "files"}))
+    path = sorted(result.glob("model-*.safetensors"))[1]
+    content = path.read_bytes()
+    path.unlink()
+    if spoil != "unlink":
+        path.write_bytes(content[: len(content) // 2 if spoil == "truncate" else 0])
+    assert f"{path.name} {'missing' if spoil == 'unlink' else 'changed'}" in refusal(
+        CheckpointError, REPO, directory=result
+    )
+    path.write_bytes(content)
     push(result, REPO)
-    assert set(hub.repositories[REPO].files) == names(result) - {".llm_snp/lock", ".notes"} | {INITIAL}
+    assert set(hub.repositories[REPO].files) == names(result) | {INITIAL}
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "plots/../../secret", "", "."])
+def test_a_report_cannot_make_us_push_what_lies_elsewhere(hub: HubServer, result: Path, name: str) -> None:
+    (result.parent / "secret").write_text("secret")
+    report = json.loads((result / "report.json").read_text())
+    report["files"][name] = digest(result.parent / "secret")
+    (result / "report.json").write_text(json.dumps(report))
+    assert "which is no file below its directory" in refusal(CheckpointError, REPO, directory=result)
+    assert not hub.uploads
+
+
+def test_what_was_pushed_is_whole_where_it_arrives(hub: HubServer, pruned: Path, tmp_path: Path) -> None:
+    push(pruned, REPO)
+    copy = tmp_path / "copy"
+    for name, content in hub.repositories[REPO].files.items():
+        if name != INITIAL:
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            (copy / name).write_bytes(content)
+    assert strays(copy) == []
+    assert changed(copy, manifest(copy)) == ([], [])
+    push(copy, f"{USER}/again")
+    assert set(hub.repositories[f"{USER}/again"].files) == set(hub.repositories[REPO].files)
 
 
 def test_overwriting_removes_what_is_no_longer_there(
@@ -153,14 +226,17 @@ def test_overwriting_removes_what_is_no_longer_there(
     prune(dense, tmp_path / "stock", 0.2, attention="heads", allocation="uniform")
     for shard in (tmp_path / "stock").glob("model-*"):
         shard.rename(shard.with_name(shard.name.replace("-of-", "-of-1")))
-    index = tmp_path / "stock" / "model.safetensors.index.json"
-    index.write_text(index.read_text().replace("-of-", "-of-1"))
+    for name in ("model.safetensors.index.json", "report.json"):
+        path = tmp_path / "stock" / name
+        path.write_text(path.read_text().replace("-of-", "-of-1"))
+    report = json.loads((tmp_path / "stock" / "report.json").read_text())
+    report["files"]["model.safetensors.index.json"] = digest(tmp_path / "stock" / "model.safetensors.index.json")
+    (tmp_path / "stock" / "report.json").write_text(json.dumps(report))
     push(tmp_path / "stock", REPO, overwrite=True)
     repository = hub.repositories[REPO]
     assert len(repository.commits) == 3
     assert set(repository.files) == names(tmp_path / "stock") | {INITIAL}
     assert repository.commits[2].deleted >= {path.name for path in pruned.glob("model-*.safetensors")}
-    assert "plots/mine.png" in repository.commits[2].deleted
 
 
 @pytest.mark.parametrize("lost_after", [0, 2])
@@ -214,6 +290,14 @@ def test_an_existing_repository_is_refused(hub: HubServer, pruned: Path) -> None
     assert len(hub.repositories[REPO].commits) == 2
 
 
+@pytest.mark.parametrize("token", ["hf_schlüssel", "hf two words", "hf_\n"])
+def test_a_token_that_is_none(hub: HubServer, monkeypatch: pytest.MonkeyPatch, token: str) -> None:
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: token)
+    assert refusal(HubError, REPO).startswith("the token for the Hugging Face Hub has characters that no token has; ")
+    with pytest.raises(HubError, match="has characters that no token has"):
+        locate("ann/model")
+
+
 def test_no_token(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_TOKEN")
     message = refusal(HubError, REPO)
@@ -260,18 +344,14 @@ def test_names_that_are_none(hub: HubServer, pruned: Path, name: str) -> None:
 
 
 def test_what_is_no_finished_result(hub: HubServer, dense: Path, result: Path, tmp_path: Path) -> None:
-    for directory in (dense, tmp_path / "nowhere"):
-        assert "is no finished result of llm_snp" in refusal(CheckpointError, REPO, directory=directory)
-    shard = sorted(result.glob("model-*.safetensors"))[1]
-    shard.rename(tmp_path / shard.name)
-    message = refusal(CheckpointError, REPO, directory=result)
-    assert message.startswith(f"{result} is incomplete: it has no {shard.name}; ")
+    assert "has no report.json; give the directory" in refusal(CheckpointError, REPO, directory=dense)
+    assert "does not exist; give the directory" in refusal(CheckpointError, REPO, directory=tmp_path / "nowhere")
     index = result / "model.safetensors.index.json"
     index.write_text("[]")
-    assert "is no index of safetensors files" in refusal(CheckpointError, REPO, directory=result)
+    assert "is damaged: its config or index cannot be read" in refusal(CheckpointError, REPO, directory=result)
     index.unlink()
     (result / "config.json").unlink()
-    assert f"it has no config.json, {index.name}; " in refusal(CheckpointError, REPO, directory=result)
+    assert f"config.json, {index.name} missing" in refusal(CheckpointError, REPO, directory=result)
     assert not hub.repositories
 
 

@@ -6,7 +6,6 @@ import json
 import multiprocessing
 import os
 import re
-import shlex
 import shutil
 import signal
 import socket
@@ -34,7 +33,9 @@ from llm_snp.errors import DiskFullError, Interrupted, NumericalError
 from llm_snp.result.assembly import PrunedBlocks
 from llm_snp.result.writer import Writer
 from llm_snp.running.run import run
-from llm_snp.system.workspace import JOURNAL, LOCK, OWNER, REPORT
+from llm_snp.system.manifest import REPORT
+from llm_snp.system.signals import ended_by_signals
+from llm_snp.system.workspace import JOURNAL, LOCK, OWNER
 
 # Processes that can be killed: forked from one that has imported everything, which takes seconds.
 FORK = multiprocessing.get_context("forkserver")
@@ -87,14 +88,16 @@ def until(condition: Callable[[], object]) -> None:
 
 
 def result(directory: Path) -> dict[str, bytes]:
-    """What must be the same however often the run was interrupted: all but times, memory and the command.
+    """What must be the same however often the run was interrupted: all but times, memory, and the options as given.
 
     Nor the documents, which show them, and which only processes of their own make whole (`documents` in conftest).
     """
     return {
         path.relative_to(directory).as_posix(): path.read_bytes()
         for path in sorted(directory.rglob("*"))
-        if path.is_file() and path.name not in (REPORT, "README.md", "report.html") and path.parent.name != "plots"
+        if path.is_file()
+        and path.name not in (REPORT, "README.md", "report.html")
+        and path.parent.name not in ("plots", "huggingface")
     }
 
 
@@ -384,7 +387,8 @@ def test_interrupted_and_the_command_it_prints(runs: Runs) -> None:
     assert found, err
     assert 0 < int(found[1]) < 12
     assert Path(found[2]) == runs.partial
-    assert found[3] == shlex.join(["python", *arguments[1:], "--resume"])
+    assert found[3].startswith("python -m llm_snp 'a model' --sparsity 0.3 --output ")
+    assert found[3].endswith(" --no-evaluate --resume")
     assert not runs.output.exists()
     again = subprocess.run(found[3], shell=True, capture_output=True, text=True, env=environment, timeout=PATIENCE)
     assert again.returncode == 0, again.stderr
@@ -410,6 +414,39 @@ def test_interrupted_says_what_is_kept(runs: Runs, monkeypatch: pytest.MonkeyPat
     assert err.startswith(f"llm_snp: interrupted; {left} and kept in {runs.partial}; go on with: ")
     assert runs("--resume", "--quiet")[0] == 0
     runs.is_whole()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_that_asks_to_end_is_as_an_interruption(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int
+) -> None:
+    monkeypatch.setattr(signal, "getsignal", lambda _: signal.SIG_DFL)
+    with monkeypatch.context() as patch:
+        once(patch, PrunedBlocks, "save", 2, lambda: os.kill(os.getpid(), number))
+        found, out, err = runs("--quiet")
+    assert (found, out) == (code, "")
+    assert err.startswith(f"llm_snp: interrupted; 2 of 3 blocks are finished and kept in {runs.partial}; go on with: ")
+    assert runs("--resume", "--quiet")[0] == 0
+    runs.is_whole()
+
+
+def test_a_signal_at_once_leaves_nothing(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llm_snp.running.run.open_job", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    before = sorted(runs.shell.directory.iterdir())
+    assert runs("--quiet") == (143, "", "llm_snp: interrupted\n")
+    assert sorted(runs.shell.directory.iterdir()) == before
+
+
+def test_signals_that_somebody_handles_stay_theirs(runs: Runs) -> None:
+    """As with `nohup`, or in a program with a handler of its own."""
+    for handler in (signal.SIG_IGN, lambda *_: None):
+        earlier = signal.signal(signal.SIGTERM, handler)
+        try:
+            with ended_by_signals():
+                assert signal.getsignal(signal.SIGTERM) is handler
+            assert signal.getsignal(signal.SIGTERM) is handler
+        finally:
+            signal.signal(signal.SIGTERM, earlier)
 
 
 def test_interrupted_while_tidying(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,197 @@
+"""What of the dense model's directory travels with a result: tokenizer, chat templates, terms of use.
+
+All of it is data. What transformers would follow to code, to a kernel or to a file elsewhere is taken out, and a result
+names no code but its own `modeling_snp.py`: whoever trusts us with `trust_remote_code` trusts no stranger.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
+
+from ..dense.hub import load_tokenizer
+from ..errors import CheckpointError
+from ..system.files import digest_of_bytes, digest_of_json, write_together
+from ..system.libraries import parse_json, reason
+
+# Files in which transformers and llama.cpp's tools look for tokenizers, and what `generate` begins with.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "tokenizer.model.v3",
+    "tekken.json",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+TEMPLATES = "additional_chat_templates"  # folder of transformers for templates with a name
+SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+TERMS = re.compile(
+    r"(licen[cs]e|notice|copying|copyright|terms|third.?party|[\w-]*polic(y|ies))[\w. -]*", re.IGNORECASE | re.ASCII
+)
+TERMS_ENDINGS = ("", ".txt", ".md", ".rst", ".pdf", ".html")
+LARGEST_TERMS = 10_000_000  # bytes; what is larger is no text for people
+
+# Fields that transformers follows to code: classes of a repository (`auto_map` in configs of models, tokenizers and
+# processors, `custom_pipelines` of `pipeline`, `custom_generate` of `generate`), and kernels of the Hub.
+CODE = frozenset(
+    (
+        "auto_map",
+        "custom_pipelines",
+        "custom_generate",
+        "trust_remote_code",
+        "attn_implementation",
+        "_attn_implementation",
+        "_attn_implementation_internal",
+        "_attn_implementation_autoset",
+        "experts_implementation",
+        "_experts_implementation",
+        "_experts_implementation_internal",
+        "use_kernels",
+        "kernel_config",
+    )
+)
+# Fields that say where something lay on the machine of whoever saved it, or that name another file of weights.
+PLACES = frozenset(("name_or_path", "_name_or_path", "_commit_hash", "transformers_weights", "gguf_file"))
+PLACE_ENDINGS = ("_file", "_name_or_path")
+ABSOLUTE = re.compile(r"(/[^/\s<>{}]+){2,}/?|~/\S*|[A-Za-z]:[\\/]\S*|\\\\\S+|file://\S*")
+# Text by which two tokenizers are told apart.
+PROBE = "The 3 quick brown foxes\n\tran; 12.5 % über naïve 雪.  <s>[INST]x</s>"
+
+
+def without_code(fields: Any) -> Any:
+    """A copy of parsed JSON without the fields that name code, or a place on someone's machine, at any depth."""
+    if isinstance(fields, Mapping):
+        return {name: without_code(value) for name, value in fields.items() if not _names_code(name, value)}
+    if isinstance(fields, (list, tuple)):
+        return [without_code(value) for value in fields if not _names_code(None, value)]
+    return fields
+
+
+def _names_code(name: Any, value: Any) -> bool:
+    if name in CODE or name in PLACES or (isinstance(name, str) and name.endswith(PLACE_ENDINGS)):
+        return True
+    return isinstance(value, str) and ABSOLUTE.fullmatch(value) is not None
+
+
+class Carried:
+    """The files that travel, by their name in the result, read once.
+
+    directory: of the dense model. Raises `CheckpointError` for what cannot be read or is not what it should be, links
+    that lead out of the directory, and a tokenizer whose class is code of the directory.
+    """
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        check_tokenizer_class(directory)
+        found = [path for name in TOKENIZER_FILES if (path := directory / name).is_file()]
+        found += sorted((directory / TEMPLATES).glob("*.jinja"))
+        found += sorted(path for path in directory.iterdir() if _is_terms(path))
+        self.files = {path.relative_to(directory).as_posix(): self._read(path) for path in found}
+
+    def _read(self, path: Path) -> bytes:
+        if not _within(path, self.directory):
+            raise CheckpointError(
+                f"{path} is a link out of the model's directory, and would travel with the result; put the file itself "
+                "there"
+            )
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        if path.name not in SETTINGS:
+            return content
+        fields = read_object(path, content)
+        clean = without_code(fields)
+        return content if clean == fields else (json.dumps(clean, indent=2, ensure_ascii=False) + "\n").encode()
+
+    @property
+    def digest(self) -> str:
+        """One hash over all of it."""
+        return digest_of_json({name: digest_of_bytes(content) for name, content in self.files.items()})
+
+    def check(self, tokenizer: Any, folder: Path) -> None:
+        """Raise `CheckpointError` unless the tokenizer that travels is `tokenizer`, the dense model's.
+
+        folder: where its files can be written to try it.
+        """
+        settings = read_object(self.directory / "config.json", _bytes(self.directory / "config.json"))
+        write_together(folder, self.files | {"config.json": json.dumps(without_code(settings)).encode()})
+        advice = "save it with `save_pretrained` of its own class, and give that"
+        try:
+            travelling = load_tokenizer(folder)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"the tokenizer of {self.directory} needs more than the files that travel with a result "
+                f"({', '.join(self.files) or 'there are none'}); {advice}"
+            ) from error
+        if travelling(PROBE)["input_ids"] != tokenizer(PROBE)["input_ids"]:
+            raise CheckpointError(
+                f"the tokenizer of {self.directory} is another one without what its settings name outside of the "
+                f"directory; {advice}"
+            )
+
+
+def check_tokenizer_class(directory: Path) -> None:
+    """Raise `CheckpointError` if the tokenizer is a class that only code of the directory has."""
+    settings = directory / "tokenizer_config.json"
+    fields = read_object(settings, _bytes(settings)) if settings.is_file() else {}
+    named = fields.get("auto_map")
+    if named is None:
+        maps = read_object(directory / "config.json", _bytes(directory / "config.json")).get("auto_map")
+        named = maps if isinstance(maps, dict) and "AutoTokenizer" in maps else None
+    reference = named.get("AutoTokenizer") if isinstance(named, dict) else named
+    if not reference:
+        return
+    first = next((one for one in reference if one), "") if isinstance(reference, list) else reference
+    name = fields.get("tokenizer_class") or str(first).rpartition(".")[2]
+    if not isinstance(name, str) or not any(tokenizer_class_from_name(name + fast) for fast in ("", "Fast")):
+        raise CheckpointError(
+            f"the tokenizer of {directory} is {name}, a class of its own code ({first}), which llm_snp does not run "
+            "and a result does not carry; if tokenizer.json says all of it, take auto_map out of tokenizer_config.json "
+            'and set "tokenizer_class": "PreTrainedTokenizerFast"'
+        )
+
+
+def read_object(path: Path, content: bytes) -> dict[str, Any]:
+    """A JSON object. Raises `CheckpointError` if `content`, of the file `path`, is none."""
+    try:
+        fields = parse_json(content)
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON ({reason(error)}); download it again") from error
+    if not isinstance(fields, dict):
+        raise CheckpointError(f"{path} is no JSON object, as transformers writes it; download it again")
+    return fields
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _is_terms(path: Path) -> bool:
+    """Whether a file has the terms under which the model may be used, by its name."""
+    fits = TERMS.fullmatch(path.name) and (path.suffix.lower() in TERMS_ENDINGS or path.suffix[1:].isdecimal())
+    return bool(fits) and path.is_file() and path.stat().st_size <= LARGEST_TERMS
+
+
+def _within(path: Path, directory: Path) -> bool:
+    """Whether a file is in a directory when links are followed; those of the Hub's cache lead to its blobs."""
+    target = path.resolve()
+    blobs = target.parent
+    cached = blobs.name == "blobs" and (blobs.parent / "snapshots").is_dir()
+    return cached or target.is_relative_to(directory.resolve())

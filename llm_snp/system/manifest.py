@@ -1,0 +1,156 @@
+"""Which files of a directory a run of llm_snp wrote, by the list in its report, so that no other is ever removed.
+
+What is needed on this machine only lies in `.cache/huggingface`, a folder that the Hub's tools and git leave out.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from .files import digest, write_json, write_text
+
+REPORT = "report.json"
+FILES = "files"  # of a report: name -> hash of everything beside it that is part of the result
+JOURNAL = ".llm_snp"  # folder of a run that goes on; in a result only until it has tidied up
+PRIVATE = ".cache/huggingface"
+MEMORY = f"{PRIVATE}/llm_snp.json"
+IGNORE = f"{PRIVATE}/.gitignore"
+LISTED = 5  # at most so many names are in an error
+# What runs of versions that kept no list have written, by name.
+EARLIER = re.compile(
+    r"config\.json|model-\d{5}-of-\d{5}\.safetensors|model\.safetensors\.index\.json|modeling_\w+\.py|README\.md|"
+    r"report\.html|plots/(change|kept|errors|curves|seconds)\.png|tokenizer(_config)?\.json|tokenizer\.model|"
+    r"vocab\.(json|txt)|merges\.txt|special_tokens_map\.json|added_tokens\.json|chat_template\.jinja|"
+    r"generation_config\.json"
+)
+
+
+def is_result(directory: Path) -> bool:
+    """Whether a directory has the report of an earlier run."""
+    return bool(_report(directory))
+
+
+def has_report(directory: Path) -> bool:
+    """The same, or a report that is damaged; the file of that name of another program is none."""
+    path = directory / REPORT
+    if not path.is_file():
+        return False
+    try:
+        json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return True
+    return is_result(directory)
+
+
+def _report(directory: Path) -> dict[str, Any]:
+    """The report of a directory, as far as a result can be told by it; empty if there is none."""
+    try:
+        report = json.loads((directory / REPORT).read_bytes())
+        return report if "llm_snp" in report["versions"] else {}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return {}
+
+
+def manifest(directory: Path, report: Mapping[str, Any] | None = None) -> dict[str, str | None]:
+    """Name -> hash of the files that belong to a result, without its report; None where no hash was kept.
+
+    Names that lead out of the directory are never part of it, whatever a report says.
+    """
+    report = _report(directory) if report is None else report
+    listed = report.get(FILES)
+    if isinstance(listed, dict):
+        return {name: found for name, found in listed.items() if is_inside(name) and isinstance(found, str)}
+    card = report.get("card")
+    names = [name for name in names_in(directory) if EARLIER.fullmatch(name) and (name != "README.md" or card)]
+    return {name: card if name == "README.md" else None for name in names}
+
+
+def is_inside(name: str) -> bool:
+    """Whether a name of a report is that of a file below its directory."""
+    path = PurePosixPath(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\0" not in name
+
+
+def names_in(directory: Path) -> Iterator[str]:
+    """The files below a directory, and links, by their name relative to it, in order; not what is ours for a time."""
+    for folder, folders, files in os.walk(directory):
+        place = Path(folder)
+        links = [name for name in folders if (place / name).is_symlink()]
+        folders[:] = sorted(name for name in folders if name not in links and place / name != directory / JOURNAL)
+        for name in sorted([*files, *links]):
+            found = (place / name).relative_to(directory).as_posix()
+            if found not in (REPORT, MEMORY, IGNORE):
+                yield found
+
+
+def changed(directory: Path, files: Mapping[str, str | None]) -> tuple[list[str], list[str]]:
+    """Of a manifest the names that are missing, and those whose content is not what was written (or are links)."""
+    missing, other = [], []
+    for name, expected in files.items():
+        path = directory / name
+        if not path.is_file():
+            missing.append(name)
+        elif not _is_own(path, directory, expected):
+            other.append(name)
+    return missing, other
+
+
+def strays(directory: Path) -> list[str]:
+    """The files of a result's directory that no run wrote, or that were changed since."""
+    files = manifest(directory)
+    return [
+        name
+        for name in names_in(directory)
+        if name not in files or not _is_own(directory / name, directory, files[name])
+    ]
+
+
+def _is_own(path: Path, directory: Path, expected: str | None) -> bool:
+    """Whether a file is no link, nor in a linked folder, and has the hash that was kept, if one was."""
+    try:
+        if path.resolve() != directory.resolve() / path.relative_to(directory):
+            return False
+        return expected is None or digest(path) == expected
+    except OSError:
+        return False
+
+
+def remove_own(directory: Path) -> None:
+    """Remove what runs of llm_snp wrote, and with it the directory, unless there is something else in it."""
+    if is_result(directory):
+        kept = set(strays(directory))
+        for name in [*names_in(directory), REPORT, MEMORY, IGNORE]:
+            if name not in kept:
+                with suppress(OSError):
+                    (directory / name).unlink()
+    for folder, _, _ in os.walk(directory, topdown=False):
+        with suppress(OSError):
+            os.rmdir(folder)  # those that are empty
+
+
+def some(names: Sequence[str]) -> str:
+    """A few names, and how many more there are."""
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(names[:LISTED]) + more
+
+
+def remember(directory: Path, facts: Mapping[str, Any]) -> None:
+    """Keep what only this machine needs to know of a result: where its dense model is, and the options as given."""
+    (directory / PRIVATE).mkdir(parents=True, exist_ok=True)
+    write_text(directory / IGNORE, "*\n")
+    write_json(directory / MEMORY, dict(facts))
+
+
+def recall(directory: Path) -> dict[str, Any]:
+    """What was kept of a result on this machine; empty if it was made elsewhere."""
+    try:
+        facts = json.loads((directory / MEMORY).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return facts if isinstance(facts, dict) else {}

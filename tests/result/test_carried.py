@@ -1,0 +1,234 @@
+"""What travels with a result is data: no stranger's code is named in it, and nothing of someone's machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Prune, Shell
+from transformers import AutoTokenizer
+
+from llm_snp.errors import CheckpointError
+from llm_snp.result.carried import CODE, Carried, check_tokenizer_class, without_code
+
+EVIL = "import pathlib\npathlib.Path(r'{mark}').touch()\n"
+CLASSES = """
+from transformers import PreTrainedTokenizerFast, TextGenerationPipeline
+class Evil(PreTrainedTokenizerFast): pass
+class EvilPipeline(TextGenerationPipeline): pass
+def generate(model, **_): raise SystemExit("evil")
+"""
+LOCAL = "/home/ann/secret/place"
+
+
+def change(path: Path, **fields: Any) -> None:
+    """Set fields of a JSON file."""
+    known = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(known | fields))
+
+
+def fields_of(content: Any) -> set[str]:
+    """All names of fields in parsed JSON, at any depth."""
+    if isinstance(content, dict):
+        return set(content).union(*(fields_of(value) for value in content.values()))
+    return set().union(*(fields_of(value) for value in content)) if isinstance(content, list) else set()
+
+
+@pytest.fixture
+def stranger(dense: Path, tmp_path: Path) -> Path:
+    """A model whose every file names code, or a place on a machine; importing the code makes `mark`."""
+    directory = Path(shutil.copytree(dense, tmp_path / "stranger"))
+    code = EVIL.format(mark=tmp_path / "mark") + CLASSES
+    (directory / "evil.py").write_text(code)
+    (directory / "custom_generate").mkdir()
+    (directory / "custom_generate" / "generate.py").write_text(code)
+    reference = "evil.Evil"
+    pipelines = {"text-generation": {"impl": "evil.EvilPipeline", "pt": ["AutoModelForCausalLM"]}}
+    change(
+        directory / "config.json",
+        auto_map={"AutoTokenizer": [None, reference], "AutoModelForCausalLM": reference, "AutoProcessor": reference},
+        custom_pipelines=pipelines,
+        task_specific_params={"text-generation": {"custom_generate": str(directory), "deeper": [{"auto_map": "x"}]}},
+        transformers_weights="other.safetensors",
+        kernel_config={"RMSNorm": "stranger/kernel"},
+        _name_or_path=LOCAL,
+        dataset_path=LOCAL,
+    )
+    change(
+        directory / "tokenizer_config.json",
+        auto_map={"AutoTokenizer": [None, reference]},
+        name_or_path=LOCAL,
+        special_tokens_map_file=f"{LOCAL}/special_tokens_map.json",
+        tokenizer_file=f"{LOCAL}/tokenizer.json",
+    )
+    change(
+        directory / "generation_config.json",
+        auto_map={"GenerationConfig": reference},
+        custom_generate=str(directory),
+        trust_remote_code=True,
+        do_sample=False,
+    )
+    for name in ("processor_config.json", "preprocessor_config.json", "adapter_config.json"):
+        change(directory / name, auto_map={"AutoProcessor": reference}, base_model_name_or_path=LOCAL)
+    return directory
+
+
+LOAD = """
+import sys
+from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer, pipeline
+path = sys.argv[1]
+pipe = pipeline("text-generation", model=path, tokenizer=path, trust_remote_code=True)
+print(type(pipe).__name__, type(pipe.tokenizer).__name__)
+model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
+AutoProcessor.from_pretrained(path, trust_remote_code=True)
+model.generate(**tokenizer("den lo", return_tensors="pt"), max_new_tokens=2, trust_remote_code=True)
+"""
+
+
+@pytest.mark.parametrize("options", [{}, {"format": "stock"}], ids=["own class", "stock"])
+def test_no_code_but_ours_reaches_the_user_of_a_result(
+    prune: Prune, stranger: Path, tmp_path: Path, options: dict[str, str]
+) -> None:
+    output = tmp_path / "out"
+    prune(stranger, output, **options)
+    own = set() if options else {"modeling_snp.py"}
+    assert {path.name for path in output.rglob("*.py")} == own
+    for path in output.rglob("*.json"):
+        content = json.loads(path.read_text())
+        if path.name == "config.json" and own:
+            assert all(one.startswith("modeling_snp.") for one in content.pop("auto_map").values())
+        if path.name not in ("report.json", "tokenizer.json"):
+            assert not fields_of(content) & CODE, path
+        assert LOCAL not in path.read_text(), path
+    assert json.loads((output / "generation_config.json").read_text())["do_sample"] is False
+    assert AutoTokenizer.from_pretrained(output)("den lo")["input_ids"]
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, str(output)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Evil" not in done.stdout
+    assert not (tmp_path / "mark").exists()
+
+
+@pytest.mark.parametrize("where", ["tokenizer_config.json", "config.json"])
+def test_a_tokenizer_that_is_code_is_refused(shell: Shell, stranger: Path, where: str) -> None:
+    change(stranger / "tokenizer_config.json", tokenizer_class="Evil")
+    if where == "config.json":
+        fields = json.loads((stranger / "tokenizer_config.json").read_text())
+        (stranger / "tokenizer_config.json").write_text(
+            json.dumps({k: v for k, v in fields.items() if k != "auto_map"})
+        )
+    message = shell.refused(stranger)
+    assert message.startswith(f"the tokenizer of {stranger} is Evil, a class of its own code (evil.Evil), ")
+    assert '"tokenizer_class": "PreTrainedTokenizerFast"' in message
+    assert shell.refused(stranger, "--dry-run") == message
+    assert not (shell.directory / "mark").exists()
+
+
+@pytest.mark.parametrize(
+    "auto_map", [["evil.Evil", None], {"AutoTokenizer": "evil.Evil"}, {"AutoTokenizer": ["", "a.B"]}]
+)
+def test_all_spellings_of_a_tokenizers_code(stranger: Path, auto_map: Any) -> None:
+    change(stranger / "tokenizer_config.json", auto_map=auto_map, tokenizer_class=None)
+    with pytest.raises(CheckpointError, match="a class of its own code"):
+        check_tokenizer_class(stranger)
+    change(stranger / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+    check_tokenizer_class(stranger)
+
+
+def test_a_tokenizer_that_needs_another_file_is_refused(
+    shell: Shell, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llm_snp.result.carried.TOKENIZER_FILES", ("tokenizer_config.json",))
+    message = shell.refused(dense)
+    assert message.startswith(f"the tokenizer of {dense} needs more than the files that travel with a result (token")
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize("content", ["[]", "{", "[" * 100_000, "\xff"])
+def test_settings_that_are_none_are_refused(shell: Shell, dense: Path, tmp_path: Path, name: str, content: str) -> None:
+    broken = Path(shutil.copytree(dense, tmp_path / "broken"))
+    (broken / name).write_bytes(content.encode("latin-1"))
+    assert shell.refused(broken).startswith(f"{broken / name} is no")
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "tokenizer_config.json", "additional_chat_templates/x.jinja"])
+def test_a_link_out_of_the_directory_does_not_travel(shell: Shell, dense: Path, tmp_path: Path, name: str) -> None:
+    directory = Path(shutil.copytree(dense, tmp_path / "linked"))
+    (tmp_path / "secret").write_text("{}")
+    (directory / name).parent.mkdir(exist_ok=True)
+    (directory / name).unlink(missing_ok=True)
+    (directory / name).symlink_to(tmp_path / "secret")
+    message = shell.refused(directory)
+    assert message.startswith(f"{directory / name} is a link out of the model's directory")
+
+
+def test_links_of_the_hubs_cache_are_followed(dense: Path, tmp_path: Path) -> None:
+    snapshot, blobs = tmp_path / "snapshots" / "abc", tmp_path / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for path in dense.iterdir():
+        shutil.copy(path, blobs / path.name)
+        (snapshot / path.name).symlink_to(blobs / path.name)
+    assert Carried(snapshot).files == Carried(dense).files
+
+
+TERMS = ("LICENSE", "LICENCE.md", "Notice", "NOTICE.txt", "USE_POLICY.md", "COPYING", "LICENSE-2.0", "Terms of Use.pdf")
+
+
+def test_terms_and_templates_travel(prune: Prune, dense: Path, tmp_path: Path) -> None:
+    directory = Path(shutil.copytree(dense, tmp_path / "model"))
+    (directory / "additional_chat_templates").mkdir()
+    templates = {name: f"{{{{ messages }}}} {name}" for name in ("tool_use", "rag")}
+    (directory / "chat_template.jinja").write_text("{{ messages }}")
+    for name, text in templates.items():
+        (directory / "additional_chat_templates" / f"{name}.jinja").write_text(text)
+    for name in TERMS:
+        (directory / name).write_text(f"as in {name}")
+    for name in ("license.py", "LICENSE.sh", "notes.txt", "policy.safetensors"):
+        (directory / name).write_text("no terms")
+    output = tmp_path / "out"
+    prune(directory, output)
+    assert {name: (output / name).read_text() for name in TERMS} == {name: f"as in {name}" for name in TERMS}
+    assert not {"license.py", "LICENSE.sh", "notes.txt", "policy.safetensors"} & {
+        path.name for path in output.iterdir()
+    }
+    dense_templates = AutoTokenizer.from_pretrained(directory).chat_template
+    assert set(dense_templates) == {"default", *templates}
+    assert AutoTokenizer.from_pretrained(output).chat_template == dense_templates
+    before = Carried(directory).digest
+    (directory / "additional_chat_templates" / "rag.jinja").write_text("other")
+    assert Carried(directory).digest != before
+
+
+def test_what_says_nothing_of_code_is_carried_to_the_byte(dense: Path) -> None:
+    found = Carried(dense).files
+    assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= set(found)
+    assert all(content == (dense / name).read_bytes() for name, content in found.items())
+
+
+def test_fields_without_code() -> None:
+    kept = {
+        "a": [1, {"b": None}],
+        "chat_template": "{% if a %}/x/y{% endif %}",
+        "think": "/no_think",
+        "url": "https://a/b",
+    }
+    named = {
+        "auto_map": 1,
+        "vocab_file": "x",
+        "c": {"custom_pipelines": {}},
+        "d": LOCAL,
+        "e": "C:\\Users\\ann",
+        "f": [LOCAL],
+    }
+    assert without_code(kept) == kept
+    assert without_code(kept | named) == kept | {"c": {}, "f": []}

@@ -1,0 +1,152 @@
+"""Nothing that is published tells of the machine or of the program that called: paths, names, tokens, environment."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import LENGTH, SAMPLES, Prune, Shell
+
+from llm_snp.commands.bench import dense_of
+from llm_snp.config import PruneConfig
+from llm_snp.documents.writing import read_report, write_documents
+from llm_snp.pruning.job import open_job
+from llm_snp.running.resume import again, finished_before
+from llm_snp.system.manifest import MEMORY, recall
+
+pytestmark = pytest.mark.documents
+
+SECRET = "hf_verysecrettoken"
+PROGRAM = """
+import os, sys
+import llm_snp
+place, output = sys.argv[1], sys.argv[2]
+options = dict(samples={samples}, sequence_length={length}, device="cpu", quiet=True)
+report = llm_snp.prune(
+    place + "/models/tiny", 0.3, output=output, calibration=place + "/texts/calibration.txt",
+    evaluate=(place + "/texts/evaluation.txt",), **options
+)
+assert report["output"] == output
+assert list(report["evaluation"]) == [place + "/texts/evaluation.txt"]
+"""
+LOCAL_NAME = "facebook/opt-125m"
+
+
+def published(directory: Path) -> dict[str, bytes]:
+    """The contents of what may be published of a result."""
+    files = (path for path in sorted(directory.rglob("*")) if path.is_file())
+    return {str(path.relative_to(directory)): path.read_bytes() for path in files if ".cache" not in path.parts}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory, dense: Path, text: Path, held_out: Path) -> Path:
+    """A person's home directory, with a model and texts, and a result that a program of that person has made."""
+    home = tmp_path_factory.mktemp("machine") / "ann-of-this-machine"
+    shutil.copytree(dense, home / "models" / "tiny")
+    (home / "texts").mkdir()
+    for path in (text, held_out):
+        shutil.copy(path, home / "texts" / path.name)
+    config = json.loads((home / "models" / "tiny" / "config.json").read_text())
+    config["_name_or_path"] = str(home / "models" / "before")
+    (home / "models" / "tiny" / "config.json").write_text(json.dumps(config))
+    environment = os.environ | {"HOME": str(home), "HF_TOKEN": SECRET, "MY_SECRET": SECRET, "OMP_NUM_THREADS": "1"}
+    program = PROGRAM.format(samples=SAMPLES, length=LENGTH)
+    words = [sys.executable, "-c", program, str(home), str(home / "out" / "tiny-30"), "--token", SECRET]
+    done = subprocess.run(words, env=environment, cwd=home, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return home
+
+
+def test_nothing_of_the_machine_or_the_program_is_published(home: Path) -> None:
+    result = home / "out" / "tiny-30"
+    words = [SECRET, str(home), home.name, str(home.parent), str(Path.cwd()), sys.executable]
+    words += [f"/{getpass.getuser()}/", f"on {socket.gethostname()}", "models/", "--token"]
+    files = published(result)
+    assert {"report.json", "README.md", "report.html", "config.json", "plots/kept.png"} <= set(files)
+    for name, content in files.items():
+        for word in words:
+            assert word.encode() not in content, (name, word)
+    report = read_report(result)
+    assert report["command"].startswith("python -m llm_snp tiny --sparsity 0.3 --output tiny-30 --calibration calib")
+    assert list(report["evaluation"]) == ["evaluation.txt"]
+    assert report["model"]["name"] == report["options"]["model"] == "tiny"
+
+
+def test_what_this_machine_needs_is_where_the_hub_and_git_leave_it_out(home: Path) -> None:
+    result = home / "out" / "tiny-30"
+    assert recall(result)["model"] == str(home / "models" / "tiny")
+    assert dense_of(result, read_report(result)) == str(home / "models" / "tiny")
+    assert MEMORY.startswith(".cache/huggingface/")
+    assert (result / ".cache" / "huggingface" / ".gitignore").read_text() == "*\n"
+
+
+def test_elsewhere_a_result_does_not_know_where_its_model_is(home: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(home / "out" / "tiny-30", tmp_path / "copy"))
+    shutil.rmtree(copy / ".cache")
+    assert dense_of(copy, read_report(copy)) == "./tiny"
+    (copy / MEMORY).parent.mkdir(parents=True)
+    for damaged in (b"{", b"[]", b"[" * 100_000, b'{"model": 5, "options": 5}', b"\xff"):
+        (copy / MEMORY).write_bytes(damaged)
+        assert dense_of(copy, read_report(copy)) == "./tiny"
+
+
+def options_of(home: Path, **other: Any) -> PruneConfig:
+    texts = {"calibration": f"{home}/texts/calibration.txt", "evaluate": (f"{home}/texts/evaluation.txt",)}
+    sizes = {"samples": SAMPLES, "sequence_length": LENGTH, "device": "cpu", "quiet": True, "resume": True}
+    return PruneConfig(f"{home}/models/tiny", 0.3, f"{home}/out/tiny-30", **(texts | sizes | other))
+
+
+def test_the_same_call_finds_its_result_and_gives_it_as_before(home: Path) -> None:
+    report = finished_before(open_job(options_of(home), weights=False))
+    assert report is not None
+    assert list(report["evaluation"]) == [f"{home}/texts/evaluation.txt"]
+    assert report["output"] == f"{home}/out/tiny-30"
+    assert report["options"]["model"] == f"{home}/models/tiny"
+
+
+def test_the_hint_is_the_call_s_own(home: Path) -> None:
+    line = again(options_of(home, resume=False))
+    assert line.startswith(f"python -m llm_snp {home}/models/tiny --sparsity 0.3 --output {home}/out/tiny-30 ")
+    assert line.endswith(" --quiet --resume") or " --resume " in line
+    assert "pytest" not in line.replace(str(home), "")
+
+
+def test_a_local_model_is_never_published_as_one_on_the_hub(
+    shell: Shell, prune: Prune, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its path looks like one where the run began, and is none where the documents are made anew."""
+    shutil.copytree(dense, tmp_path / LOCAL_NAME)
+    prune(Path(LOCAL_NAME), Path("out"))
+    report = read_report(tmp_path / "out")
+    assert (report["model"]["hub"], report["model"]["name"]) == (False, "opt-125m")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for _ in range(2):
+        assert not any(LOCAL_NAME.encode() in content for content in published(tmp_path / "out").values())
+        code, _, err = shell.run("report", tmp_path / "out")
+        assert code == 0, err
+
+
+def test_a_report_of_an_earlier_version_is_cleaned_when_it_is_written_anew(home: Path, tmp_path: Path) -> None:
+    """It had the command line of the program and all paths; where the model is stays known on this machine."""
+    copy = Path(shutil.copytree(home / "out" / "tiny-30", tmp_path / "copy"))
+    shutil.rmtree(copy / ".cache")
+    report = json.loads((copy / "report.json").read_text())
+    del report["files"], report["model"]["hub"]
+    report["command"] = f"program --token {SECRET}"
+    report["options"]["model"] = report["model"]["name"] = f"{home}/models/tiny"
+    report["evaluation"] = {f"{home}/texts/evaluation.txt": next(iter(report["evaluation"].values()))}
+    (copy / "report.json").write_text(json.dumps(report))
+    write_documents(copy, read_report(copy))
+    for name, content in published(copy).items():
+        assert SECRET.encode() not in content, name
+        assert str(home).encode() not in content, name
+    assert dense_of(copy, read_report(copy)) == f"{home}/models/tiny"

@@ -1,0 +1,251 @@
+"""--overwrite and `report --output` replace what a run of llm_snp wrote, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import Prune, Shell
+
+from llm_snp.config import PruneConfig
+from llm_snp.documents.writing import read_report
+from llm_snp.errors import OutputError
+from llm_snp.pruning.job import open_job
+from llm_snp.running.inputs import inputs_of
+from llm_snp.system.manifest import manifest, strays
+from llm_snp.system.workspace import Workspace
+
+
+@pytest.fixture(scope="module")
+def pruned(prune: Prune, dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A result that tests only read."""
+    output = tmp_path_factory.mktemp("overwrite") / "res"
+    prune(dense, output)
+    return output
+
+
+@pytest.fixture
+def result(shell: Shell, pruned: Path) -> Path:
+    """A result that a test may change, in the directory of `shell`."""
+    return Path(shutil.copytree(pruned, shell.directory / "res"))
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}
+
+
+def refused(shell: Shell, *arguments: str | Path) -> str:
+    """The sentence of a refusal that leaves every byte as it was, with --dry-run as without."""
+    before = contents(shell.directory)
+    message = shell.refused(*arguments)
+    assert shell.refused(*arguments, "--dry-run") == message
+    assert contents(shell.directory) == before
+    return message
+
+
+def test_the_report_lists_what_the_run_wrote(result: Path) -> None:
+    listed = read_report(result)["files"]
+    there = {path.relative_to(result).as_posix() for path in result.rglob("*") if path.is_file()}
+    assert set(listed) == {name for name in there if not name.startswith(".cache/")} - {"report.json"}
+    assert strays(result) == []
+
+
+@pytest.mark.parametrize(
+    ("model", "output", "how"),
+    [
+        ("res/dense", "res", "is or holds"),
+        ("res/a/b/dense", "res", "is or holds"),
+        ("dense", "dense", "is or holds"),
+        ("dense", "./x/../dense", "is or holds"),
+        ("dense", "link", "is or holds"),
+        ("link", "dense", "is or holds"),
+        ("dense", "dense/out", "lies inside"),
+        ("dense", "link/deep/out", "lies inside"),
+        ("res.partial", "res", "is or holds"),
+        ("res.replaced", "res", "is or holds"),
+    ],
+)
+def test_an_output_that_would_touch_the_model_is_refused(
+    shell: Shell, result: Path, dense: Path, model: str, output: str, how: str
+) -> None:
+    """The model has a report, as a result of the stock class would, which --overwrite replaces."""
+    place = shell.directory / model.replace("link", "dense")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(dense, place)
+    shutil.copy(result / "report.json", place)
+    (shell.directory / "x").mkdir()
+    (shell.directory / "link").symlink_to("dense")
+    if place.name.endswith(".partial"):
+        (place / ".llm_snp").mkdir()
+    message = refused(shell, model, "--output", output, "--overwrite")
+    if not place.name.endswith(".replaced"):  # which is in the way anyhow
+        assert f"{how} " in message
+        assert "which the run reads" in message
+
+
+def test_weights_that_are_linked_into_the_output(shell: Shell, result: Path, dense: Path) -> None:
+    model = Path(shutil.copytree(dense, shell.directory / "model"))
+    (model / "model.safetensors").rename(result / "dense.safetensors")
+    (model / "model.safetensors").symlink_to(result / "dense.safetensors")
+    assert "is or holds" in refused(shell, model, "--output", result, "--overwrite")
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_text_inside_the_output(shell: Shell, result: Path, dense: Path, text: Path, linked: bool) -> None:
+    inside = result / "texts" / "mine.txt"
+    inside.parent.mkdir()
+    shutil.copy(text, inside)
+    given = inside
+    if linked:
+        given = shell.directory / "outside.txt"
+        given.symlink_to(inside)
+    message = refused(shell, dense, "--output", result, "--overwrite", "--calibration", given)
+    assert f"is or holds {given}, which the run reads" in message
+
+
+def test_all_that_a_run_reads_is_an_input(dense: Path, tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt", "task.yaml", "states"):
+        (tmp_path / name).touch()
+    place = str(tmp_path)
+    options = PruneConfig(
+        str(dense),
+        calibration=f"{place}/a.txt",
+        evaluate=("wikitext2", f"{place}/b.txt", f"harness:piqa,{place}/task.yaml"),
+        offload=f"{place}/states",
+    )
+    found = list(inputs_of(open_job(options, weights=False)))
+    assert found == [dense, *(tmp_path / name for name in ("a.txt", "b.txt", "task.yaml", "states"))]
+
+
+def test_hidden_states_inside_the_output(shell: Shell, result: Path, dense: Path) -> None:
+    (result / "plots").mkdir(exist_ok=True)
+    message = refused(shell, dense, "--output", result, "--overwrite", "--offload", result / "plots")
+    assert "which the run reads" in message
+
+
+@pytest.mark.parametrize(
+    "name", ["notes.md", ".hidden", "plots/mine.png", "lora/adapter_model.safetensors", "model.safetensors", "a/b/c/d"]
+)
+def test_what_a_person_put_into_a_result_is_not_removed(shell: Shell, result: Path, dense: Path, name: str) -> None:
+    (result / name).parent.mkdir(parents=True, exist_ok=True)
+    (result / name).write_text("mine")
+    message = refused(shell, dense, "--output", result, "--overwrite")
+    assert f"has files that no run of llm_snp wrote, or that were changed since ({name})" in message
+
+
+@pytest.mark.parametrize("name", ["README.md", "config.json", "generation_config.json", "tokenizer.json", "shard"])
+def test_what_a_person_changed_in_a_result_is_not_removed(shell: Shell, result: Path, dense: Path, name: str) -> None:
+    path = sorted(result.glob("model-*.safetensors"))[0] if name == "shard" else result / name
+    path.write_bytes(path.read_bytes() + b" ")
+    assert f"({path.name})" in refused(shell, dense, "--output", result, "--overwrite")
+
+
+def test_links_in_a_result_are_not_followed(shell: Shell, result: Path, dense: Path) -> None:
+    (shell.directory / "far").mkdir()
+    (shell.directory / "far" / "notes").write_text("mine")
+    (result / "linked").symlink_to(shell.directory / "far")
+    assert "(linked)" in refused(shell, dense, "--output", result, "--overwrite")
+
+
+def test_a_result_is_replaced_as_a_whole(shell: Shell, result: Path, dense: Path) -> None:
+    before = (result / "config.json").read_bytes()
+    (result / "empty").mkdir()
+    code, _, err = shell.prune(dense, "--output", result, "--overwrite", "--sparsity", "0.5")
+    assert code == 0, err
+    assert (result / "config.json").read_bytes() != before
+    assert strays(result) == []
+    assert sorted(path.name for path in shell.directory.iterdir()) == ["res"]
+
+
+@pytest.mark.parametrize("card", [True, False])
+def test_a_result_of_an_earlier_version(shell: Shell, result: Path, dense: Path, card: bool) -> None:
+    """It lists no files: what runs write is known by its name, a card only if its hash was kept."""
+    report = json.loads((result / "report.json").read_text())
+    del report["files"]
+    if not card:
+        del report["card"]
+    (result / "report.json").write_text(json.dumps(report))
+    shutil.rmtree(result / ".cache")
+    if card:
+        (result / "token.txt").write_text("mine")
+    found = "token.txt" if card else "README.md"
+    assert f"({found})" in refused(shell, dense, "--output", result, "--overwrite")
+    (result / found).unlink()
+    code, _, err = shell.prune(dense, "--output", result, "--overwrite")
+    assert code == 0, err
+    assert read_report(result)["files"]
+
+
+def test_a_report_cannot_make_us_remove_what_lies_elsewhere(shell: Shell, result: Path, dense: Path) -> None:
+    victim = shell.directory / "victim"
+    victim.write_text("mine")
+    report = json.loads((result / "report.json").read_text())
+    names = ("../victim", str(victim), "plots/../../victim", "linked/victim")
+    (result / "report.json").write_text(
+        json.dumps(report | {"files": report["files"] | dict.fromkeys(names, "0" * 32)})
+    )
+    assert set(manifest(result)) == {*report["files"], "linked/victim"}
+    shell.prune(dense, "--output", result, "--overwrite")
+    assert victim.read_text() == "mine"
+
+
+def test_what_comes_while_a_result_is_replaced_is_kept(result: Path) -> None:
+    workspace = Workspace(result, overwrite=True, resume=False)
+    for name in ("report.json", "config.json"):
+        shutil.copy(result / name, workspace.directory)
+    (result / "notes.md").write_text("mine")
+    (result / "README.md").write_text("mine, too")
+    workspace.finish()
+    assert workspace.left == result.with_name("res.replaced")
+    assert {path.name for path in workspace.left.iterdir()} == {"notes.md", "README.md"}
+    with pytest.raises(OutputError, match=r"res\.replaced is in the way"):
+        Workspace(result, overwrite=True, resume=False)
+
+
+def test_a_damaged_report_is_said_to_be_one(shell: Shell, result: Path, dense: Path) -> None:
+    content = (result / "report.json").read_bytes()
+    for broken in (content[:100], b"", b"[" * 100_000):
+        (result / "report.json").write_bytes(broken)
+        message = refused(shell, dense, "--output", result, "--overwrite")
+        assert "is not empty and its report.json is damaged; give another directory" in message
+        for command in ("report", "bench"):
+            code, _, err = shell.run(command, result)
+            assert code == 2
+            assert "report.json is damaged or truncated, it is no JSON" in err
+
+
+PAGES = ("new.html", "NEW.HTM")
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_is_written_to_a_new_file_and_over_a_page(shell: Shell, result: Path, name: str) -> None:
+    for _ in range(2):
+        code, _, err = shell.run("report", result, "--output", name)
+        assert code == 0, err
+        (shell.directory / name).write_text('<meta name="generator" content="llm_snp">')
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("res/config.json", "is no name for a page"),
+        ("res/model.safetensors.index.json", "is no name for a page"),
+        ("res/README.md", "is no name for a page"),
+        ("res/report.html", "is part of a result"),
+        ("other/report.html", "is part of a result"),
+        ("mine.html", "is there, and no page of llm_snp"),
+        ("link.html", "is there, and no page of llm_snp"),
+    ],
+)
+def test_a_page_is_written_over_nothing_else(shell: Shell, result: Path, name: str, sentence: str) -> None:
+    shutil.copytree(result, shell.directory / "other")
+    (shell.directory / "mine.html").write_text("<html>my page</html>")
+    os.symlink("mine.html", shell.directory / "link.html")
+    before = contents(shell.directory)
+    code, out, err = shell.run("report", result, "--output", name)
+    assert (code, out) == (2, "")
+    assert f"--output {name} {sentence}" in err
+    assert contents(shell.directory) == before
