@@ -90,9 +90,9 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hub: HubServer, m
     return hub
 
 
-def bring(models: Path, text: str) -> None:
+def bring(models: Path, names: list[str]) -> None:
     """The results that a command or code reads, if the page has not made them."""
-    for name in re.findall(r"(?:^|[ \"/])(opt-[\w.]+-snp-30|smaller)\b", text):
+    for name in names:
         if not Path(name).exists():
             shutil.copytree(models / "made" / RESULT, name)
 
@@ -135,12 +135,12 @@ def test_commands_and_code_in_their_order(page: str, workplace: HubServer, model
     for kind, block in blocks_of(page):
         if kind:
             assert kind == "python", f"{page} has a block of {kind}, which is not tested"
-            bring(models, block)
+            bring(models, re.findall(r'from_pretrained\("([^"]+)"', block))
             exec(compile(block, page, "exec"), {})
             continue
         for line in filter(COMMAND.match, block.splitlines()):
             if " --sparsity" not in line:
-                bring(models, line)
+                bring(models, re.findall(r"(?<=[ /])opt-[\w.]+-snp-30", line.replace(f"me/{RESULT}", "")))
             run(line)
     for line in commands_of(page):
         if "push" in line.split():
