@@ -32,11 +32,12 @@ from transformers.utils import logging
 
 import llm_snp
 from llm_snp import SnpError
-from llm_snp.cli import BAD_INPUT, INTERRUPTED
-from llm_snp.config import DTYPES, PruneConfig
+from llm_snp.cli import BAD_INPUT
+from llm_snp.config import DTYPES, PruneConfig, shares
 from llm_snp.dense.checkpoint import Checkpoint
-from llm_snp.dense.data import Windows, calibration_windows, evaluation_windows
+from llm_snp.dense.data import Windows, as_windows, calibration_windows, evaluation_windows
 from llm_snp.dense.hub import config_dtype, load_config, load_tokenizer, locate
+from llm_snp.dense.mixture import mix, turns
 from llm_snp.dense.skeleton import Skeleton
 from llm_snp.dense.storage import Storage
 from llm_snp.errors import NumericalError, OptionError
@@ -51,6 +52,7 @@ from llm_snp.system.device import device_facts, resolve_device, resolve_dtype
 from llm_snp.system.journal import Journal
 from llm_snp.system.processes import Processes
 from llm_snp.system.progress import Progress
+from llm_snp.system.signals import exit_code
 
 
 class Bench:
@@ -67,8 +69,11 @@ class Bench:
         self.skeleton = Skeleton(self.config, self.family.blocks, checkpoint, device, dtype)
         tokenizer = load_tokenizer(directory)
         length = window_length(PruneConfig(sequence_length=args.sequence_length), self.config)
-        self.calibration = calibration_windows(args.calibration, tokenizer, args.samples, length, args.seed)
         self.corpora: dict[str, Windows] = {}
+        self.calibration, unseen = drawn(args, tokenizer, length)
+        if args.own_text:
+            fitted = dataclasses.replace(self.calibration, tokens=self.calibration.tokens[: args.own_text])
+            self.corpora = {"calibration windows": fitted, "other windows of that text": unseen}
         for source, label in labels(args.evaluate).items():
             windows = evaluation_windows(source, tokenizer, length)
             self.corpora[label] = dataclasses.replace(windows, tokens=windows.tokens[: args.max_windows])
@@ -76,7 +81,7 @@ class Bench:
         self.facts: dict[str, Any] = {
             "model": {"name": name, "type": self.config.model_type, "sha256": digest},
             "calibration": {
-                "source": Path(args.calibration).name,
+                "source": " and ".join(Path(text).name for text in args.calibration),
                 "sha256": self.calibration.sha256,
                 "windows": args.samples,
                 "sequence_length": length,
@@ -146,6 +151,23 @@ class Bench:
             pass
 
 
+def drawn(args: argparse.Namespace, tokenizer: Any, length: int) -> tuple[Windows, Windows]:
+    """The calibration windows, of all texts by turns, and `args.own_text` others of the same texts, which no fit sees.
+
+    Raises `OptionError` for shares that are none, `CorpusError` where a text has too few windows.
+    """
+    given = shares(tuple(args.calibration))
+    orders = [turns(list(given.values()), count) for count in (args.samples, args.own_text) if count]
+    parts: list[list[Windows]] = [[] for _ in orders]
+    for i, text in enumerate(given):
+        counts = [order.count(i) for order in orders]
+        windows = calibration_windows(text, tokenizer, sum(counts), length, args.seed)
+        for part, tokens in zip(parts, windows.tokens.split(counts), strict=True):
+            part.append(as_windows(tokens, windows.source, windows.available, windows.text_tokens))
+    mixed = [mix(part, order) for part, order in zip(parts, orders, strict=True)]
+    return mixed[0], mixed[-1]
+
+
 def _sha256(files: Iterable[Path]) -> str:
     """One hash over the contents of files."""
     digest = hashlib.sha256()
@@ -182,7 +204,9 @@ def fill(bench: Bench, results: Results, rows: Sequence[Row], progress: Progress
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("model", metavar="MODEL", help="Hub id or directory")
-    p.add_argument("--calibration", required=True, metavar="TEXT", help="wikitext2, c4 or a file")
+    p.add_argument(
+        "--calibration", required=True, action="append", metavar="TEXT", help="as llm_snp takes it; repeatable"
+    )
     p.add_argument("--evaluate", required=True, action="append", metavar="TEXT", help="like --calibration; repeatable")
     p.add_argument("--sparsity", type=float, nargs="+", default=[0.2, 0.3, 0.4, 0.5], metavar="S", help="the budgets")
     p.add_argument("--samples", type=int, default=128, metavar="N", help="calibration windows (default: 128)")
@@ -192,6 +216,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--dtype", default="auto", choices=DTYPES, help="type to compute in (default: auto)")
     p.add_argument(
         "--max-windows", type=int, metavar="N", help="evaluate on the first N windows only, for a quick look"
+    )
+    p.add_argument(
+        "--own-text",
+        type=int,
+        default=0,
+        metavar="N",
+        help="measure also on N of the calibration windows, and on N others of the same texts",
     )
     p.add_argument("--rows", default="", metavar="REGEX", help="measure only rows whose name or group matches")
     p.add_argument("--json", type=Path, metavar="FILE", help="results, written after each; what it has is reused")
@@ -208,6 +239,9 @@ def check(args: argparse.Namespace) -> None:
         dataclasses.replace(options, sparsity=sparsity).validate()
     if args.max_windows is not None and args.max_windows < 1:
         raise OptionError(f"--max-windows is {args.max_windows}; it must be at least 1")
+    texts = len(shares(tuple(args.calibration)))
+    if args.own_text and not texts <= args.own_text <= args.samples:
+        raise OptionError(f"--own-text is {args.own_text}; it must be from {texts} (one of each text) to --samples")
     check_files(args.json, args.plot, args.markdown)
 
 
@@ -230,9 +264,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (SnpError, torch.OutOfMemoryError) as error:
         print(f"quality: {str(error).splitlines()[0]}", file=sys.stderr)
         return BAD_INPUT
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("quality: interrupted; the same command goes on from what --json has", file=sys.stderr)
-        return INTERRUPTED
+        return exit_code(error)
     shown = [row for row in all_rows() if any(results.find(row, sparsity) for sparsity in args.sparsity)]
     print(heading(results.data), "\n", sep="")
     print(aligned(cells(results, shown, args.sparsity, markdown=False)), "\n", sep="")

@@ -15,7 +15,7 @@ import pytest
 import torch
 import transformers
 from conftest import load
-from transformers import OPTConfig, OPTForCausalLM
+from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
 
 import llm_snp
 from llm_snp.dense.hub import EMBEDDED
@@ -176,6 +176,23 @@ def test_quality_measures_what_prune_writes(place: Path, tmp_path: Path) -> None
         assert result["seconds"].keys() <= {"sensitivity", "measure", "prune"}
 
 
+def test_quality_on_text_that_no_fit_saw(place: Path, tmp_path: Path) -> None:
+    """`--own-text`: the first calibration windows, and others of the same texts, none of which was calibrated on."""
+    file = tmp_path / "quality.json"
+    more = ["--calibration", f"{place / 'b.txt'}:0.5", "--own-text", "4", "--rows", "^snp$", "--json", str(file)]
+    assert quality.main(quality_arguments(place, "--sparsity", "0.4", *more)) == 0
+    data = read(file)
+    assert data["calibration"]["source"] == "calibration.txt and b.txt:0.5"
+    assert [corpus["windows"] for corpus in data["corpora"].values()][:2] == [4, 4]
+    (result,) = data["results"]
+    assert list(result["perplexity"])[:2] == ["calibration windows", "other windows of that text"]
+    args = quality.parser().parse_args(quality_arguments(place, *more))
+    calibration, unseen = quality.drawn(args, AutoTokenizer.from_pretrained(place / "model"), 64)
+    rows = [tuple(window) for windows in (calibration, unseen) for window in windows.tokens.tolist()]
+    assert len(rows) == len(set(rows)) == 8 + 4
+    assert [len(part.tokens) for windows in (calibration, unseen) for part in windows.parts] == [5, 3, 3, 1]
+
+
 def test_every_row_runs(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """All rows at one budget; the table names each, and nothing failed."""
     file, image, page = (tmp_path / name for name in ("quality.json", "quality.png", "quality.md"))
@@ -266,12 +283,13 @@ def test_best_is_compared_with_every_row(place: Path) -> None:
         (["--rows", "nothing like it"], "matches none of"),
         (["--rows", "("], "no regular expression"),
         (["--max-windows", "0"], "--max-windows is 0"),
+        (["--own-text", "9"], "--own-text is 9; it must be from 1"),
         (["--samples", "10000"], "--samples asks for 10000"),
         (["--plot", "/nowhere/quality.png"], "its directory does not exist"),
         (["--json", str(Path(__file__))], "is not a result of"),
         (["--device", "tpu"], "tpu"),
     ],
-    ids=["sparsity", "rows", "regex", "windows", "samples", "directory", "json", "device"],
+    ids=["sparsity", "rows", "regex", "windows", "own-text", "samples", "directory", "json", "device"],
 )
 def test_quality_refuses_in_one_line(
     place: Path, capsys: pytest.CaptureFixture[str], more: list[str], reason: str
