@@ -15,9 +15,9 @@ import pytest
 import torch
 import transformers
 from conftest import LENGTH, Prune, load, logits
+from elsewhere import elsewhere
 from packaging.version import Version
 from safetensors.torch import load_file, save_file
-from test_result_loads import elsewhere
 from tiny_models import BLOCKS, KNOWN, MODELS, save_tiny, tiny_config, tiny_model
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
