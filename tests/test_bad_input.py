@@ -109,6 +109,14 @@ def test_sparsity_that_empties_a_block(shell: Shell, dense: Path) -> None:
     assert code == 0, err
 
 
+def test_rounding_that_leaves_nothing_to_remove_is_not_blamed_on_the_sparsity(shell: Shell, dense: Path) -> None:
+    for flags in ([], ["--dry-run"]):
+        message = shell.refused(dense, "--attention", "none", "--round-to", "4096", *flags)
+        assert message.startswith("--sparsity 0.3 and --round-to 4096 exclude each other: ")
+        message = shell.refused(dense, "--sparsity", "0.99", "--round-to", "2", *flags)
+        assert message.startswith("--sparsity 0.99 would leave a block empty")
+
+
 # The model
 
 
@@ -161,6 +169,7 @@ def test_directories_that_are_no_model(shell: Shell, files: dict[str, str | byte
         {"hidden_size": 0},
         {"vocab_size": -1},
         {"activation_function": "rellu"},
+        {"per_layer_config": {"0": {"ffn_dim": 16}}},
     ],
 )
 def test_configs_that_describe_no_model(shell: Shell, copy: Path, fields: dict[str, Any]) -> None:
@@ -711,7 +720,7 @@ def test_too_little_space_is_noticed_before_anything_is_computed(
     usage = shutil.disk_usage(shell.directory)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     message = shell.refused(dense)
-    assert message.startswith("the result needs up to 0.00 GB, but the disk of ")
+    assert re.match(r"the result needs up to [\d.]+ [kM]B, but the disk of .* has 1 kB free; ", message), message
     assert message.endswith("give --output on another disk")
 
 

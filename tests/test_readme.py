@@ -26,7 +26,7 @@ from llm_snp.families.llama_like import LlamaLike
 ROOT = Path(__file__).parent.parent
 TASKS = Path(__file__).parent / "harness_tasks"
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
-LINKED = [*PAGES, "CHANGELOG.md", "examples/README.md", "benchmarks/results/README.md"]
+LINKED = [*PAGES, "CHANGELOG.md", "SECURITY.md", "examples/README.md", "benchmarks/results/README.md"]
 # Its code describes a family that does not exist; the others' runs.
 FRAGMENTS = "docs/families.md"
 # What a page names without having made it: the result of the README's first command.

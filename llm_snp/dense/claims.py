@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -39,9 +39,15 @@ SHOWN = 80  # characters at most that an error quotes
 def checked_config(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """The fields of a config.json, its type as today's tools write it: "float16" for "torch.float16".
 
-    Raises `CheckpointError` for a size that is none, or that no model has, and for a type that weights cannot have.
+    Raises `CheckpointError` for a size that is none, or that no model has, and for a type that weights cannot have;
+    `UnsupportedModelError` for a model whose blocks differ already.
     """
     fields = dict(content)
+    if fields.get("per_layer_config"):
+        raise UnsupportedModelError(
+            f"{path} has a per_layer_config, so that the model's blocks differ already; llm_snp prunes models whose "
+            "blocks are alike: give the model that it was made of"
+        )
     for name in SIZES:
         value = fields.get(name)
         if value is None:

@@ -31,8 +31,27 @@ class Narrowed:
         if widths is None or len(widths) != len(blocks):
             found = "none" if widths is None else str(len(widths))
             raise ValueError(f"config.block_widths has {found} entries, expected one for each of {len(blocks)} blocks")
+        whole = [_attention_shapes(block) for block in blocks]
         for block, width in zip(blocks, widths, strict=True):
             self.narrow(block, **width)
+        self.other_caches = whole != [_attention_shapes(block) for block in blocks]
+
+    def init_continuous_batching(self, *args: Any, **options: Any) -> Any:
+        """As of the stock model, where keys and values still have its shape. Raises `ValueError` where not.
+
+        transformers' paged cache has one shape for all blocks, from the config; without this the error would be
+        hidden in every request.
+        """
+        if self.other_caches:
+            raise ValueError(
+                "continuous batching keeps the keys and values of all blocks in one shape, and this model is pruned to "
+                "others: use `generate`, or prune with --attention none or --format stock"
+            )
+        return super().init_continuous_batching(*args, **options)  # type: ignore[misc]
+
+
+def _attention_shapes(block: Any) -> list[torch.Size]:
+    return [weight.shape for name, weight in block.named_parameters() if "att" in name]
 
 
 def narrow_layer(layer: Any, rows: int | None = None, columns: int | None = None) -> None:

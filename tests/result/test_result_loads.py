@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from conftest import BLOCKS, NEURONS, Prune, load, logits, tiny_opt
 from elsewhere import elsewhere
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, OPTForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, OPTForCausalLM, PreTrainedModel
 
 import llm_snp.pruning.plan
 from llm_snp.dense.hub import EMBEDDED, load_config
@@ -152,3 +153,23 @@ def test_wrong_widths_are_refused(result: Path) -> None:
     config.block_widths = config.block_widths[:-1]
     with pytest.raises(ValueError, match=f"block_widths has {BLOCKS - 1} entries, expected one for each of {BLOCKS}"):
         AutoModelForCausalLM.from_config(config)
+
+
+@pytest.mark.skipif(not hasattr(PreTrainedModel, "generate_batch"), reason="this transformers has no such method")
+def test_continuous_batching_works_or_says_why_not(prune: Prune, dense: Path, tmp_path: Path) -> None:
+    """Its cache has one shape for all blocks: that of the config, which whole attention still has."""
+    small = transformers.ContinuousBatchingConfig(num_blocks=8, page_size=16, max_batch_tokens=64)
+    greedy = transformers.GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=2, pad_token_id=1)
+    prompts = [[5, 6, 7, 8], [9, 10, 11]]
+
+    def batched(attention: str) -> tuple[Any, list[list[int]]]:
+        prune(dense, tmp_path / attention, attention=attention)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / attention)
+        found = model.generate_batch(prompts, generation_config=greedy, continuous_batching_config=small, warmup=False)
+        return model, [one.generated_tokens for one in found.values()]
+
+    model, found = batched("none")
+    alone = [model.generate(torch.tensor([ids]), generation_config=greedy)[0, len(ids) :].tolist() for ids in prompts]
+    assert found == alone
+    with pytest.raises(ValueError, match="continuous batching keeps the keys and values of all blocks in one shape"):
+        batched("dims")
