@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
 from ..system.processes import Processes
-from .skeleton import Call, Skeleton, run_block
+from .skeleton import Call, Skeleton, run_block, same_calls
 from .storage import Storage
 
 # Tokens that go through a block at once.
@@ -19,7 +19,9 @@ BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 
 
 class Stream:
-    """The hidden states (N, T, d) of this process's windows before some block, on the host, in the computing dtype.
+    """The hidden states (N, T, d) of this process's windows before some block, in the computing dtype.
+
+    Where they are, the storage knows.
 
     windows (M, T) long: those of all processes; tokens (N, T): this process's share, from window `first` on. Windows
     are unpadded and equally long, so what a block is called with depends only on the number of windows in the batch;
@@ -42,11 +44,11 @@ class Stream:
             for rows in self.rows():
                 hidden, calls = skeleton.enter(self.tokens[rows])
                 known = self.calls.setdefault(hidden.shape[0], calls)
-                if not all(map(Call.same_as, known, calls)):
+                if not same_calls(known, calls):
                     raise UnsupportedModelError(
                         "the arguments of this model's blocks depend on the text; cannot stream it"
                     )
-                self.states[rows] = hidden.cpu()
+                self.states[rows] = hidden
 
     def copy(self) -> Stream:
         """A second stream that starts where this one is."""
@@ -69,7 +71,7 @@ class Stream:
     def advance(self, index: int, block: nn.Module) -> None:
         """Move all hidden states through block `index`."""
         for rows, hidden, call in self.batches(index):
-            self.states[rows] = run_block(block, hidden, call).cpu()
+            self.states[rows] = run_block(block, hidden, call)
 
 
 class Taps:

@@ -100,7 +100,7 @@ def _read(
     if reference.residual:
         residual += dense.input(wanted[1]).float() - taps.input(wanted[1]).float()
     if reference.advance and reference.stream is not None:
-        reference.stream.states[rows] = output.cpu()
+        reference.stream.states[rows] = output
     return taps.input(site.consumer), residual
 
 
@@ -146,7 +146,7 @@ def calibrate_block(
                 stream.processes.same(found[name].shift)
             found[name].add(x)
         if advance:
-            stream.states[rows] = output.cpu()
+            stream.states[rows] = output
     del taps, output, x  # solving follows, and needs the memory
     for name, moments in found.items():
         moments.reduce(stream.processes.sum)

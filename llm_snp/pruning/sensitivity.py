@@ -1,6 +1,6 @@
 """What an error in a layer's output costs the language model: G = E g gᵀ, g the gradient of the loss at that output.
 
-One forward and one backward pass over the dense model, block by block: block inputs are kept on the host, each block
+One forward and one backward pass over the dense model, block by block: block inputs are kept by the storage, each block
 is loaded again and recomputed with gradients on the way back, so the device never holds more than one block. The
 windows are chosen so that all block inputs together are no larger than the calibration hidden states.
 Labels are drawn from the model's own predictions, which makes G the Fisher matrix; with the next tokens of the text,
@@ -100,7 +100,7 @@ def measure_sensitivity(session: Session) -> None:
                         g = g.flatten(0, -2).float()
                         sums[name] += g.mT @ g if options.sensitivity == "fisher" else g.square().sum()
                 # Last: where a consumer's output is added to the residual stream, its gradient shares this memory.
-                gradient[rows] = at_input.cpu()
+                gradient[rows] = at_input
             found = {}
             for site in sites:
                 processes.sum(sums[site.consumer])
@@ -119,7 +119,7 @@ def _name(index: int) -> str:
 
 
 def _loss_gradient(skeleton: Skeleton, ids: Tensor, hidden: Tensor, generator: torch.Generator) -> Tensor:
-    """Gradient (T, d), on the host, of a window's summed loss at the last block's output; ids (T,), hidden (T, d).
+    """Gradient (T, d), beside `hidden`, of a window's summed loss at the last block's output; ids (T,), hidden (T, d)
 
     Labels are drawn on the CPU's random numbers, so that every device draws the same.
     """
@@ -132,5 +132,5 @@ def _loss_gradient(skeleton: Skeleton, ids: Tensor, hidden: Tensor, generator: t
             below = logits.detach().softmax(-1).cumsum(-1)
             labels = torch.searchsorted(below, draw).squeeze(1).clamp_max(logits.shape[-1] - 1)
             loss = F.cross_entropy(logits, labels, reduction="sum")
-            gradient[part] = torch.autograd.grad(loss, state)[0][0].cpu()
+            gradient[part] = torch.autograd.grad(loss, state)[0][0]
     return gradient

@@ -14,6 +14,7 @@ import torch
 from ..config import PruneConfig
 from ..core.linalg import working_dtype
 from ..dense.skeleton import HEAD_TOKENS
+from ..dense.storage import stays_on
 from ..dense.stream import BATCH_TOKENS
 from ..families import ATTENTION, WHOLE, Attention, Family, Site, linear
 from ..pruning.sensitivity import gradient_windows
@@ -104,7 +105,9 @@ def estimate(
         share = gradient_windows(options.samples, len(blocks)) / options.samples
         streams = max(streams, share * (len(blocks) + 1))
     states = ceil(streams * hidden)
-    on_host = 3 * stored * per_block + (0 if options.offload else states)
+    staying = device.type == "cuda" and not options.offload and stays_on(device, hidden)
+    on_device += states if staying else 0
+    on_host = 3 * stored * per_block + (0 if options.offload or staying else states)
     on_disk = int(stored * kept_share * total) + (states if options.offload else 0)
     if options.needs_gradient and options.sensitivity == "fisher":
         on_disk += FLOAT32 * len(blocks) * sum(width**2 for width in outputs.values())

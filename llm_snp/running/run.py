@@ -70,7 +70,7 @@ def _pruned(options: PruneConfig) -> tuple[Job, dict[str, Any], Progress, bool]:
                 lambda: Workspace(job.output, options.overwrite, options.resume, inputs_of(job))
             )
         with kept_for_resume(workspace, job.config.num_hidden_layers, again(options)):
-            storage = Storage(offload, job.device.type == "cuda")
+            storage = Storage(offload, None if job.device.type == "cpu" else job.device)
             report = _Run(job, carried, storage, processes, progress, workspace).prune()
         return job, report, progress, processes.main
 
