@@ -68,7 +68,7 @@ def factorised(matrix: Tensor, factor: Tensor, diagonal: Tensor, info: Tensor) -
     rounding = max(matrix.shape[-1] * torch.finfo(torch.float64).eps, torch.finfo(matrix.dtype).eps)
     pivots = factor.diagonal(dim1=-2, dim2=-1).square()
     found = torch.stack([torch.isfinite(matrix).all(), (info == 0).all() & (pivots > rounding * diagonal).all()])
-    finite, good = found.tolist()
+    finite, good = found.cpu().tolist()
     if not finite:
         raise NumericalError("the moments of the activations are not finite; use --dtype float32 or bfloat16")
     return bool(good)
