@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..system.workspace import expect_result
+
 HELP = "make the page, the plots and the card of a result anew from its report.json"
 
 
@@ -13,6 +15,11 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--output", metavar="FILE.html", type=Path, help="write only the page, to this file; DIR stays as it is"
     )
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise `CheckpointError` if DIR can be no result."""
+    expect_result(args.directory)
 
 
 def main(args: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import CheckpointError
 from ..system.files import digest, disk, write_json, write_text
-from ..system.workspace import REPORT
+from ..system.workspace import REPORT, expect_result
 from .card import model_card
 from .page import html_page
 from .plots import FOLDER, PLOTS, write_plots
@@ -54,11 +54,7 @@ def _edited(card: Path, report: dict[str, Any]) -> bool:
 def read_report(directory: Path) -> dict[str, Any]:
     """The report of a result. Raises `CheckpointError` if `directory` is none that this llm_snp can read."""
     path, advice = directory / REPORT, "give the directory that a run of llm_snp has written"
-    if not directory.is_dir():
-        found = "is a file" if directory.exists() else "does not exist"
-        raise CheckpointError(f"{directory} {found}; {advice}")
-    if not path.is_file():
-        raise CheckpointError(f"{directory} has no {REPORT}; {advice}")
+    expect_result(directory)
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
