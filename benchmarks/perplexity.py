@@ -18,12 +18,10 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
@@ -74,7 +72,8 @@ def evaluate(name: str, args: argparse.Namespace) -> dict[str, Any]:
     directory = locate(name)
     size = sum(file.stat().st_size for file in Checkpoint(directory).files)
     device = resolve_device(args.device)
-    Progress(args.quiet).say(f"load {name} ...")
+    progress = Progress(args.quiet)
+    progress.say(f"load {name} ...")
     model, tokenizer = load(name, directory, args.trust_remote_code)
     config = model.config.get_text_config()
     dtype = resolve_dtype(args.dtype, device, config_dtype(config))
@@ -92,8 +91,8 @@ def evaluate(name: str, args: argparse.Namespace) -> dict[str, Any]:
     for source, label in labels(args.evaluate).items():
         windows = evaluation_windows(source, tokenizer, length)
         start = time.perf_counter()
-        with tqdm(total=len(windows.tokens), desc=label, unit="window", disable=args.quiet, leave=False) as bar:
-            result = perplexity_loaded(model, windows, partial(_advance, bar))
+        with progress.phase("perplexity", len(windows.tokens), label, unit="window") as step:
+            result = perplexity_loaded(model, windows, step)
         entry["evaluation"][label] = {
             "perplexity": result.perplexity,
             "tokens": result.tokens,
@@ -102,10 +101,6 @@ def evaluate(name: str, args: argparse.Namespace) -> dict[str, Any]:
             "seconds": round(time.perf_counter() - start, 3),
         }
     return entry
-
-
-def _advance(bar: tqdm) -> None:
-    bar.update()
 
 
 def provenance(script: str, arguments: Sequence[str] | None) -> dict[str, Any]:

@@ -3,8 +3,8 @@
     import llm_snp
     report = llm_snp.prune(model="facebook/opt-1.3b", sparsity=0.3)
 
-Importing llm_snp makes its pruned models known to transformers' Auto classes, so that they load without
-`trust_remote_code`.
+Where llm_snp is imported, before transformers or after it, transformers' Auto classes know the pruned models, so that
+they load without `trust_remote_code`. By itself it is a light import: torch and transformers come when they are needed.
 """
 
 from __future__ import annotations
@@ -16,9 +16,16 @@ from .version import __version__
 __all__ = ["SnpError", "__version__", "prune"]
 
 from .errors import SnpError
-from .families.registration import register_auto_classes
+from .system.imports import when_imported
 
-register_auto_classes()
+
+def _register() -> None:
+    from .families.registration import register_auto_classes
+
+    register_auto_classes()
+
+
+when_imported("transformers", _register)
 
 
 def prune(model: str | None = None, sparsity: float = 0.3, **options: Any) -> dict[str, Any]:

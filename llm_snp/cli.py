@@ -1,20 +1,27 @@
-"""The command line: finds the command, turns errors into one line and an exit code."""
+"""The command line: finds the command, turns errors into one line and an exit code.
+
+Light at the door: torch, transformers and what else takes seconds to import come when a command's `main` asks for them,
+after its `check`. A command is a module with HELP, `add_arguments`, `check` and `main`.
+"""
 
 from __future__ import annotations
 
 import argparse
 import difflib
 import importlib
+import io
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from types import ModuleType
 from typing import NoReturn
 
 from . import __version__
 from .errors import OptionError, SnpError
-from .system.processes import name_of_process
+from .system.progress import in_terminal, say
+from .system.rank import name_of_process
 from .system.signals import ended_by_signals, exit_code
 
 BAD_INPUT = 2
@@ -66,32 +73,58 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     process = name_of_process()
     try:
-        with ended_by_signals():
+        with ended_by_signals(), _printed():
             command, args = parse(sys.argv[1:] if arguments is None else arguments)
+            command.check(args)
             _calm_libraries(getattr(args, "quiet", False) or bool(process))
             command.main(args)
     except SnpError as error:
         if not error.from_main:
-            print(f"llm_snp{process}: {' '.join(str(error).split())}", file=sys.stderr)
+            say(f"llm_snp{process}: {' '.join(str(error).split())}")
         return BAD_INPUT
     except KeyboardInterrupt as error:
         # What is left behind only the main process knows.
-        print(f"llm_snp{process}: {(not process and str(error)) or 'interrupted'}", file=sys.stderr)
+        say(f"llm_snp{process}: {(not process and str(error)) or 'interrupted'}")
         return exit_code(error)
     return 0
 
 
+@contextmanager
+def _printed() -> Iterator[None]:
+    """Let out what a command prints at its end, when all is done: what becomes of it there can harm nothing.
+
+    A reader that is gone, as with `| head`, is left alone; any other reason is told.
+    """
+    text = io.StringIO()
+    try:
+        with redirect_stdout(text):
+            yield
+    finally:
+        try:
+            if isinstance(sys.stdout, io.TextIOWrapper):  # names of files need not be text
+                sys.stdout.reconfigure(errors="backslashreplace")
+            print(text.getvalue(), end="", flush=True)
+        except OSError as error:
+            if not isinstance(error, BrokenPipeError):
+                say(f"llm_snp: what there was to print cannot be written ({error.strerror}); all else is done")
+            # What is left in the buffer would be tried again at the end of this process.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _calm_libraries(quiet: bool) -> None:
-    """No log lines of the libraries between ours; their bars only for downloads."""
+    """No log lines of the libraries between ours; their bars only for downloads, and only in a terminal."""
     os.environ.setdefault("DATASETS_VERBOSITY", "error")
     from huggingface_hub import utils as hub
     from transformers.utils import logging
 
     if not sys.warnoptions:  # nobody asked for them: beside one sentence they hide it
         warnings.simplefilter("ignore")
-    logging.disable_progress_bar()
+    bars = not (quiet or hub.are_progress_bars_disabled()) and in_terminal(sys.stderr)  # type: ignore[attr-defined]
+    logging.disable_progress_bar()  # from transformers 5 on, those of the Hub as well
     logging.set_verbosity_error()
     hub.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    if quiet:
+    if bars:
+        hub.enable_progress_bars()  # type: ignore[attr-defined]
+    else:
         os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
         hub.disable_progress_bars()  # type: ignore[attr-defined]

@@ -1,4 +1,7 @@
-"""All options of a pruning run in one object. The command line's flags and their help are made from it."""
+"""All options of a pruning run in one object. The command line's flags and their help are made from it.
+
+Needs no torch: what can be refused is refused at once.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +12,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from .core.allocation import ALLOCATIONS
-from .core.orders import ORDERS
-from .errors import OptionError, choose
+from .errors import OptionError, at_least, choose
 from .system import plain
 
 DAMPING = 1e-3
 # A ridge so many times the mean variance leaves nothing of what is fitted, and far beyond it numbers overflow.
 MOST_DAMPING = 1e6
+# The names of what `core.orders.ORDERS` and `core.allocation.ALLOCATIONS` do.
+ORDERS = ("zca", "saw", "energy", "loo", "random", "wanda", "leverage", "i-spasp", "greedy")
+ALLOCATIONS = ("uniform", "variance", "loss")
 # What the repair refits a layer to; `none` leaves the remaining weights as they are.
 TARGETS = ("self", "dense", "residual", "none")
 ATTENTION_MODES = ("heads", "queries", "dims", "both", "none")
@@ -24,6 +28,8 @@ FORMATS = ("auto", "stock")
 SENSITIVITIES = ("relative", "scalar", "fisher")
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+# What is timed unless it is asked for otherwise: tokens of the prefill, tokens to decode, measurements of each.
+PROMPT, NEW, RUNS = 512, 64, 5
 
 # Each kind of text serves its own kind best; a mix of two, most others.
 CALIBRATION = ("wikitext2", "c4")
@@ -106,8 +112,8 @@ class PruneConfig:
     sequence_length: int = option(2048, "tokens per window, capped by the model")
     seed: int = option(0, "seed of everything random")
     method: str = option("best", "preset for order, allocation, target and attention", tuple(METHODS))
-    order: str | None = option(None, "which units stay", tuple(ORDERS))
-    allocation: str | None = option(None, "how much each layer gives", tuple(ALLOCATIONS))
+    order: str | None = option(None, "which units stay", ORDERS)
+    allocation: str | None = option(None, "how much each layer gives", ALLOCATIONS)
     target: str | None = option(
         None,
         "what the repair refits to: the layer's own output on the pruned stream, the dense model's output, the dense "
@@ -190,8 +196,7 @@ class PruneConfig:
         if not 0.0 <= self.sparsity < 1.0:
             raise OptionError(f"--sparsity is {self.sparsity:g}; it is a share and must be at least 0 and below 1")
         for name, least in (("samples", 1), ("sequence_length", 2), ("round_to", 1)):
-            if getattr(self, name) < least:
-                raise OptionError(f"{flag_of(name)} is {getattr(self, name)}; it must be at least {least}")
+            at_least(getattr(self, name), least, flag_of(name))
             if getattr(self, name) >= 2**31:
                 raise OptionError(f"{flag_of(name)} is {getattr(self, name)}; it must be below 2**31")
         if not 0 <= self.seed < 2**32:

@@ -80,6 +80,12 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
+def at_least(value: int, least: int, what: str) -> None:
+    """Raise `OptionError` if `value` is below `least`."""
+    if value < least:
+        raise OptionError(f"{what} is {value}; it must be at least {least}")
+
+
 def choose(value: str, known: Iterable[str], what: str) -> str:
     """Return `value` if it is one of `known`; otherwise raise `OptionError` that lists them and guesses."""
     names = list(known)

@@ -17,6 +17,7 @@ import datasets
 import huggingface_hub
 import pyarrow as pa
 import pytest
+import safetensors.torch
 import torch
 import transformers
 from conftest import (
@@ -39,7 +40,6 @@ from pyarrow import parquet
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-import llm_snp.system.files
 from llm_snp.dense.data import calibration_windows
 from llm_snp.dense.hub import SAFETENSORS, load_tokenizer
 from llm_snp.result.writer import Writer
@@ -637,7 +637,7 @@ def second_shard_fails(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseExcepti
     """Make writing the second shard of every run fail."""
 
     def install(error: BaseException) -> None:
-        whole, count = llm_snp.system.files.save_file, 0
+        whole, count = safetensors.torch.save_file, 0
 
         def save_file(tensors: Any, path: Any, metadata: Any) -> None:
             nonlocal count
@@ -647,7 +647,7 @@ def second_shard_fails(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseExcepti
                 raise error
             whole(tensors, path, metadata=metadata)
 
-        monkeypatch.setattr(llm_snp.system.files, "save_file", save_file)
+        monkeypatch.setattr(safetensors.torch, "save_file", save_file)
 
     return install
 

@@ -7,15 +7,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
-from ..config import DEVICES, DTYPES
-from ..dense.hub import EMBEDDED, config_dtype, load_config, locate
-from ..documents.writing import read_report, write_documents
-from ..errors import OptionError, SnpError, choose
-from ..evaluation.speed import NEW, PROMPT, RUNS, SpeedProgress, measure_speed, positions
-from ..evaluation.speed_table import speed_table
-from ..system.device import resolve_device, resolve_dtype
+from ..config import DEVICES, DTYPES, NEW, PROMPT, RUNS
+from ..dense.hub import EMBEDDED, config_dtype, find, load_config, locate
+from ..errors import OptionError, SnpError, at_least, choose
 from ..system.manifest import has_report, recall
 
 HELP = "time a pruned model beside the dense one, and count their memory"
@@ -41,13 +35,29 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--dtype", default="auto", help=f"type to compute in: {', '.join(DTYPES)} (default: auto)")
 
 
+def check(args: argparse.Namespace) -> None:
+    """Raise `SnpError` for options that cannot be used, or local models that are not there."""
+    choose(args.device.split(":")[0], DEVICES, "--device")
+    choose(args.dtype, DTYPES, "--dtype")
+    for name in ("batch", "prompt", "new", "runs"):
+        if getattr(args, name) is not None:
+            at_least(getattr(args, name), 1, f"--{name}")
+    find(args.directory)
+    if args.against is not None:
+        find(args.against)
+
+
 def main(args: argparse.Namespace) -> None:
     """Measure, print the table, and keep the figures in DIR's report if they are about it and its dense model.
 
     Raises `SnpError` for what cannot be measured.
     """
-    choose(args.device.split(":")[0], DEVICES, "--device")
-    choose(args.dtype, DTYPES, "--dtype")
+    from ..documents.writing import read_report, write_documents
+    from ..evaluation.speed import measure_speed, measurements
+    from ..evaluation.speed_table import speed_table
+    from ..system.device import resolve_device, resolve_dtype
+    from ..system.progress import Progress
+
     device = resolve_device(args.device)
     directory = locate(args.directory)
     config = load_config(directory)
@@ -58,8 +68,8 @@ def main(args: argparse.Namespace) -> None:
             _check_prompt(args.prompt, path)
     dtype = resolve_dtype(args.dtype, device, config_dtype(config))
     prompt = PROMPT if args.prompt is None else args.prompt
-    with tqdm(desc="speed", unit="run", leave=False, disable=None, dynamic_ncols=True) as bar:
-        speed = measure_speed(directory, dense, device, dtype, args.batch, prompt, args.new, args.runs, _shown_by(bar))
+    with Progress().phase("speed", measurements(dense, args.runs), unit="run") as step:
+        speed = measure_speed(directory, dense, device, dtype, args.batch, prompt, args.new, args.runs, step)
     if args.against is not None:
         print(f"dense    stands for {dense}, which was asked for")
     print("\n".join(speed_table(speed)))
@@ -112,17 +122,11 @@ def dense_of(directory: Path, report: dict[str, Any]) -> str | None:
 
 
 def _check_prompt(prompt: int, directory: Path) -> None:
+    from ..evaluation.speed import positions
+
     limit = positions(load_config(directory))
     if limit is not None and prompt >= limit:
         raise OptionError(
             f"--prompt is {prompt}, but {directory} has {limit} positions, of which new tokens need some; give at most "
             f"{limit - 1}"
         )
-
-
-def _shown_by(bar: tqdm) -> SpeedProgress:
-    def show(_: str, done: int, total: int) -> None:
-        bar.total = total
-        bar.update(done - bar.n)
-
-    return show

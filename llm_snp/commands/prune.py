@@ -7,11 +7,8 @@ import dataclasses
 from typing import Any
 
 from ..config import PruneConfig
-from ..documents.report import summary
-from ..running.preview import preview, preview_text
-from ..running.run import run
-from ..system.allocator import give_back_freed_memory
-from ..system.processes import name_of_process
+from ..dense.hub import find
+from ..system.rank import alone, name_of_process
 
 HELP = "prune a language model in one shot and write the smaller one as a Hugging Face checkpoint"
 TYPES = {"sparsity": float, "samples": int, "sequence_length": int, "seed": int, "round_to": int}
@@ -60,10 +57,22 @@ def options_of(args: argparse.Namespace) -> PruneConfig:
     return PruneConfig(**values)
 
 
-def main(args: argparse.Namespace) -> None:
-    """Prune, or tell what pruning would do, and print it."""
+def check(args: argparse.Namespace) -> None:
+    """Raise `SnpError` for options that cannot be used, or a local model that is not there."""
     options = options_of(args)
     options.validate()
+    if alone():  # a process that ends before it has joined the others may have them wait for it
+        find(options.model)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Prune, or tell what pruning would do, and print it. Raises `SnpError`."""
+    from ..documents.report import summary
+    from ..running.preview import preview, preview_text
+    from ..running.run import run
+    from ..system.allocator import give_back_freed_memory
+
+    options = options_of(args)
     give_back_freed_memory()
     if args.dry_run:
         if not name_of_process():

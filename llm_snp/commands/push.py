@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..system.workspace import expect_result
+
 HELP = "publish a result on the Hugging Face Hub"
 
 
@@ -20,7 +22,13 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--message", metavar="TEXT", help="what the commit says")
 
 
+def check(args: argparse.Namespace) -> None:
+    """Raise `CheckpointError` if DIR can be no result."""
+    expect_result(args.directory)
+
+
 def main(args: argparse.Namespace) -> None:
+    """Upload DIR, and print where it is and how to load it. Raises `SnpError`."""
     from ..documents.writing import read_report
     from ..result.publish import left_here, push
     from ..system.manifest import some

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..system.workspace import expect_result
+
 HELP = "make the page, the plots and the card of a result anew from its report.json"
 
 
@@ -16,6 +18,11 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         type=Path,
         help="write only the page, to this new file or over an earlier page; DIR stays as it is",
     )
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise `CheckpointError` if DIR can be no result."""
+    expect_result(args.directory)
 
 
 def main(args: argparse.Namespace) -> None:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, HubError
 from ..system.libraries import explained, parse_json, reason
 from ..system.plain import encodable
 from .claims import checked_config
+
+if TYPE_CHECKING:  # where a model is can be told without torch
+    import torch
 
 # What travels besides the weights; terms of use have names of all kinds.
 SIDE_FILES = (
@@ -35,6 +37,8 @@ SIDE_FILES = (
 # Weights as transformers names them. Some repositories have them a second time, in another layout.
 SAFETENSORS = ("model.safetensors", "model-*-of-*.safetensors")
 BIN = "pytorch_model*.bin"
+# Whatever the Hub says of it, nothing else can be a repository there: user/name, or one of the old ones without a user.
+HUB_ID = re.compile(r"([\w.-]+/)?[\w.-]+")
 EMBEDDED = Path(__file__).parent.parent / "demo" / "opt-wiki-1m"
 
 
@@ -45,13 +49,24 @@ def locate(model: str | None, revision: str | None = None, weights: bool = True)
     config and the tokenizer only. Raises `CheckpointError` for a local path that is no model, `HubError` if the Hub
     cannot be reached, has no such repository or refuses.
     """
+    return find(model) or _download(str(model), revision, weights)
+
+
+def find(model: str | None) -> Path | None:
+    """The local directory of a model, the embedded one for None; None for what may be on the Hub.
+
+    Needs no network and no large library. Raises `CheckpointError` for a local path that is no model, and for what can
+    be neither a path nor on the Hub.
+    """
     if model is None:
         return EMBEDDED
     path = Path(os.path.expanduser(model))
     # os.path.lexists is also False for what cannot be a path, such as a name that is too long.
     if os.path.lexists(path) or model.startswith((".", "/", "~")) or model.count("/") > 1:
         return _local(path)
-    return _download(model, revision, weights)
+    if not HUB_ID.fullmatch(model):
+        raise CheckpointError(f"{model} is neither a local directory nor a valid Hub id")
+    return None
 
 
 def _local(path: Path) -> Path:
@@ -160,6 +175,8 @@ def load_config(directory: Path) -> Any:
 
 def config_dtype(config: Any) -> torch.dtype:
     """The type of a checkpoint's weights as its config has it (`dtype` in transformers 5, `torch_dtype` before)."""
+    import torch
+
     found = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None) or torch.float32
     return found if isinstance(found, torch.dtype) else getattr(torch, found)
 

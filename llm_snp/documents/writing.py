@@ -10,6 +10,7 @@ from typing import Any
 from ..errors import CheckpointError, OptionError
 from ..system.files import digest, digest_of_bytes, disk, write_bytes, write_together
 from ..system.manifest import FILES, MEMORY, REPORT, is_result, manifest, recall, remember
+from ..system.workspace import expect_result
 from .card import model_card
 from .page import html_page
 from .plots import FOLDER, PLOTS, plot_images, plot_path
@@ -97,11 +98,7 @@ def _finite(text: str) -> float:
 def read_report(directory: Path) -> dict[str, Any]:
     """The report of a result. Raises `CheckpointError` if `directory` is none that this llm_snp can read."""
     path, advice = directory / REPORT, "give the directory that a run of llm_snp has written"
-    if not directory.is_dir():
-        found = "is a file" if directory.exists() else "does not exist"
-        raise CheckpointError(f"{directory} {found}; {advice}")
-    if not path.is_file():
-        raise CheckpointError(f"{directory} has no {REPORT}; {advice}")
+    expect_result(directory)
     restore = "restore the file, or prune again"
     try:
         report = json.loads(path.read_bytes(), parse_constant=_finite, parse_float=_finite)

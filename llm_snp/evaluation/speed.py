@@ -14,19 +14,16 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from ..config import NEW, PROMPT, RUNS
 from ..dense.hub import load_config
-from ..errors import CheckpointError, DeviceMemoryError, OptionError, UnsupportedModelError, first_line
+from ..errors import CheckpointError, DeviceMemoryError, UnsupportedModelError, at_least, first_line
 from ..system.device import device_facts
 from ..system.libraries import ONE_AT_A_TIME
 from .clock import timed
 from .widths import Mlp, WidthTiming, head_dims, mlp_of
 
 SEED = 0
-PROMPT, NEW, RUNS = 512, 64, 5
 REASON = 200  # characters at most that an error quotes
-
-# (what was measured just now, how many measurements are done, how many there are)
-SpeedProgress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -48,14 +45,15 @@ def measure_speed(
     prompt: int = PROMPT,
     new: int = NEW,
     runs: int = RUNS,
-    progress: SpeedProgress | None = None,
+    step: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Time two local checkpoints of causal language models in turn: dense, pruned, dense, pruned, ... after a warm-up.
 
     Both are on the device as a whole, at the same time. A run is a prefill of (batch, prompt) random tokens, the same
     for both models, and `new` greedy steps of one token with KV cache; the model is called directly, not by
     `generate`. As `generate` does, the prefill asks for the last position's logits only where the model class can.
-    `prompt` and `new` shrink to what the models have positions for, which a note then says.
+    `prompt` and `new` shrink to what the models have positions for, which a note then says. `step` is called after each
+    of the `measurements`.
 
     Returns a JSON-ready dict:
 
@@ -75,12 +73,11 @@ def measure_speed(
     `UnsupportedModelError` for a model without KV cache, `DeviceMemoryError` if the models do not fit.
     """
     for name, value in (("batch", batch), ("prompt", prompt), ("new", new), ("runs", runs)):
-        if value < 1:
-            raise OptionError(f"--{name} is {value}; it must be at least 1")
+        at_least(value, 1, f"--{name}")
     directories = ({} if dense is None else {"dense": dense}) | {"pruned": pruned}
     try:
         models = {which: load_model(directory, device, dtype) for which, directory in directories.items()}
-        bench = _Bench(models, device, dtype, batch, prompt, new, runs, progress)
+        bench = _Bench(models, device, dtype, batch, prompt, new, runs, step)
         result = bench.run()
         mlp, dims = mlp_of(models["pruned"]), head_dims(models["pruned"])
         del models, bench.models  # the products are timed with weights of their own
@@ -96,9 +93,13 @@ def measure_speed(
             f"{device} has no room for what was to be measured ({reason}); give a smaller --batch or --prompt, or "
             f"--dtype bfloat16{'' if device.type == 'cpu' else ', or --device cpu'}"
         ) from error
-    if progress:
-        progress("widths", bench.total, bench.total)
+    step()
     return result
+
+
+def measurements(dense: Path | None, runs: int) -> int:
+    """How many times `measure_speed` calls `step`: after each warm-up, each run and the timing of the widths."""
+    return (1 if dense is None else 2) * (1 + runs) + 1
 
 
 def load_model(directory: Path, device: torch.device, dtype: torch.dtype) -> Any:
@@ -147,10 +148,10 @@ class _Bench:
         prompt: int,
         new: int,
         runs: int,
-        progress: SpeedProgress | None,
+        step: Callable[[], None],
     ):
         self.models, self.device, self.dtype, self.batch, self.runs = models, device, dtype, batch, runs
-        self.progress, self.done, self.total = progress, 0, len(models) * (1 + runs) + 1
+        self.step = step
         limits = [positions(model.config) for model in models.values()]
         limit = min((found for found in limits if found is not None), default=None)
         self.prompt, self.new = fit(prompt, new, limit)
@@ -175,9 +176,7 @@ class _Bench:
                 run = self._once(model)
                 if round_ > 0:
                     found[which].append(run)
-                self.done += 1
-                if self.progress:
-                    self.progress(which, self.done, self.total)
+                self.step()
         return {
             "device": device_facts(self.device, self.dtype),
             "batch": self.batch,

@@ -83,7 +83,7 @@ class PrunedBlocks:
 
     def _tell(self, index: int, losses: BlockLoss, remark: str = "") -> None:
         self.report.block(index, losses)
-        self.progress.say(block_line(self.report.data) + remark)
+        self.progress.finished(block_line(self.report.data) + remark)
 
     @property
     def _kept(self) -> list[dict[str, int]]:

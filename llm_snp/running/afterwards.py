@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from ..config import PruneConfig
+from ..config import RUNS, PruneConfig
 from ..dense.hub import config_dtype
 from ..documents.writing import write_documents
 from ..errors import DeviceMemoryError, Interrupted, SnpError
 from ..evaluation.harness import check_tasks, compare, evaluate_harness, tasks_of
-from ..evaluation.speed import measure_speed
+from ..evaluation.speed import measure_speed, measurements
 from ..pruning.job import Job
 from ..result.publish import check_push, push
 from ..system.device import resolve_dtype
@@ -49,8 +49,8 @@ def afterwards(job: Job, report: dict[str, Any], progress: Progress) -> dict[str
             report["harness"] = compare(dense, pruned)
             _write(job, report, progress, "harness")
         if options.measure_speed and "speed" not in report:
-            with progress.phase("speed"):
-                report["speed"] = measure_speed(job.output, job.directory, job.device, dtype)
+            with progress.phase("speed", measurements(job.directory, RUNS), unit="run") as step:
+                report["speed"] = measure_speed(job.output, job.directory, job.device, dtype, step=step)
             _write(job, report, progress, "speed")
         if options.push_to_hub:
             with progress.phase("push", title=f"push to {options.push_to_hub}"):

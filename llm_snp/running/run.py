@@ -58,7 +58,7 @@ def _pruned(options: PruneConfig) -> tuple[Job, dict[str, Any], Progress, bool]:
     with Processes(cpu=options.device.startswith("cpu") or not torch.cuda.is_available()) as processes:
         check_processes(options, processes.count)
         progress = Progress(options.quiet or not processes.main)
-        with progress.phase("load"):
+        with progress.phase("load", title=f"look for {options.model or 'the embedded OPT'}"):
             processes.on_main(lambda: check_afterwards(options))
             job = open_job(options, weights=True, local_index=processes.local_index)
             carried = Carried(job.directory)

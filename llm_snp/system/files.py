@@ -9,14 +9,15 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import xxhash
 from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
 
 from ..errors import DiskFullError, OutputError
+
+if TYPE_CHECKING:  # what needs no tensors needs no torch
+    from torch import Tensor
 
 CHUNK = 1 << 24
 
@@ -60,6 +61,8 @@ def write_together(directory: Path, files: Mapping[str, bytes]) -> None:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file: temporary name, fsync, rename."""
+    from safetensors.torch import save_file
+
     with disk(path), _temporary(path) as temporary:
         save_file(_unshared(tensors), temporary, metadata={"format": "pt"})
         # safetensors makes files that only their owner can read; this is what the umask asks for.

@@ -29,12 +29,6 @@ T = TypeVar("T")
 PATIENCE = timedelta(hours=2)
 
 
-def name_of_process() -> str:
-    """Which process this is where it is not the main one, empty for that; also before it has joined the others."""
-    index = os.environ.get("RANK", "0") if os.environ.get("WORLD_SIZE", "1") != "1" else "0"
-    return "" if index == "0" else f" (process {index})"
-
-
 class Processes:
     """This process among `count`; `index` 0 is the main one.
 

@@ -19,7 +19,7 @@ from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel, MambaConfig, M
 
 from llm_snp.commands import bench
 from llm_snp.errors import CheckpointError, DeviceMemoryError, HubError, OptionError, SnpError, UnsupportedModelError
-from llm_snp.evaluation.speed import Run, cache_bytes, doubts, fit, measure_speed
+from llm_snp.evaluation.speed import Run, _Bench, cache_bytes, doubts, fit, measure_speed, measurements
 from llm_snp.evaluation.speed_table import speed_table
 from llm_snp.evaluation.widths import (
     Gain,
@@ -48,14 +48,22 @@ def pruned(dense: Path, prune: Prune, tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.fixture(scope="module")
-def calls() -> list[tuple[str, int, int]]:
-    """What `speed` told of its progress."""
+def steps() -> list[str]:
+    """The classes of the models that `speed` ran, and "step" where it told of its progress."""
     return []
 
 
 @pytest.fixture(scope="module")
-def speed(pruned: Path, dense: Path, calls: list[tuple[str, int, int]]) -> dict[str, Any]:
-    return measure_speed(pruned, dense, CPU, torch.float32, BATCH, PROMPT, NEW, RUNS, lambda *call: calls.append(call))
+def speed(pruned: Path, dense: Path, steps: list[str]) -> dict[str, Any]:
+    once = _Bench._once
+
+    def noted(self: _Bench, model: Any) -> Any:
+        steps.append(type(model).__name__)
+        return once(self, model)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_Bench, "_once", noted)
+        return measure_speed(pruned, dense, CPU, torch.float32, BATCH, PROMPT, NEW, RUNS, lambda: steps.append("step"))
 
 
 def kv_bytes(directory: Path, tokens: int, size: int = 4) -> int:
@@ -96,10 +104,10 @@ def test_times_and_ratios_agree_with_each_other(speed: dict[str, Any]) -> None:
     )
 
 
-def test_models_are_measured_in_turn(speed: dict[str, Any], calls: list[tuple[str, int, int]]) -> None:
-    assert [which for which, _, _ in calls] == ["dense", "pruned"] * (1 + RUNS) + ["widths"]  # a warm-up, too
-    assert [done for _, done, _ in calls] == list(range(1, len(calls) + 1))
-    assert {total for _, _, total in calls} == {len(calls)}
+def test_models_are_measured_in_turn(speed: dict[str, Any], steps: list[str], dense: Path) -> None:
+    in_turn = ["OPTForCausalLM", "step", "SnpOPTForCausalLM", "step"]
+    assert steps == in_turn * (1 + RUNS) + ["step"]  # a warm-up, too, and the widths in the end
+    assert steps.count("step") == measurements(dense, RUNS)
 
 
 def test_a_larger_model_takes_longer(tmp_path: Path, dense: Path) -> None:
@@ -320,6 +328,12 @@ def arguments(*given: str | Path) -> argparse.Namespace:
     return p.parse_args([str(argument) for argument in ("--device", "cpu", "--runs", 1, "--new", 2, *given)])
 
 
+def run_bench(*given: str | Path) -> None:
+    args = arguments(*given)
+    bench.check(args)
+    bench.main(args)
+
+
 @pytest.fixture
 def result(pruned: Path, tmp_path: Path) -> Path:
     """A result of one's own to bench."""
@@ -334,7 +348,7 @@ def test_bench_compares_with_the_dense_model_and_keeps_the_figures(
     result: Path, dense: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = report_of(result)
-    bench.main(arguments(result, "--prompt", 8))
+    run_bench(result, "--prompt", 8)
     out = capsys.readouterr().out
     speed = report_of(result)["speed"]
     assert out.splitlines()[:-1] == speed_table(speed)
@@ -345,7 +359,7 @@ def test_bench_compares_with_the_dense_model_and_keeps_the_figures(
         key: value for key, value in before.items() if key not in written
     }
     assert "Speed" in (result / "README.md").read_text()
-    bench.main(arguments(result, "--prompt", 7, "--against", dense))  # the same model by name
+    run_bench(result, "--prompt", 7, "--against", dense)  # the same model by name
     assert report_of(result)["speed"]["prompt"] == 7
 
 
@@ -354,9 +368,9 @@ def test_bench_against_another_model_keeps_nothing(
 ) -> None:
     other = save(tiny_opt(seed=1, ffn_dim=96), tmp_path / "other")
     before = (result / "report.json").read_bytes()
-    bench.main(arguments(result, "--against", other))
+    run_bench(result, "--against", other)
     assert "as fast" in capsys.readouterr().out
-    bench.main(arguments(other, "--against", result))  # any causal LM may come first
+    run_bench(other, "--against", result)  # any causal LM may come first
     assert "stored" not in capsys.readouterr().out
     assert (result / "report.json").read_bytes() == before
 
@@ -366,21 +380,21 @@ def test_bench_without_the_dense_model(result: Path, capsys: pytest.CaptureFixtu
     gone = str(result.parent / "gone")
     report["options"]["model"] = report["model"]["name"] = gone
     (result / "report.json").write_text(json.dumps(report))
-    bench.main(arguments(result))
+    run_bench(result)
     out = capsys.readouterr().out
     assert out.startswith(f"alone    the dense model is not there to compare with: {gone} does not exist")
     assert "stored" in out
     assert "dense" not in report_of(result)["speed"]
     report["speed"] = report_of(result)["speed"] | {"dense": report_of(result)["speed"]["pruned"]}
     (result / "report.json").write_text(json.dumps(report))
-    bench.main(arguments(result, "--prompt", 6))
+    run_bench(result, "--prompt", 6)
     assert "kept     the earlier figures" in capsys.readouterr().out
     assert report_of(result) == report
 
 
 def test_bench_of_any_model(dense: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = sorted(dense.iterdir())
-    bench.main(arguments(dense))
+    run_bench(dense)
     out = capsys.readouterr().out
     assert out.startswith(f"alone    {dense} has no report.json that names its dense model")
     assert "as fast" not in out
@@ -404,7 +418,7 @@ def test_bench_of_any_model(dense: Path, capsys: pytest.CaptureFixture[str]) -> 
 )
 def test_bad_input(result: Path, given: tuple[Any, ...], error: type[SnpError], message: str) -> None:
     with pytest.raises(error, match=message):
-        bench.main(arguments(result, *given))
+        run_bench(result, *given)
     assert "speed" not in report_of(result)
 
 
@@ -412,28 +426,28 @@ def test_more_than_fits(result: Path) -> None:
     with pytest.raises(
         DeviceMemoryError, match=r"^cpu has no room for what was to be measured \(DefaultCPU.*; give a smaller"
     ):
-        bench.main(arguments(result, "--batch", 10**13))
+        run_bench(result, "--batch", 10**13)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_no_cuda(pruned: Path) -> None:
     with pytest.raises(OptionError, match="--device cuda was asked for, but torch sees 0 CUDA devices"):
-        bench.main(arguments(pruned, "--device", "cuda"))
+        run_bench(pruned, "--device", "cuda")
 
 
 def test_directories_that_are_no_models(tmp_path: Path, dense: Path) -> None:
     with pytest.raises(CheckpointError, match=r"is not a model directory: it has no config\.json"):
-        bench.main(arguments(tmp_path))
+        run_bench(tmp_path)
     empty = tmp_path / "empty"
     empty.mkdir()
     shutil.copy(dense / "config.json", empty)
     with pytest.raises(CheckpointError, match=r"empty is no causal language model that this transformers can load"):
-        bench.main(arguments(empty))
+        run_bench(empty)
     shutil.copy(dense / "model.safetensors", empty)
     weights = (empty / "model.safetensors").read_bytes()
     (empty / "model.safetensors").write_bytes(weights[: len(weights) // 2])
     with pytest.raises(CheckpointError, match=r"empty is no causal language model that this transformers can load"):
-        bench.main(arguments(empty))
+        run_bench(empty)
 
 
 @pytest.mark.gpu

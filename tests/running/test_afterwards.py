@@ -95,7 +95,7 @@ def test_a_result_survives_a_push_that_fails_and_the_same_command_goes_on(
 
 
 def test_a_result_survives_ctrl_c_while_it_is_timed(shell: Shell, dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*models: object) -> None:
+    def interrupted(*models: object, **options: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
