@@ -266,7 +266,9 @@ def test_truncated_bin(shell: Shell, copy: Path, size: int, zipped: bool) -> Non
 
 
 @pytest.mark.parametrize(
-    "content", [b"<html>404</html>", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", os.urandom(1000)]
+    "content",
+    [b"<html>404</html>", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", os.urandom(1000)],
+    ids=["page", "pointer", "noise"],  # every process of xdist must find the same names
 )
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
 def test_weight_files_that_are_something_else(shell: Shell, copy: Path, name: str, content: bytes) -> None:

@@ -23,7 +23,7 @@ GROUP_COLUMNS = 16
 BLOCK_BYTES = 64 * 64 * 8
 WARPS = 8
 # What Triton raises where kernels cannot be compiled or run: it asserts that there is a libcuda, and imports what it
-# has compiled to launch them.
+# compiles to launch them.
 REFUSALS = (TritonError, RuntimeError, OSError, subprocess.SubprocessError, AssertionError, ImportError)
 
 
