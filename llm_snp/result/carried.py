@@ -63,8 +63,19 @@ CODE = frozenset(
         "kernel_config",
     )
 )
-# Fields that say where something lay on the machine of whoever saved it, or that name another file of weights.
-PLACES = frozenset(("name_or_path", "_name_or_path", "_commit_hash", "transformers_weights", "gguf_file"))
+# Fields that say where something lay on the machine of whoever saved it, name another file of weights, or say how those
+# are packed: the weights of a result are plain.
+PLACES = frozenset(
+    (
+        "name_or_path",
+        "_name_or_path",
+        "_commit_hash",
+        "transformers_weights",
+        "gguf_file",
+        "quantization_config",
+        "compression_config",
+    )
+)
 PLACE_ENDINGS = ("_file", "_name_or_path")
 ABSOLUTE = re.compile(r"(/[^/\s<>{}]+){2,}/?|~/\S*|[A-Za-z]:[\\/]\S*|\\\\\S+|file://\S*")
 # Text by which two tokenizers are told apart.

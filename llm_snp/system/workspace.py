@@ -155,6 +155,8 @@ def check_output(output: Path, overwrite: bool) -> None:
     """Raise `OutputError` unless `output` can become a result: absent, empty, or an earlier one with `overwrite`."""
     with disk(output):
         resolved = output.resolve()
+        if os.path.ismount(resolved):
+            raise OutputError(f"--output {output} is a mount point, which cannot be replaced; give a directory in it")
         partial = resolved.with_name(resolved.name + PARTIAL)
         if partial.exists() and not (partial / JOURNAL).is_dir():
             raise OutputError(f"{partial} is in the way and not from llm_snp; remove it, or give another --output")

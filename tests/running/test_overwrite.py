@@ -143,6 +143,19 @@ def test_what_a_person_changed_in_a_result_is_not_removed(shell: Shell, result: 
     assert f"({path.name})" in refused(shell, dense, "--output", result, "--overwrite")
 
 
+def test_what_a_killed_command_was_writing_is_nobody_else_s(result: Path) -> None:
+    (result / ".report.json").write_text("half")
+    (result / ".config.json").write_text("half")
+    (result / ".env").write_text("mine")
+    assert strays(result) == [".env"]
+
+
+@pytest.mark.parametrize("output", ["/", "/proc"])
+def test_a_mount_point_cannot_be_replaced(shell: Shell, dense: Path, output: str) -> None:
+    message = refused(shell, dense, "--output", output, "--overwrite")
+    assert message == f"--output {output} is a mount point, which cannot be replaced; give a directory in it"
+
+
 def test_links_in_a_result_are_not_followed(shell: Shell, result: Path, dense: Path) -> None:
     (shell.directory / "far").mkdir()
     (shell.directory / "far" / "notes").write_text("mine")
