@@ -1,10 +1,10 @@
-# make demo | test | check | bench   (each sets up .venv first); make test-oldest has an environment of its own
+# make demo | test | check | families | bench   (each sets up .venv first); make test-oldest has an environment of its own
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SPARSITY ?= 0.3
 
-.PHONY: demo test test-oldest check bench clean
+.PHONY: demo test test-oldest check families bench clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -32,6 +32,10 @@ check: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The files of llm_snp/modeling that come from a row of llm_snp/families/llama_like.py
+families: $(VENV)/.installed
+	$(BIN)/python docs/families.py
 
 # The quality table needs text: make bench CALIBRATION=train.txt EVALUATION=wiki.test.raw
 bench: $(VENV)/.installed

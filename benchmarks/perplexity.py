@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from llm_snp import SnpError
-from llm_snp.cli import BAD_INPUT, INTERRUPTED
+from llm_snp.cli import BAD_INPUT
 from llm_snp.config import DTYPES, PruneConfig
 from llm_snp.dense.checkpoint import Checkpoint
 from llm_snp.dense.data import evaluation_windows
@@ -39,6 +39,7 @@ from llm_snp.evaluation.perplexity import perplexity_loaded
 from llm_snp.pruning.job import window_length
 from llm_snp.system.device import device_facts, resolve_device, resolve_dtype
 from llm_snp.system.progress import Progress
+from llm_snp.system.signals import exit_code
 
 REASON = 200  # characters at most that an error quotes
 
@@ -195,9 +196,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (SnpError, torch.OutOfMemoryError) as error:
         print(f"perplexity: {str(error).splitlines()[0]}", file=sys.stderr)
         code = BAD_INPUT
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("perplexity: interrupted", file=sys.stderr)
-        code = INTERRUPTED
+        code = exit_code(error)
     if data["models"]:
         print(table(data["models"], args.sequence_length))
     return code

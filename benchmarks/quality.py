@@ -16,31 +16,28 @@ import argparse
 import copy
 import dataclasses
 import hashlib
-import json
 import math
-import re
-import statistics
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from perplexity import aligned, check_files, labels, provenance, write_json
+from perplexity import aligned, check_files, labels, provenance
+from quality_results import Results, Row, all_rows, rows_matching
 from quality_table import cells, heading, markdown, plot, verdict
 from transformers.utils import logging
 
 import llm_snp
 from llm_snp import SnpError
-from llm_snp.cli import BAD_INPUT, INTERRUPTED
-from llm_snp.config import DTYPES, METHODS, PruneConfig
-from llm_snp.core.orders import ORDERS
+from llm_snp.cli import BAD_INPUT
+from llm_snp.config import DTYPES, PruneConfig, shares
 from llm_snp.dense.checkpoint import Checkpoint
-from llm_snp.dense.data import Windows, calibration_windows, evaluation_windows
+from llm_snp.dense.data import Windows, as_windows, calibration_windows, evaluation_windows
 from llm_snp.dense.hub import config_dtype, load_config, load_tokenizer, locate
+from llm_snp.dense.mixture import mix, turns
 from llm_snp.dense.skeleton import Skeleton
 from llm_snp.dense.storage import Storage
 from llm_snp.errors import NumericalError, OptionError
@@ -55,85 +52,7 @@ from llm_snp.system.device import device_facts, resolve_device, resolve_dtype
 from llm_snp.system.journal import Journal
 from llm_snp.system.processes import Processes
 from llm_snp.system.progress import Progress
-
-Options = dict[str, Any]
-
-UNIFORM: Options = {"allocation": "uniform", "target": "self", "attention": "heads"}
-GREEDY: Options = {"order": "greedy", **UNIFORM}
-RESIDUAL: Options = {**GREEDY, "target": "residual"}
-DIMS: Options = {**RESIDUAL, "attention": "dims"}
-LOSS: Options = {**RESIDUAL, "allocation": "loss", "sensitivity": "fisher"}
-
-# group -> (name, options) of each row. Rows with equal choices are measured once.
-ROWS: dict[str, list[tuple[str, Options]]] = {
-    "no repair (uniform, heads)": [
-        ("random, no repair", {**UNIFORM, "order": "random", "target": "none"}),
-        ("magnitude, no repair", {**UNIFORM, "order": "saw", "target": "none"}),
-        ("greedy, no repair", {**GREEDY, "target": "none"}),
-    ],
-    "order (uniform, target self, heads)": [
-        # i-spasp scores activations that cannot be negative, which heads do not have: it ranks the neurons only.
-        *((order, {**UNIFORM, "order": order}) for order in ORDERS if order != "i-spasp"),
-        ("i-spasp, dims", {**UNIFORM, "order": "i-spasp", "attention": "dims"}),
-        ("greedy, dims", {**GREEDY, "attention": "dims"}),
-    ],
-    "from greedy towards best": [
-        ("greedy, uniform, self, heads", GREEDY),
-        ("+ target dense", {**GREEDY, "target": "dense"}),
-        ("+ target residual", RESIDUAL),
-        ("+ dims", DIMS),
-        ("+ loss, relative", {**DIMS, "allocation": "loss", "sensitivity": "relative"}),
-        ("+ loss, scalar", {**DIMS, "allocation": "loss", "sensitivity": "scalar"}),
-        ("+ loss, fisher", {**DIMS, "allocation": "loss", "sensitivity": "fisher"}),
-        ("+ heads or dims per block", {**LOSS, "attention": "both"}),
-    ],
-    "one step aside (greedy, target residual)": [
-        ("loss, fisher, heads", {**LOSS, "attention": "heads"}),
-        ("loss, fisher, query heads", {**LOSS, "attention": "queries"}),
-        ("loss, scalar, both", {**LOSS, "attention": "both", "sensitivity": "scalar"}),
-        ("fisher in the order, too, both", {**LOSS, "attention": "both", "sensitive_order": True}),
-        ("variance, dims", {**DIMS, "allocation": "variance"}),
-    ],
-    "presets": [
-        *((method, {"method": method}) for method in METHODS),
-        ("best, damping auto", {"method": "best", "damping": "auto"}),
-        ("best, stock format", {"method": "best", "format": "stock", "attention": "none", "allocation": "uniform"}),
-    ],
-}
-# What a row is, once its preset is filled in.
-CHOICES = ("order", "allocation", "target", "attention", "sensitivity", "sensitive_order", "damping")
-# What must agree before a result of an earlier run is taken for one of this run.
-SAME = ("model", "calibration", "corpora", "device")
-
-
-@dataclass(frozen=True)
-class Row:
-    """A line of the table. choices: what its options come to, once the preset is filled in."""
-
-    group: str
-    name: str
-    options: Options
-
-    @property
-    def choices(self) -> Options:
-        resolved = PruneConfig(**self.options).resolved()
-        found = {name: getattr(resolved, name) for name in CHOICES}
-        return found if resolved.format == "auto" else found | {"format": resolved.format}
-
-
-def all_rows() -> list[Row]:
-    return [Row(group, name, options) for group, members in ROWS.items() for name, options in members]
-
-
-def rows_matching(pattern: str) -> list[Row]:
-    """The rows whose name or group matches. Raises `OptionError` if none does."""
-    try:
-        rows = [row for row in all_rows() if re.search(pattern, row.name) or re.search(pattern, row.group)]
-    except re.error as error:
-        raise OptionError(f"--rows {pattern!r} is no regular expression: {error}") from error
-    if not rows:
-        raise OptionError(f"--rows {pattern!r} matches none of: {'; '.join(row.name for row in all_rows())}")
-    return rows
+from llm_snp.system.signals import exit_code
 
 
 class Bench:
@@ -150,8 +69,11 @@ class Bench:
         self.skeleton = Skeleton(self.config, self.family.blocks, checkpoint, device, dtype)
         tokenizer = load_tokenizer(directory)
         length = window_length(PruneConfig(sequence_length=args.sequence_length), self.config)
-        self.calibration = calibration_windows(args.calibration, tokenizer, args.samples, length, args.seed)
         self.corpora: dict[str, Windows] = {}
+        self.calibration, unseen = drawn(args, tokenizer, length)
+        if args.own_text:
+            fitted = dataclasses.replace(self.calibration, tokens=self.calibration.tokens[: args.own_text])
+            self.corpora = {"calibration windows": fitted, "other windows of that text": unseen}
         for source, label in labels(args.evaluate).items():
             windows = evaluation_windows(source, tokenizer, length)
             self.corpora[label] = dataclasses.replace(windows, tokens=windows.tokens[: args.max_windows])
@@ -159,7 +81,7 @@ class Bench:
         self.facts: dict[str, Any] = {
             "model": {"name": name, "type": self.config.model_type, "sha256": digest},
             "calibration": {
-                "source": Path(args.calibration).name,
+                "source": " and ".join(Path(text).name for text in args.calibration),
                 "sha256": self.calibration.sha256,
                 "windows": args.samples,
                 "sequence_length": length,
@@ -229,6 +151,23 @@ class Bench:
             pass
 
 
+def drawn(args: argparse.Namespace, tokenizer: Any, length: int) -> tuple[Windows, Windows]:
+    """The calibration windows, of all texts by turns, and `args.own_text` others of the same texts, which no fit sees.
+
+    Raises `OptionError` for shares that are none, `CorpusError` where a text has too few windows.
+    """
+    given = shares(tuple(args.calibration))
+    orders = [turns(list(given.values()), count) for count in (args.samples, args.own_text) if count]
+    parts: list[list[Windows]] = [[] for _ in orders]
+    for i, text in enumerate(given):
+        counts = [order.count(i) for order in orders]
+        windows = calibration_windows(text, tokenizer, sum(counts), length, args.seed)
+        for part, tokens in zip(parts, windows.tokens.split(counts), strict=True):
+            part.append(as_windows(tokens, windows.source, windows.available, windows.text_tokens))
+    mixed = [mix(part, order) for part, order in zip(parts, orders, strict=True)]
+    return mixed[0], mixed[-1]
+
+
 def _sha256(files: Iterable[Path]) -> str:
     """One hash over the contents of files."""
     digest = hashlib.sha256()
@@ -237,69 +176,6 @@ def _sha256(files: Iterable[Path]) -> str:
             while chunk := file.read(1 << 24):
                 digest.update(chunk)
     return digest.hexdigest()
-
-
-class Results:
-    """All that was measured, by choices and sparsity.
-
-    `data` is what the JSON file holds; `command` and `date` in it are of the last run, `commands` all that measured.
-    Raises `OptionError` if `file` holds something else, or results of another model, text, seed or device.
-    """
-
-    def __init__(self, facts: dict[str, Any], file: Path | None):
-        self.data, self.file = facts | {"commands": [], "dense": None, "results": []}, file
-        if file is None or not file.exists():
-            return
-        try:
-            earlier = json.loads(file.read_text(encoding="utf-8"))
-            kept = {key: earlier[key] for key in (*SAME, "commands", "dense", "results")}
-        except (ValueError, KeyError, TypeError) as error:
-            raise OptionError(f"{file} is not a result of benchmarks/quality.py; give another --json") from error
-        for key in SAME:
-            if kept[key] != facts[key]:
-                raise OptionError(
-                    f"{file} holds results of another {key} ({_difference(kept[key], facts[key])}); "
-                    "give another --json, or remove it"
-                )
-        self.data |= kept
-
-    def find(self, row: Row, sparsity: float) -> dict[str, Any] | None:
-        """What is known of a row at one budget."""
-        same = (r for r in self.data["results"] if r["choices"] == row.choices and r["sparsity"] == sparsity)
-        return next(same, None)
-
-    def value(self, row: Row, sparsity: float, corpus: str) -> float | None:
-        """Its perplexity, if there is one."""
-        found = self.find(row, sparsity) or {}
-        return found.get("perplexity", {}).get(corpus)
-
-    def seconds(self, row: Row, sparsities: Sequence[float]) -> float | None:
-        """The median over the budgets of the time that pruning took."""
-        found = [self.find(row, sparsity) or {} for sparsity in sparsities]
-        taken = [sum(result["seconds"].values()) for result in found if "seconds" in result]
-        return statistics.median(taken) if taken else None
-
-    def add(self, row: Row, sparsity: float, result: dict[str, Any]) -> None:
-        """Take in a result, in place of an earlier one, and write the file."""
-        earlier = self.find(row, sparsity)
-        self.data["results"] = [r for r in self.data["results"] if r is not earlier]
-        origin = {name: self.data[name] for name in ("date", "code")}
-        self.data["results"].append({"choices": row.choices, "sparsity": sparsity, **origin, **result})
-        if self.data["command"] not in self.data["commands"]:
-            self.data["commands"].append(self.data["command"])
-        self.save()
-
-    def save(self) -> None:
-        if self.file is not None:
-            write_json(self.file, self.data)
-
-
-def _difference(earlier: Any, now: Any) -> str:
-    """Where two facts differ first, as `seed 0, now 1`."""
-    if not isinstance(earlier, dict) or not isinstance(now, dict):
-        return f"{earlier}, now {now}"
-    key = next(key for key in [*now, *earlier] if earlier.get(key) != now.get(key))
-    return f"{key} {_difference(earlier.get(key), now.get(key))}"
 
 
 def fill(bench: Bench, results: Results, rows: Sequence[Row], progress: Progress) -> None:
@@ -328,7 +204,9 @@ def fill(bench: Bench, results: Results, rows: Sequence[Row], progress: Progress
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("model", metavar="MODEL", help="Hub id or directory")
-    p.add_argument("--calibration", required=True, metavar="TEXT", help="wikitext2, c4 or a file")
+    p.add_argument(
+        "--calibration", required=True, action="append", metavar="TEXT", help="as llm_snp takes it; repeatable"
+    )
     p.add_argument("--evaluate", required=True, action="append", metavar="TEXT", help="like --calibration; repeatable")
     p.add_argument("--sparsity", type=float, nargs="+", default=[0.2, 0.3, 0.4, 0.5], metavar="S", help="the budgets")
     p.add_argument("--samples", type=int, default=128, metavar="N", help="calibration windows (default: 128)")
@@ -338,6 +216,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--dtype", default="auto", choices=DTYPES, help="type to compute in (default: auto)")
     p.add_argument(
         "--max-windows", type=int, metavar="N", help="evaluate on the first N windows only, for a quick look"
+    )
+    p.add_argument(
+        "--own-text",
+        type=int,
+        default=0,
+        metavar="N",
+        help="measure also on N of the calibration windows, and on N others of the same texts",
     )
     p.add_argument("--rows", default="", metavar="REGEX", help="measure only rows whose name or group matches")
     p.add_argument("--json", type=Path, metavar="FILE", help="results, written after each; what it has is reused")
@@ -354,6 +239,9 @@ def check(args: argparse.Namespace) -> None:
         dataclasses.replace(options, sparsity=sparsity).validate()
     if args.max_windows is not None and args.max_windows < 1:
         raise OptionError(f"--max-windows is {args.max_windows}; it must be at least 1")
+    texts = len(shares(tuple(args.calibration)))
+    if args.own_text and not texts <= args.own_text <= args.samples:
+        raise OptionError(f"--own-text is {args.own_text}; it must be from {texts} (one of each text) to --samples")
     check_files(args.json, args.plot, args.markdown)
 
 
@@ -376,9 +264,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (SnpError, torch.OutOfMemoryError) as error:
         print(f"quality: {str(error).splitlines()[0]}", file=sys.stderr)
         return BAD_INPUT
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("quality: interrupted; the same command goes on from what --json has", file=sys.stderr)
-        return INTERRUPTED
+        return exit_code(error)
     shown = [row for row in all_rows() if any(results.find(row, sparsity) for sparsity in args.sparsity)]
     print(heading(results.data), "\n", sep="")
     print(aligned(cells(results, shown, args.sparsity, markdown=False)), "\n", sep="")

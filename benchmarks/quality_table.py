@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from quality import Results, Row
+from quality_results import Results, Row
 
 # Rows of the plot, from worst to best: label, marker, line style, grey.
 PLOTTED: dict[str, tuple[str, str, str, str]] = {

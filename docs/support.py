@@ -6,7 +6,8 @@ import importlib
 
 from transformers import AutoConfig
 
-from llm_snp.families import FAMILIES, FILES, REASONS, SINCE
+from llm_snp.families import FAMILIES, REASONS
+from llm_snp.families.llama_like import LLAMA_LIKE
 
 # What is said of the units inside a head.
 PARTS = {"dims": "directions", "values": "values", "pairs": "rotary pairs"}
@@ -19,10 +20,11 @@ def table() -> str:
     lines = ["| model type | what it is | attention | repair | stock |", "|---|---|---|---|---|"]
     for model_type, family in FAMILIES.items():
         config = AutoConfig.for_model(model_type)
-        about = importlib.import_module(f"llm_snp.families.{FILES[model_type]}").__doc__ or ""
+        row = LLAMA_LIKE.get(model_type)
+        about = row.about if row else importlib.import_module(f"llm_snp.families.{model_type}").__doc__ or ""
         what = about.splitlines()[0].rstrip(".")
-        if model_type in SINCE:
-            what += f" (from transformers {SINCE[model_type]})"
+        if row and row.since:
+            what += f" (from transformers {row.since})"
         inside = family.attention(config)
         parts = [PARTS[unit] for unit in inside.directions] if inside else []
         if hasattr(config, "num_key_value_heads") and family.queries(AutoConfig.for_model(model_type, **GROUPED)):

@@ -15,7 +15,7 @@ import pytest
 import torch
 import transformers
 from conftest import load
-from transformers import OPTConfig, OPTForCausalLM
+from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
 
 import llm_snp
 from llm_snp.dense.hub import EMBEDDED
@@ -26,6 +26,8 @@ sys.path.insert(0, str(BENCHMARKS))
 import memory  # noqa: E402
 import perplexity  # noqa: E402
 import quality  # noqa: E402
+import quality_results  # noqa: E402
+import quality_table  # noqa: E402
 import shapes  # noqa: E402
 import speed  # noqa: E402
 import train  # noqa: E402
@@ -165,13 +167,30 @@ def test_quality_measures_what_prune_writes(place: Path, tmp_path: Path) -> None
             device="cpu",
             quiet=True,
         )
-        choices = {name: report["options"][name] for name in quality.CHOICES}
+        choices = {name: report["options"][name] for name in quality_results.CHOICES}
         (result,) = (r for r in data["results"] if r["choices"] == choices)
         assert result["achieved"] == pytest.approx(report["sparsity"]["achieved"])
         for source, both in report["evaluation"].items():
             assert result["perplexity"][Path(source).name] == pytest.approx(both["pruned"]["perplexity"], rel=1e-6)
             assert data["dense"][Path(source).name] == pytest.approx(both["dense"]["perplexity"], rel=1e-6)
         assert result["seconds"].keys() <= {"sensitivity", "measure", "prune"}
+
+
+def test_quality_on_text_that_no_fit_saw(place: Path, tmp_path: Path) -> None:
+    """`--own-text`: the first calibration windows, and others of the same texts, none of which was calibrated on."""
+    file = tmp_path / "quality.json"
+    more = ["--calibration", f"{place / 'b.txt'}:0.5", "--own-text", "4", "--rows", "^snp$", "--json", str(file)]
+    assert quality.main(quality_arguments(place, "--sparsity", "0.4", *more)) == 0
+    data = read(file)
+    assert data["calibration"]["source"] == "calibration.txt and b.txt:0.5"
+    assert [corpus["windows"] for corpus in data["corpora"].values()][:2] == [4, 4]
+    (result,) = data["results"]
+    assert list(result["perplexity"])[:2] == ["calibration windows", "other windows of that text"]
+    args = quality.parser().parse_args(quality_arguments(place, *more))
+    calibration, unseen = quality.drawn(args, AutoTokenizer.from_pretrained(place / "model"), 64)
+    rows = [tuple(window) for windows in (calibration, unseen) for window in windows.tokens.tolist()]
+    assert len(rows) == len(set(rows)) == 8 + 4
+    assert [len(part.tokens) for windows in (calibration, unseen) for part in windows.parts] == [5, 3, 3, 1]
 
 
 def test_every_row_runs(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -183,8 +202,9 @@ def test_every_row_runs(place: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert not [r["error"] for r in data["results"] if "error" in r]
     assert {corpus["windows"] for corpus in data["corpora"].values()} == {3}
     # Rows with equal choices are measured once.
-    rows = [row for row in quality.all_rows() if row.choices["attention"] != "queries"]  # which an OPT does not have
-    assert len(rows) == len(quality.all_rows()) - 1
+    every = quality_results.all_rows()
+    rows = [row for row in every if row.choices["attention"] != "queries"]  # which an OPT does not have
+    assert len(rows) == len(every) - 1
     assert len(data["results"]) == len({json.dumps(row.choices) for row in rows})
     lines = [line.strip() for line in out.splitlines()]
     assert all(any(line.startswith(row.name) for line in lines) for row in rows)
@@ -243,17 +263,17 @@ def test_a_row_that_cannot_be_had_does_not_end_the_run(
 
 def test_best_is_compared_with_every_row(place: Path) -> None:
     """The last lines: which rows are below `best`, by how much, and the ratio of times."""
-    rows = {row.name: row for row in quality.all_rows()}
-    results = quality.Results({"corpora": {"a": {}}, "code": "c", "date": "", "command": ""}, None)
+    rows = {row.name: row for row in quality_results.all_rows()}
+    results = quality_results.Results({"corpora": {"a": {}}, "code": "c", "date": "", "command": ""}, None)
     for name, value in (("best", 10.0), ("snp", 12.0), ("greedy", 10.0)):
         results.add(rows[name], 0.3, {"perplexity": {"a": value}, "seconds": {"prune": value}})
     shown = [rows[name] for name in ("best", "snp", "greedy")]
-    assert quality.verdict(results, shown, [0.3]) == [
+    assert quality_table.verdict(results, shown, [0.3]) == [
         "30 %: best is at or below every other row",
         "time: best 10.0 s, snp 12.0 s: 0.83 times as long",
     ]
     results.add(rows["greedy"], 0.3, {"perplexity": {"a": 9.9}, "seconds": {"prune": 1.0}})
-    assert quality.verdict(results, shown, [0.3])[0] == "30 %: below best: greedy (-1.00% on a)"
+    assert quality_table.verdict(results, shown, [0.3])[0] == "30 %: below best: greedy (-1.00% on a)"
 
 
 @pytest.mark.parametrize(
@@ -263,12 +283,13 @@ def test_best_is_compared_with_every_row(place: Path) -> None:
         (["--rows", "nothing like it"], "matches none of"),
         (["--rows", "("], "no regular expression"),
         (["--max-windows", "0"], "--max-windows is 0"),
+        (["--own-text", "9"], "--own-text is 9; it must be from 1"),
         (["--samples", "10000"], "--samples asks for 10000"),
         (["--plot", "/nowhere/quality.png"], "its directory does not exist"),
         (["--json", str(Path(__file__))], "is not a result of"),
         (["--device", "tpu"], "tpu"),
     ],
-    ids=["sparsity", "rows", "regex", "windows", "samples", "directory", "json", "device"],
+    ids=["sparsity", "rows", "regex", "windows", "own-text", "samples", "directory", "json", "device"],
 )
 def test_quality_refuses_in_one_line(
     place: Path, capsys: pytest.CaptureFixture[str], more: list[str], reason: str

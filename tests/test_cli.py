@@ -182,7 +182,7 @@ def test_from_python(dense: Path, text: Path, tmp_path: Path) -> None:
     assert report["sparsity"]["achieved"] == pytest.approx(0.2, abs=0.002)
     with pytest.raises(llm_snp.SnpError, match="--sparsity is 2; it is a share"):
         llm_snp.prune(str(dense), 2)
-    with pytest.raises(llm_snp.SnpError, match=r"give several, such as \('c4',\)"):
+    with pytest.raises(llm_snp.SnpError, match=r"give several, such as \['c4'\]"):
         llm_snp.prune(str(dense), evaluate="c4")
     with pytest.raises(TypeError, match="sparsty"):
         llm_snp.prune(str(dense), sparsty=0.2)

@@ -20,7 +20,8 @@ from test_architecture import ROOMS
 
 from llm_snp.cli import main
 from llm_snp.dense import readers
-from llm_snp.families import FAMILIES, FILES, Family, Rows, Site
+from llm_snp.families import FAMILIES, MODEL_TYPES, Family, Rows, Site
+from llm_snp.families.llama_like import LlamaLike
 
 ROOT = Path(__file__).parent.parent
 TASKS = Path(__file__).parent / "harness_tasks"
@@ -89,9 +90,9 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hub: HubServer, m
     return hub
 
 
-def bring(models: Path, text: str) -> None:
+def bring(models: Path, names: list[str]) -> None:
     """The results that a command or code reads, if the page has not made them."""
-    for name in re.findall(r"(?:^|[ \"/])(opt-[\w.]+-snp-30|smaller)\b", text):
+    for name in names:
         if not Path(name).exists():
             shutil.copytree(models / "made" / RESULT, name)
 
@@ -134,12 +135,12 @@ def test_commands_and_code_in_their_order(page: str, workplace: HubServer, model
     for kind, block in blocks_of(page):
         if kind:
             assert kind == "python", f"{page} has a block of {kind}, which is not tested"
-            bring(models, block)
+            bring(models, re.findall(r'from_pretrained\("([^"]+)"', block))
             exec(compile(block, page, "exec"), {})
             continue
         for line in filter(COMMAND.match, block.splitlines()):
             if " --sparsity" not in line:
-                bring(models, line)
+                bring(models, re.findall(r"(?<=[ /])opt-[\w.]+-snp-30", line.replace(f"me/{RESULT}", "")))
             run(line)
     for line in commands_of(page):
         if "push" in line.split():
@@ -171,14 +172,14 @@ def test_every_page_can_be_reached() -> None:
             assert f"]({page.removeprefix('docs/')})" in text_of("docs/README.md"), page
 
 
-@pytest.mark.skipif(set(FAMILIES) != set(FILES), reason="this transformers does not have all of them")
+@pytest.mark.skipif(set(FAMILIES) != set(MODEL_TYPES), reason="this transformers does not have all of them")
 def test_the_table_of_models_is_that_of_the_code() -> None:
     support = runpy.run_path(str(ROOT / "docs" / "support.py"))["table"]()
     assert support in text_of("docs/families.md")
 
 
 def test_the_page_on_families_uses_words_that_exist() -> None:
-    words = {cls.__name__: {field.name for field in dataclasses.fields(cls)} for cls in (Site, Rows, Family)}
+    words = {cls.__name__: {field.name for field in dataclasses.fields(cls)} for cls in (LlamaLike, Site, Rows, Family)}
     seen = set()
     for kind, block in blocks_of(FRAGMENTS):
         for node in ast.walk(ast.parse(block)) if kind else ():

@@ -3,9 +3,13 @@
 The optimal-brain-surgeon family (OSSCAR, ZipLM, SlimGPT) removes the unit whose removal, with the rest refitted,
 costs the least output energy, and repeats. Done one by one that is u memory-bound sweeps over two matrices; the
 updates are delayed in panels instead, as blocked Cholesky does (METHOD: section 3, "greedy at factorisation cost").
+On a GPU with Triton a unit takes one kernel (`elimination_kernels`), elsewhere a dozen operations of torch.
 """
 
 from __future__ import annotations
+
+from functools import cache
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -36,7 +40,18 @@ def eliminate(
     """
     if not overwrite:
         inverse, energy = (m.clone(memory_format=torch.contiguous_format) for m in (inverse, energy))
+    kernels = fused(inverse.device, inverse.dtype)
+    removed, increments = _eliminate(inverse, energy, group, panel, kernels)
+    return removed, increments.clamp_min(0.0)
+
+
+def _eliminate(
+    inverse: Tensor, energy: Tensor, group: int, panel: int, kernels: ModuleType | None
+) -> tuple[Tensor, Tensor]:
+    """`eliminate` in the memory of its arguments, with the Triton kernels if there are any."""
     units = inverse.shape[0] // group
+    if kernels is not None and group > 1 and kernels.takes_groups(group, units, inverse.dtype):
+        return kernels.remove_groups(inverse, energy, group)  # type: ignore[no-any-return]
     per_panel = max(1, panel // group)
     present = torch.arange(units, device=inverse.device)
     gone = torch.zeros(units, dtype=torch.bool, device=inverse.device)
@@ -44,7 +59,12 @@ def eliminate(
     h, e, left = inverse, energy, units
     while left:
         steps = min(per_panel, left)
-        picked, cost, factors = _panel(h, e, gone, steps) if group == 1 else _group_panel(h, e, gone, group, steps)
+        if group > 1:
+            picked, cost, factors = _group_panel(h, e, gone, group, steps)
+        else:
+            remove = _panel if kernels is None else kernels.remove_columns
+            picked, half_cost, factors = remove(h, e, _diagonals(h, e, gone), steps)
+            cost = 2.0 * half_cost
         gone.index_fill_(0, picked, True)
         removed.append(present[picked])
         increments.append(cost)
@@ -60,28 +80,62 @@ def eliminate(
         q, hk, k = factors.unbind()
         _subtract_symmetric(h, hk, k)
         _subtract_symmetric(e, torch.cat([q, k]), torch.cat([k, q]))
-    return torch.cat(removed), torch.cat(increments).clamp_min(0.0)
+    return torch.cat(removed), torch.cat(increments)
+
+
+@cache
+def fused(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
+    """`elimination_kernels` if there is Triton for this device, and it ranks a small problem as torch does."""
+    if device.type != "cuda":
+        return None
+    try:
+        from . import elimination_kernels
+    except ImportError:
+        return None
+    return elimination_kernels if agree(elimination_kernels, device, dtype) else None
+
+
+def agree(kernels: ModuleType, device: torch.device, dtype: torch.dtype, units: int = 96) -> bool:
+    """Whether the Triton kernels can be compiled for a device, and remove columns and groups as the operations do."""
+    generator = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(n, units, generator=generator, dtype=torch.float64) for n in (2 * units, 8))
+    inverse, energy = (matrix.contiguous().to(device, dtype) for matrix in (torch.linalg.inv(x.mT @ x), w.mT @ w))
+    for group in (1, 4):
+        expected, costs = _eliminate(inverse.clone(), energy.clone(), group, 32, None)
+        try:
+            removed, found = _eliminate(inverse.clone(), energy.clone(), group, 32, kernels)
+        except kernels.REFUSALS:
+            return False
+        if not (torch.equal(removed, expected) and torch.allclose(found, costs, rtol=1e-3)):
+            return False
+    return True
+
+
+def _diagonals(h: Tensor, e: Tensor, gone: Tensor) -> Tensor:
+    """(2, m): half the diagonal of e, and that of h. What is gone costs infinitely much."""
+    lost = torch.tensor([[torch.inf], [1.0]], dtype=h.dtype, device=h.device)
+    return torch.where(gone, lost, torch.stack([0.5 * e.diagonal(), h.diagonal()]))
 
 
 # With p the removed columns, K = (h_pp)⁻¹ h_p: and Q = e_p: - ½ e_pp K, removal updates
 #     h ← h - h_p:ᵀ K    and    e ← e - Qᵀ K - Kᵀ Q.
-# A panel removes `steps` units that are not `gone` (u,) and keeps the updates as the factors Q, h_p: and K, stacked
-# (3, steps·g, m). Rows and the diagonal blocks needed for the scores are brought up to date at once, the rest by the
-# caller. All stays on the device: no element is read back. Every operation is a kernel that a GPU has to be told of,
-# which takes longer than the arithmetic: they write into what they are given, and are as few as can be.
-# Both return the picked units (steps,), their cost (steps,), and the factors.
+# A panel removes `steps` units and keeps the updates as the factors Q, h_p: and K, stacked (3, steps·g, m). Rows and
+# the diagonal blocks needed for the scores are brought up to date at once, the rest by the caller. All stays on the
+# device: no element is read back. Every operation is a kernel that a GPU has to be told of, which takes longer than
+# the arithmetic: they write into what they are given, and are as few as can be.
 
 
-def _panel(h: Tensor, e: Tensor, gone: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Single columns: 12 kernels for each."""
+def _panel(h: Tensor, e: Tensor, diagonals: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Single columns: 12 kernels for each. Returns the picked ones (steps,), half their cost (steps,), and the factors.
+
+    diagonals (2, m), see `_diagonals`; brought up to date.
+    """
     factors = h.new_empty(3, steps, h.shape[0])
     q, hk, k = factors.unbind()
     rows, q_rows, hk_rows, k_rows = factors[:2].unbind(1), q.unbind(), hk.unbind(), k.unbind()
     q_slots, hk_slots = torch.split(q, 1), torch.split(hk, 1)
-    # ½ diag e and diag h. What is gone costs infinitely much and stays so.
-    lost = torch.tensor([[torch.inf], [1.0]], dtype=h.dtype, device=h.device)
-    diagonals = torch.where(gone, lost, torch.stack([0.5 * e.diagonal(), h.diagonal()]))
     half_energy, variance = diagonals.unbind()
+    lost = torch.tensor([[torch.inf], [1.0]], dtype=h.dtype, device=h.device)
     score = torch.empty_like(variance)
     picked = torch.empty(steps, dtype=torch.long, device=h.device)
     cost, pivot = h.new_empty(steps), h.new_empty(1)
@@ -99,11 +153,14 @@ def _panel(h: Tensor, e: Tensor, gone: Tensor, steps: int) -> tuple[Tensor, Tens
         q_rows[j].addcmul_(hk_rows[j], half_cost, value=-1)  # ½ e_pp K = ½ (e_pp / h_pp) h_p:
         diagonals.addcmul_(rows[j], k_rows[j], value=-1)
         diagonals.index_copy_(1, unit, lost)
-    return picked, 2.0 * cost, factors
+    return picked, cost, factors
 
 
 def _group_panel(h: Tensor, e: Tensor, gone: Tensor, g: int, steps: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Units of g columns: 21 kernels for each, two of them solving."""
+    """Units of g columns that are not `gone` (u,): 21 kernels for each, two of them solving.
+
+    Returns the picked units (steps,), their cost (steps,), and the factors.
+    """
     m = h.shape[0]
     units = m // g
     factors = h.new_empty(3, steps * g, m)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .linalg import damped_cholesky, mean_diagonal, symmetric_power
+from .linalg import corrupt, factorised, mean_diagonal, rungs, symmetric_power
 from .stopwatch import timed
 
 
@@ -19,12 +19,14 @@ def damp_heads(covariance: Tensor, damping: float) -> tuple[Tensor, float]:
 
     The damping is raised (as `damped_cholesky` does) until every head can be factorised.
     """
-    for head in covariance:
-        damping = damped_cholesky(head, damping)[1]
-    damped = covariance.clone()
-    for head in damped:
-        head.diagonal().add_(damping * mean_diagonal(head))
-    return damped, damping
+    scale = mean_diagonal(covariance).unsqueeze(-1)
+    for rung in rungs(damping):
+        damped = covariance.clone()
+        diagonal = damped.diagonal(dim1=-2, dim2=-1).add_(rung * scale)
+        factor, info = torch.linalg.cholesky_ex(damped.double())
+        if factorised(covariance, factor, diagonal, info):
+            return damped, rung
+    raise corrupt(covariance[0])
 
 
 @timed("subspace")

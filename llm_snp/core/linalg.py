@@ -44,9 +44,42 @@ def mirror_lower(matrix: Tensor) -> None:
         matrix[: rows.start, rows] = matrix[rows, : rows.start].mT
 
 
-def mean_diagonal(matrix: Tensor) -> float:
-    """Mean of the diagonal of matrix (m, m); 1.0 for a matrix of zeros, so that damping always acts."""
-    return matrix.diagonal().mean().item() or 1.0
+def mean_diagonal(matrix: Tensor) -> Tensor:
+    """Mean of the diagonal of matrix (..., m, m), float64; 1.0 for a matrix of zeros, so that damping always acts."""
+    mean = matrix.diagonal(dim1=-2, dim2=-1).mean(-1).double()
+    return torch.where(mean == 0.0, 1.0, mean)
+
+
+def rungs(damping: float) -> Iterator[float]:
+    """The dampings to try: the asked one, then tenfold increases up to 1."""
+    while True:
+        yield damping
+        if damping >= 1.0:
+            return
+        damping = min(1.0, max(damping * 10.0, FIRST_RUNG))
+
+
+def factorised(matrix: Tensor, factor: Tensor, diagonal: Tensor, info: Tensor) -> bool:
+    """Whether the Cholesky factors (..., m, m) are some, and no pivot is rounding; read back from the device once.
+
+    matrix (..., m, m): before damping, as it was measured; diagonal (..., m): of what was factorised; info (...): what
+    LAPACK said. Raises `NumericalError` if the matrix is not finite.
+    """
+    rounding = max(matrix.shape[-1] * torch.finfo(torch.float64).eps, torch.finfo(matrix.dtype).eps)
+    pivots = factor.diagonal(dim1=-2, dim2=-1).square()
+    found = torch.stack([torch.isfinite(matrix).all(), (info == 0).all() & (pivots > rounding * diagonal).all()])
+    finite, good = found.tolist()
+    if not finite:
+        raise NumericalError("the moments of the activations are not finite; use --dtype float32 or bfloat16")
+    return bool(good)
+
+
+def corrupt(matrix: Tensor) -> NumericalError:
+    """What is raised where no damping helps."""
+    return NumericalError(
+        f"the {tuple(matrix.shape)} moment matrix is not positive definite even with damping 1; "
+        "its entries are corrupt or the activations overflowed: use --dtype float32"
+    )
 
 
 def damped_cholesky(covariance: Tensor, damping: float, order: Tensor | None = None) -> tuple[Tensor, float]:
@@ -57,26 +90,17 @@ def damped_cholesky(covariance: Tensor, damping: float, order: Tensor | None = N
     counts as a failure: a singular matrix can pass by luck, and its inverse would then be noise.
     Raises `NumericalError` if the matrix is not finite or no damping up to 1 helps.
     """
-    if not torch.isfinite(covariance).all():
-        raise NumericalError("the moments of the activations are not finite; use --dtype float32 or bfloat16")
     scale = mean_diagonal(covariance)
-    rounding = max(covariance.shape[0] * torch.finfo(torch.float64).eps, torch.finfo(covariance.dtype).eps)
-    rung = damping
     info = torch.empty((), dtype=torch.int32, device=covariance.device)
-    while True:
+    for rung in rungs(damping):
         # The transpose of a symmetric matrix that lies row by row is what LAPACK factorises where it lies.
         factor = _ordered(covariance, order).mT
         factor.diagonal().add_(rung * scale)
         diagonal = factor.diagonal().clone()
         torch.linalg.cholesky_ex(factor, out=(factor, info))
-        if info.item() == 0 and (factor.diagonal().square() > rounding * diagonal).all():
+        if factorised(covariance, factor, diagonal, info):
             return factor, rung
-        if rung >= 1.0:
-            raise NumericalError(
-                f"the {tuple(covariance.shape)} moment matrix is not positive definite even with damping {rung:g}; "
-                "its entries are corrupt or the activations overflowed: use --dtype float32"
-            )
-        rung = min(1.0, max(rung * 10.0, FIRST_RUNG))
+    raise corrupt(covariance)
 
 
 def _ordered(matrix: Tensor, order: Tensor | None) -> Tensor:

@@ -34,15 +34,14 @@ class Perplexity:
     source: str
 
 
-def labels_nll(logits: Tensor, labels: Tensor) -> float:
-    """Summed negative log-likelihood in nats of labels (T,) under logits (T, V)."""
-    nll = F.cross_entropy(logits.float(), labels.to(logits.device), reduction="sum").item()
-    if not math.isfinite(nll):
-        raise NumericalError("the model's logits are not finite; use --dtype float32 or bfloat16")
-    return nll
+def labels_nll(logits: Tensor, labels: Tensor) -> Tensor:
+    """Summed negative log-likelihood in nats of labels (T,) under logits (T, V), a number that stays on the device."""
+    return F.cross_entropy(logits.float(), labels.to(logits.device), reduction="sum")
 
 
 def _summed(nll: float, windows: Windows) -> Perplexity:
+    if not math.isfinite(nll):
+        raise NumericalError("the model's logits are not finite; use --dtype float32 or bfloat16")
     count, length = windows.tokens.shape
     tokens = count * (length - 1)
     mean = nll / tokens
@@ -76,8 +75,8 @@ def perplexity_streamed(
 @torch.no_grad()
 def perplexity_loaded(model: Any, windows: Windows, progress: Callable[[], None]) -> Perplexity:
     """Perplexity of any causal LM of transformers that is already loaded."""
-    nll = 0.0
+    nll = torch.zeros((), dtype=torch.float64, device=model.device)
     for ids in windows.tokens:
         nll += labels_nll(model(input_ids=ids[None].to(model.device), use_cache=False).logits[0, :-1], ids[1:])
         progress()
-    return _summed(nll, windows)
+    return _summed(nll.item(), windows)

@@ -1,5 +1,6 @@
-"""Model families: what is a unit, who makes it, who reads it. One short file of data per family.
+"""Model families: what is a unit, who makes it, who reads it.
 
+Those that are built like Llama are the rows of `llama_like`; the others have one short file of data each.
 `FAMILIES` maps a config's `model_type` to its `Family`; `family_of` looks one up with a clear error.
 May import modeling only.
 """
@@ -15,6 +16,7 @@ from ..errors import UnsupportedModelError
 from ..modeling.rotary import turn
 from .attention import ATTENTION, FREE, PAIRS, SCORES, WHOLE, Attention
 from .base import Family
+from .llama_like import LLAMA_LIKE
 from .sites import MLP, Rows, Site, linear
 
 __all__ = [
@@ -34,28 +36,9 @@ __all__ = [
     "turn",
 ]
 
-# model_type -> the file of this folder that describes it.
-FILES = {
-    "opt": "opt",
-    "llama": "llama",
-    "mistral": "mistral",
-    "qwen2": "qwen2",
-    "qwen3": "qwen3",
-    "gemma": "gemma",
-    "gemma2": "gemma2",
-    "gemma3_text": "gemma3",
-    "phi": "phi",
-    "phi3": "phi3",
-    "gpt2": "gpt2",
-    "gpt_neox": "gpt_neox",
-    "falcon": "falcon",
-    "olmo": "olmo",
-    "olmo2": "olmo2",
-    "olmo3": "olmo3",
-}
-# The first transformers with which a family works: before, Qwen3 and OLMo 3 were not there, and Gemma 2 and 3 had a KV
-# cache of one shape for all blocks.
-SINCE = {"qwen3": "4.51", "gemma2": "4.56", "gemma3_text": "4.56", "olmo3": "4.57"}
+# Those that are not built like Llama: model type, and the file of this folder that describes it.
+OWN = ("opt", "phi", "phi3", "gpt2", "gpt_neox", "falcon")
+MODEL_TYPES = (*LLAMA_LIKE, *OWN)
 EXPERTS = "each expert reads other tokens, and would need moments, a repair and a width of its own"
 # What is asked for and cannot be had, with the reason.
 REASONS = {
@@ -68,21 +51,18 @@ REASONS = {
 }
 
 
-def _families() -> dict[str, Family]:
-    """Those that the installed transformers has."""
-    found = {}
-    for model_type, file in FILES.items():
-        if Version(transformers.__version__) < Version(SINCE.get(model_type, "0")):
-            continue
-        try:
-            module = importlib.import_module(f".{file}", __name__)
-        except ImportError:  # a younger model than this transformers
-            continue
-        found[model_type] = getattr(module, file.upper())
-    return found
+def _family(model_type: str) -> Family | None:
+    """None for one that the installed transformers does not have, or not yet as it is needed."""
+    row = LLAMA_LIKE.get(model_type)
+    try:
+        if row is None:
+            return getattr(importlib.import_module(f".{model_type}", __name__), model_type.upper())
+        return row.family() if Version(transformers.__version__) >= Version(row.since or "0") else None
+    except ImportError:
+        return None
 
 
-FAMILIES = _families()
+FAMILIES = {model_type: family for model_type in MODEL_TYPES if (family := _family(model_type)) is not None}
 
 
 def family_of(config: object) -> Family:
@@ -94,8 +74,9 @@ def family_of(config: object) -> Family:
         )
     if model_type not in FAMILIES:
         reason = f": {REASONS[model_type]}" if model_type in REASONS else ""
-        if model_type in FILES:
-            least = f", at least {SINCE[model_type]}" if model_type in SINCE else ""
+        if model_type in MODEL_TYPES:
+            row = LLAMA_LIKE.get(model_type)
+            least = f", at least {row.since}" if row and row.since else ""
             reason = f" with transformers {transformers.__version__}: they need a newer one{least}"
         raise UnsupportedModelError(
             f"models of type {model_type!r} cannot be pruned{reason}; supported: {', '.join(sorted(FAMILIES))}"

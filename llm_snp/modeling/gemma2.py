@@ -1,3 +1,4 @@
+# Written by `make families` from llama.py and a row of ../families/llama_like.py: change those.
 """Gemma 2 with a width of its own for every decoder block."""
 
 from __future__ import annotations

@@ -65,12 +65,13 @@ def calibrate_site(
         if held is None:
             fit.add(x, residual)
             continue
-        windows = stream.first + torch.arange(rows.start, rows.stop, device=x.device)
+        windows = stream.first + torch.arange(rows.start, rows.stop)
         out = (windows % HELD_OUT == HELD_OUT - 1) | (windows == stream.windows.shape[0] - 1)
         token_out = out.repeat_interleave(x.shape[0] // len(windows))
         for moments, choice in ((fit, ~token_out), (held, token_out)):
-            if choice.any():
-                moments.add(x[choice], None if residual is None else residual[choice])
+            if choice.any():  # on the host, where it is known
+                here = choice.nonzero().squeeze(1).to(x.device)
+                moments.add(x[here], None if residual is None else residual[here])
     del x, residual, hidden  # solving follows, and needs the memory
     assert fit is not None
     fit.reduce(stream.processes.sum)

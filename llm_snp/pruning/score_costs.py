@@ -88,10 +88,8 @@ def score_costs(
     if linear(block, site.consumer).bias is not None:  # which takes the mean error
         mean = first / sample.of
         costs -= (mean * (mean if g is None else mean @ g)).sum(1)
-    per_power = torch.zeros_like(tail)
-    for rank, cost in zip(ranks, costs.clamp_min(0.0), strict=True):
-        per_power[rank] = cost / tail[rank].clamp_min(torch.finfo(tail.dtype).tiny)
-    return tail * _between(per_power, ranks)
+    per_power = costs.clamp_min(0.0) / tail[torch.tensor(ranks)].clamp_min(torch.finfo(tail.dtype).tiny)
+    return tail * (_between(len(tail), ranks).to(per_power) @ per_power)
 
 
 def _set_rows(layer: Any, rows: Tensor, transform: Tensor) -> None:
@@ -117,12 +115,11 @@ def _consumer_input(block: nn.Module, site: Site, sample: Sample) -> Tensor:
     return torch.cat(found)
 
 
-def _between(values: Tensor, ranks: list[int]) -> Tensor:
-    """values (units+1,) known at `ranks`: linear between them, constant outside."""
-    filled = values.clone()
-    filled[: ranks[0]] = values[ranks[0]]
-    filled[ranks[-1] :] = values[ranks[-1]]
-    for a, b in pairwise(ranks):
-        for r in range(a + 1, b):
-            filled[r] = values[a] + (values[b] - values[a]) * (r - a) / (b - a)
-    return filled
+def _between(count: int, ranks: list[int]) -> Tensor:
+    """(count, len(ranks)): how to make a curve of values at `ranks`: linear between them, constant outside."""
+    weights = torch.zeros(count, len(ranks), dtype=torch.float64)
+    weights[: ranks[0] + 1, 0] = weights[ranks[-1] :, -1] = 1.0
+    for i, (a, b) in enumerate(pairwise(ranks)):
+        right = torch.arange(b - a + 1) / (b - a)
+        weights[a : b + 1, i], weights[a : b + 1, i + 1] = 1.0 - right, right
+    return weights

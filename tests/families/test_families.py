@@ -15,9 +15,9 @@ import pytest
 import torch
 import transformers
 from conftest import LENGTH, Prune, load, logits
+from elsewhere import elsewhere
 from packaging.version import Version
 from safetensors.torch import load_file, save_file
-from test_result_loads import elsewhere
 from tiny_models import BLOCKS, KNOWN, MODELS, save_tiny, tiny_config, tiny_model
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
@@ -30,7 +30,7 @@ from llm_snp.dense.hub import load_config, load_tokenizer
 from llm_snp.dense.skeleton import Skeleton, empty_model, linear_blocks
 from llm_snp.errors import OptionError, UnsupportedModelError
 from llm_snp.evaluation.perplexity import perplexity_loaded, perplexity_streamed
-from llm_snp.families import ATTENTION, FAMILIES, FILES, PAIRS, WHOLE, Attention, Family, Site, family_of
+from llm_snp.families import ATTENTION, FAMILIES, MODEL_TYPES, PAIRS, WHOLE, Attention, Family, Site, family_of
 from llm_snp.pruning.plan import empty_curves
 from llm_snp.result.bundle import bundle
 
@@ -90,7 +90,7 @@ def kept_columns(site: Site, kept: int, seed: int) -> torch.Tensor:
 
 
 def test_every_family_has_a_tiny_model() -> None:
-    assert {model_type for model_type, _ in MODELS.values()} == set(FILES)
+    assert {model_type for model_type, _ in MODELS.values()} == set(MODEL_TYPES)
 
 
 @every
