@@ -158,4 +158,4 @@ def _left(workspace: Workspace, blocks: int, command: str) -> str:
 def again(options: PruneConfig) -> str:
     """The command that goes on with a run, whether a person typed it or a program called `prune`."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    return command_line(dataclasses.asdict(options) | {"resume": True}, processes, nodes())
+    return command_line(dataclasses.asdict(options) | {"resume": False}, processes, nodes()) + " --resume"
