@@ -566,9 +566,11 @@ def test_output_that_holds_something_else(shell: Shell, dense: Path) -> None:
     for flags in ([], ["--overwrite"]):
         message = shell.refused(dense, *flags)
         assert message == f"--output {shell.output} is not empty and no result of llm_snp; give another directory"
-    for content in ("not JSON", "[]", '{"versions": {"another": "1.0"}}', '{"coverage": 0.9}'):
+    for content in ("[]", '{"versions": {"another": "1.0"}}', '{"coverage": 0.9}'):
         written(shell.output, {"report.json": content})  # of another tool
         assert "is not empty and no result of llm_snp" in shell.refused(dense, "--overwrite")
+    written(shell.output, {"report.json": "not JSON"})
+    assert "is not empty and its report.json is damaged" in shell.refused(dense, "--overwrite")
 
 
 def test_output_that_cannot_be_a_directory(shell: Shell, dense: Path) -> None:
@@ -614,7 +616,7 @@ def test_files_have_the_permissions_that_the_umask_gives(shell: Shell, dense: Pa
         assert shell.prune(dense)[0] == 0
     finally:
         os.umask(before)
-    assert {oct(path.stat().st_mode & 0o777) for path in shell.output.iterdir()} == {"0o644"}
+    assert {oct(path.stat().st_mode & 0o777) for path in shell.output.rglob("*.*") if path.is_file()} == {"0o644"}
 
 
 def test_what_a_killed_run_left_is_replaced_but_nothing_else(shell: Shell, dense: Path) -> None:

@@ -106,6 +106,7 @@ def command_line(options: Mapping[str, Any], processes: int = 1, nodes: int = 1)
         plain[name] = tuple(value) if isinstance(value, list) else value
     method = plain.get("method")
     default = PruneConfig(plain.get("model"), method=method if method in METHODS else PruneConfig.method).resolved()
+    usual = dataclasses.asdict(default) | {"method": PruneConfig.method}
     words = [*head, "-m", "llm_snp", *([plain["model"]] if plain.get("model") else [])]
     for field in dataclasses.fields(PruneConfig):
         name, flag = field.name, "--" + field.name.replace("_", "-")
@@ -114,7 +115,7 @@ def command_line(options: Mapping[str, Any], processes: int = 1, nodes: int = 1)
             words.append("--no-evaluate")
         elif value is True:
             words.append(flag)
-        elif name != "model" and value is not None and (name == "sparsity" or value != getattr(default, name)):
+        elif name != "model" and value is not None and (name == "sparsity" or value != usual[name]):
             for one in value if isinstance(value, tuple) else (value,):
                 words += [f"{flag}={one}"] if str(one).startswith("-") else [flag, str(one)]
     return shlex.join(words)

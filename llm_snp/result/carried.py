@@ -10,13 +10,14 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
 from ..dense.hub import load_tokenizer
 from ..errors import CheckpointError
-from ..system.files import digest_of_bytes, digest_of_json, write_together
+from ..system.files import digest_of_bytes, digest_of_json, disk
 from ..system.libraries import parse_json, reason
 
 # Files in which transformers and llama.cpp's tools look for tokenizers, and what `generate` begins with.
@@ -63,8 +64,19 @@ CODE = frozenset(
         "kernel_config",
     )
 )
-# Fields that say where something lay on the machine of whoever saved it, or that name another file of weights.
-PLACES = frozenset(("name_or_path", "_name_or_path", "_commit_hash", "transformers_weights", "gguf_file"))
+# Fields that say where something lay on the machine of whoever saved it, name another file of weights, or say how those
+# are packed: the weights of a result are plain.
+PLACES = frozenset(
+    (
+        "name_or_path",
+        "_name_or_path",
+        "_commit_hash",
+        "transformers_weights",
+        "gguf_file",
+        "quantization_config",
+        "compression_config",
+    )
+)
 PLACE_ENDINGS = ("_file", "_name_or_path")
 ABSOLUTE = re.compile(r"(/[^/\s<>{}]+){2,}/?|~/\S*|[A-Za-z]:[\\/]\S*|\\\\\S+|file://\S*")
 # Text by which two tokenizers are told apart.
@@ -122,21 +134,25 @@ class Carried:
         """One hash over all of it."""
         return digest_of_json({name: digest_of_bytes(content) for name, content in self.files.items()})
 
-    def check(self, tokenizer: Any, folder: Path) -> None:
+    def check(self, tokenizer: Any) -> None:
         """Raise `CheckpointError` unless the tokenizer that travels is `tokenizer`, the dense model's.
 
-        folder: where its files can be written to try it.
+        Raises `OutputError` if there is no room to try it, in the system's directory for temporary files.
         """
         settings = read_object(self.directory / "config.json", _bytes(self.directory / "config.json"))
-        write_together(folder, self.files | {"config.json": json.dumps(without_code(settings)).encode()})
         advice = "save it with `save_pretrained` of its own class, and give that"
-        try:
-            travelling = load_tokenizer(folder)
-        except CheckpointError as error:
-            raise CheckpointError(
-                f"the tokenizer of {self.directory} needs more than the files that travel with a result "
-                f"({', '.join(self.files) or 'there are none'}); {advice}"
-            ) from error
+        with disk(Path("a temporary file")), TemporaryDirectory(prefix="llm_snp-") as name:
+            folder = Path(name)
+            (folder / TEMPLATES).mkdir()
+            for file, content in (self.files | {"config.json": json.dumps(without_code(settings)).encode()}).items():
+                (folder / file).write_bytes(content)
+            try:
+                travelling = load_tokenizer(folder)
+            except CheckpointError as error:
+                raise CheckpointError(
+                    f"the tokenizer of {self.directory} needs more than the files that travel with a result "
+                    f"({', '.join(self.files) or 'there are none'}); {advice}"
+                ) from error
         if travelling(PROBE)["input_ids"] != tokenizer(PROBE)["input_ids"]:
             raise CheckpointError(
                 f"the tokenizer of {self.directory} is another one without what its settings name outside of the "

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..config import shares
 from ..evaluation.harness import tasks_of, texts_of
 from ..pruning.job import Job
 
 
-def inputs_of(job: Job) -> Iterator[Path]:
-    """The model's directory, and the local files and directories among texts, tasks and --offload."""
+def inputs_of(job: Job) -> dict[Path, bool]:
+    """The model's directory, and the local files and directories among texts, tasks and --offload.
+
+    True of those in which nothing may be written; tasks and hidden states may lie in a directory with all kinds of
+    things, such as the one that one works in.
+    """
     options = job.options
-    yield job.directory
-    given = options.calibration
-    texts = [*((given,) if isinstance(given, str) else given or ()), *texts_of(options.evaluate or ())]
-    # A text may be followed by its share of the windows.
-    names = [*texts, *(text.rpartition(":")[0] for text in texts), *tasks_of(options.evaluate or ()), options.offload]
-    for name in names:
-        if name and os.path.exists(path := os.path.expanduser(name)):
-            yield Path(path)
+    texts = [*shares(options.texts), *texts_of(options.evaluate or ())]
+    found = {job.directory: True}
+    for names, closed in ((texts, True), ((*tasks_of(options.evaluate or ()), options.offload), False)):
+        for name in names:
+            if name and os.path.exists(path := os.path.expanduser(name)):
+                found.setdefault(Path(path), closed)
+    return found
 
 
 def memory_of(job: Job) -> dict[str, Any]:

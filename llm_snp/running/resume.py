@@ -88,13 +88,13 @@ def finished_before(job: Job) -> dict[str, Any] | None:
                 f"{earlier.get(name)!r} there; give another --output, or --overwrite"
             )
     # As the run itself gave it: the report in the file has names where the caller has paths.
-    evaluated = zip(texts_of(options.evaluate or ()), report["evaluation"].values(), strict=True)
+    evaluation: dict[str, Any] = {}
+    for source, both in zip(texts_of(options.evaluate or ()), report["evaluation"].values(), strict=False):
+        evaluation[source] = {which: found | {"source": source} for which, found in both.items()}
     return report | {
         "options": dataclasses.asdict(options),
         "output": str(job.output),
-        "evaluation": {
-            source: {which: found | {"source": source} for which, found in both.items()} for source, both in evaluated
-        },
+        "evaluation": evaluation,
     }
 
 
@@ -158,4 +158,4 @@ def _left(workspace: Workspace, blocks: int, command: str) -> str:
 def again(options: PruneConfig) -> str:
     """The command that goes on with a run, whether a person typed it or a program called `prune`."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    return command_line(dataclasses.asdict(options) | {"resume": True}, processes, nodes())
+    return command_line(dataclasses.asdict(options) | {"resume": False}, processes, nodes()) + " --resume"

@@ -112,7 +112,7 @@ class _Run:
             self.journal.expect("settings", settings(job.options, self.dtype))
             self.journal.expect("model", processes.from_main(lambda: model_identity(job, carried, self.checkpoint)))
             self.tokenizer = load_tokenizer(job.directory)
-            processes.on_main(lambda: carried.check(self.tokenizer, _known(workspace).journal / "tokenizer"))
+            processes.on_main(lambda: carried.check(self.tokenizer))
             processes.on_main(self._check_space)
             self.skeleton = Skeleton(job.config, job.family.blocks, self.checkpoint, job.device, self.dtype)
             # Nothing is measured yet, but whether the budget can be met at all is known already.

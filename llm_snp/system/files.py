@@ -8,8 +8,8 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import xxhash
 from safetensors import SafetensorError
@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # what needs no tensors needs no torch
     from torch import Tensor
 
 CHUNK = 1 << 24
+AnyPath = TypeVar("AnyPath", bound=PurePath)
 
 
 def write_text(path: Path, content: str) -> None:
@@ -33,9 +34,9 @@ def write_json(path: Path, content: Any) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file: temporary name, fsync, rename."""
-    with disk(path), _temporary(path) as temporary:
-        temporary.write_bytes(content)
-        _settle(temporary, path)
+    with disk(path), _temporary(path) as aside:
+        aside.write_bytes(content)
+        _settle(aside, path)
 
 
 def write_together(directory: Path, files: Mapping[str, bytes]) -> None:
@@ -48,26 +49,26 @@ def write_together(directory: Path, files: Mapping[str, bytes]) -> None:
         for name, content in files.items():
             path = directory / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = stack.enter_context(_temporary(path))
-            temporary.write_bytes(content)
-            _durable(temporary)
-            ready.append((temporary, path))
+            aside = stack.enter_context(_temporary(path))
+            aside.write_bytes(content)
+            _durable(aside)
+            ready.append((aside, path))
         for _, path in ready:
             if path.is_dir():  # which `replace` would find out after others have their names
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-        for temporary, path in ready:
-            _settle(temporary, path)
+        for aside, path in ready:
+            _settle(aside, path)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file: temporary name, fsync, rename."""
     from safetensors.torch import save_file
 
-    with disk(path), _temporary(path) as temporary:
-        save_file(_unshared(tensors), temporary, metadata={"format": "pt"})
+    with disk(path), _temporary(path) as aside:
+        save_file(_unshared(tensors), aside, metadata={"format": "pt"})
         # safetensors makes files that only their owner can read; this is what the umask asks for.
-        temporary.chmod(path.parent.stat().st_mode & 0o666)
-        _settle(temporary, path)
+        aside.chmod(path.parent.stat().st_mode & 0o666)
+        _settle(aside, path)
 
 
 def digest(*paths: Path) -> str:
@@ -109,15 +110,20 @@ def disk(path: Path) -> Iterator[None]:
         raise OutputError(f"{path} cannot be written: {reason}; give another directory") from error
 
 
+def temporary(path: AnyPath) -> AnyPath:
+    """The name that a file has until it is whole."""
+    return path.with_name(f".{path.name}")
+
+
 @contextmanager
 def _temporary(path: Path) -> Iterator[Path]:
     """The name to write under first. After an error the file goes: half a shard takes the room of what comes next."""
-    temporary = path.with_name(f".{path.name}")
+    aside = temporary(path)
     try:
-        yield temporary
+        yield aside
     except BaseException:
         with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+            aside.unlink(missing_ok=True)
         raise
 
 

@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from .files import digest, write_json, write_text
+from .files import digest, temporary, write_json, write_text
 
 REPORT = "report.json"
 FILES = "files"  # of a report: name -> hash of everything beside it that is part of the result
@@ -102,12 +102,16 @@ def changed(directory: Path, files: Mapping[str, str | None]) -> tuple[list[str]
 
 
 def strays(directory: Path) -> list[str]:
-    """The files of a result's directory that no run wrote, or that were changed since."""
+    """The files of a result's directory that no run wrote, or that were changed since.
+
+    Not those that were being written when a run was killed, under the name that they have until they are whole.
+    """
     files = manifest(directory)
+    half = {temporary(PurePosixPath(name)).as_posix() for name in (*files, REPORT)}
     return [
         name
         for name in names_in(directory)
-        if name not in files or not _is_own(directory / name, directory, files[name])
+        if name not in half and (name not in files or not _is_own(directory / name, directory, files[name]))
     ]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import socket
-from collections.abc import Iterable
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -27,12 +27,12 @@ BLOCKS = "block-*.json"
 class Workspace:
     """The partial directory of `output`, held by this run until `finish`, `discard` or `keep`.
 
-    inputs: what the run reads, which it must not write to; resume: go on with what an interrupted run left; without it,
+    inputs: what the run reads, see `check_harmless`; resume: go on with what an interrupted run left; without it,
     and without `overwrite`, finished blocks of such a run are not thrown away but refused. Raises `OutputError`, also
     if another run holds the directory.
     """
 
-    def __init__(self, output: Path, overwrite: bool, resume: bool, inputs: Iterable[Path] = ()):
+    def __init__(self, output: Path, overwrite: bool, resume: bool, inputs: Mapping[Path, bool] | None = None):
         # A symbolic link stays one: what it points to is replaced.
         self.output = output.resolve()
         self.directory = self.output.with_name(self.output.name + PARTIAL)
@@ -41,7 +41,7 @@ class Workspace:
         self.finished = False  # whether the result has its name
         self._overwrite = overwrite
         check_output(output, overwrite)
-        check_harmless(output, inputs)
+        check_harmless(output, inputs or {})
         missing = (self.directory, *self.directory.parents)
         self._made = [path for path in missing if not path.exists()]
         self._lock = FileLock(self.journal / LOCK, blocking=False)
@@ -155,6 +155,8 @@ def check_output(output: Path, overwrite: bool) -> None:
     """Raise `OutputError` unless `output` can become a result: absent, empty, or an earlier one with `overwrite`."""
     with disk(output):
         resolved = output.resolve()
+        if os.path.ismount(resolved):
+            raise OutputError(f"--output {output} is a mount point, which cannot be replaced; give a directory in it")
         partial = resolved.with_name(resolved.name + PARTIAL)
         if partial.exists() and not (partial / JOURNAL).is_dir():
             raise OutputError(f"{partial} is in the way and not from llm_snp; remove it, or give another --output")
@@ -182,15 +184,16 @@ def _check_aside(aside: Path) -> None:
         raise OutputError(f"{aside} is in the way; it may be a still earlier result: move or remove it")
 
 
-def check_harmless(output: Path, inputs: Iterable[Path]) -> None:
+def check_harmless(output: Path, inputs: Mapping[Path, bool]) -> None:
     """Raise `OutputError` if writing to `output` would touch an input, or remove what no run of llm_snp wrote.
 
+    inputs: files and directories, and whether the output may not lie inside that directory either.
     To be called before the work, after `check_output`; hashes what an earlier result consists of.
     """
     with disk(output):
         resolved = output.resolve()
         places = (resolved, resolved.with_name(resolved.name + PARTIAL), _aside(resolved))
-        for path in inputs:
+        for path, closed in inputs.items():
             real = path.resolve()
             # A file may lie elsewhere than the directory that has its name.
             members = [member.resolve() for member in real.iterdir()] if real.is_dir() else []
@@ -198,7 +201,7 @@ def check_harmless(output: Path, inputs: Iterable[Path]) -> None:
                 raise OutputError(
                     f"--output {output} is or holds {path}, which the run reads; give another directory, or move that"
                 )
-            if real.is_dir() and resolved.is_relative_to(real):
+            if closed and real.is_dir() and resolved.is_relative_to(real):
                 raise OutputError(f"--output {output} lies inside {path}, which the run reads; give another directory")
         if others := strays(resolved) if resolved.is_dir() else []:
             raise OutputError(

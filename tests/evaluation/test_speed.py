@@ -34,6 +34,7 @@ from llm_snp.evaluation.widths import (
     sample,
     verdict,
 )
+from llm_snp.system.manifest import remember
 
 CPU = torch.device("cpu")
 BATCH, PROMPT, NEW, RUNS = 2, 9, 4, 3
@@ -378,8 +379,7 @@ def test_bench_against_another_model_keeps_nothing(
 def test_bench_without_the_dense_model(result: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = report_of(result)
     gone = str(result.parent / "gone")
-    report["options"]["model"] = report["model"]["name"] = gone
-    (result / "report.json").write_text(json.dumps(report))
+    remember(result, {"model": gone})
     run_bench(result)
     out = capsys.readouterr().out
     assert out.startswith(f"alone    the dense model is not there to compare with: {gone} does not exist")
@@ -390,6 +390,9 @@ def test_bench_without_the_dense_model(result: Path, capsys: pytest.CaptureFixtu
     run_bench(result, "--prompt", 6)
     assert "kept     the earlier figures" in capsys.readouterr().out
     assert report_of(result) == report
+    shutil.rmtree(result / ".cache")  # as elsewhere: only its name is known
+    run_bench(result, "--prompt", 6)
+    assert "with: tiny does not exist" in capsys.readouterr().out
 
 
 def test_bench_of_any_model(dense: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -116,8 +116,9 @@ def test_all_that_a_run_reads_is_an_input(dense: Path, tmp_path: Path) -> None:
         evaluate=("wikitext2", f"{place}/b.txt", f"harness:piqa,{place}/task.yaml"),
         offload=f"{place}/states",
     )
-    found = list(inputs_of(open_job(options, weights=False)))
-    assert found == [dense, *(tmp_path / name for name in ("a.txt", "b.txt", "task.yaml", "states"))]
+    names = {"a.txt": True, "b.txt": True, "task.yaml": False, "states": False}
+    expected = {dense: True} | {tmp_path / name: closed for name, closed in names.items()}
+    assert inputs_of(open_job(options, weights=False)) == expected
 
 
 def test_hidden_states_inside_the_output(shell: Shell, result: Path, dense: Path) -> None:
@@ -141,6 +142,19 @@ def test_what_a_person_changed_in_a_result_is_not_removed(shell: Shell, result: 
     path = sorted(result.glob("model-*.safetensors"))[0] if name == "shard" else result / name
     path.write_bytes(path.read_bytes() + b" ")
     assert f"({path.name})" in refused(shell, dense, "--output", result, "--overwrite")
+
+
+def test_what_a_killed_command_was_writing_is_nobody_else_s(result: Path) -> None:
+    (result / ".report.json").write_text("half")
+    (result / ".config.json").write_text("half")
+    (result / ".env").write_text("mine")
+    assert strays(result) == [".env"]
+
+
+@pytest.mark.parametrize("output", ["/", "/proc"])
+def test_a_mount_point_cannot_be_replaced(shell: Shell, dense: Path, output: str) -> None:
+    message = refused(shell, dense, "--output", output, "--overwrite")
+    assert message == f"--output {output} is a mount point, which cannot be replaced; give a directory in it"
 
 
 def test_links_in_a_result_are_not_followed(shell: Shell, result: Path, dense: Path) -> None:
