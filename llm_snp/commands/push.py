@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..system.workspace import expect_result
+from ..system.manifest import expect_result
 
 HELP = "publish a result on the Hugging Face Hub"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..system.workspace import expect_result
+from ..system.manifest import expect_result
 
 HELP = "make the page, the plots and the card of a result anew from its report.json"
 

@@ -9,8 +9,7 @@ from typing import Any
 
 from ..errors import CheckpointError, OptionError
 from ..system.files import digest, digest_of_bytes, disk, write_bytes, write_together
-from ..system.manifest import FILES, MEMORY, REPORT, is_result, manifest, recall, remember
-from ..system.workspace import expect_result
+from ..system.manifest import FILES, MEMORY, REPORT, expect_result, is_result, manifest, recall, remember
 from .card import model_card
 from .page import html_page
 from .plots import FOLDER, PLOTS, plot_images, plot_path

@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from ..errors import CheckpointError
 from .files import digest, temporary, write_json, write_text
 
 REPORT = "report.json"
@@ -46,6 +47,16 @@ def has_report(directory: Path) -> bool:
     except (OSError, ValueError, RecursionError):
         return True
     return is_result(directory)
+
+
+def expect_result(directory: Path) -> None:
+    """Raise `CheckpointError` if `directory` can be no result, as there is no report in it."""
+    advice = "give the directory that a run of llm_snp has written"
+    if not os.path.isdir(directory):  # also False for what cannot be a path, such as a name that is too long
+        found = "is a file" if os.path.exists(directory) else "does not exist"
+        raise CheckpointError(f"{directory} {found}; {advice}")
+    if not os.path.isfile(directory / REPORT):
+        raise CheckpointError(f"{directory} has no {REPORT}; {advice}")
 
 
 def _report(directory: Path) -> dict[str, Any]:

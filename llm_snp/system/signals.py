@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from ..errors import Terminated
+from .rank import alone
 
 ENDING = (signal.SIGTERM, *((signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ()))
 
@@ -22,8 +22,7 @@ def ended_by_signals() -> Iterator[None]:
     one that is gone, where no handler of Python's would be called: there the signals end them at once, and `--resume`
     goes on all the same.
     """
-    alone = os.environ.get("WORLD_SIZE", "1") == "1"
-    able = alone and threading.current_thread() is threading.main_thread()
+    able = alone() and threading.current_thread() is threading.main_thread()
     ours = [number for number in ENDING if able and signal.getsignal(number) is signal.SIG_DFL]
     for number in ours:
         signal.signal(number, _end)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from ..errors import CheckpointError, OutputError
+from ..errors import OutputError
 from .files import disk
 from .manifest import JOURNAL, REPORT, has_report, is_result, remove_own, some, strays
 
@@ -208,16 +208,6 @@ def check_harmless(output: Path, inputs: Mapping[Path, bool]) -> None:
                 f"--output {output} has files that no run of llm_snp wrote, or that were changed since "
                 f"({some(others)}), and --overwrite would remove them; move them, or give another directory"
             )
-
-
-def expect_result(directory: Path) -> None:
-    """Raise `CheckpointError` if `directory` can be no result, as there is no report in it."""
-    advice = "give the directory that a run of llm_snp has written"
-    if not os.path.isdir(directory):  # also False for what cannot be a path, such as a name that is too long
-        found = "is a file" if os.path.exists(directory) else "does not exist"
-        raise CheckpointError(f"{directory} {found}; {advice}")
-    if not os.path.isfile(directory / REPORT):
-        raise CheckpointError(f"{directory} has no {REPORT}; {advice}")
 
 
 def check_space(directory: Path, needed: int) -> None:
