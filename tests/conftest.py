@@ -47,6 +47,7 @@ def documents(request: pytest.FixtureRequest) -> Iterator[None]:
         if not marked:
             patch.setattr("llm_snp.documents.writing.plot_images", lambda report: {})
             patch.setattr("llm_snp.documents.writing.html_page", lambda report: "")
+            patch.setattr("llm_snp.running.rehearsal.html_page", lambda report: "")
         yield
 
 

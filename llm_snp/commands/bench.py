@@ -97,7 +97,7 @@ def _against(against: str | None, directory: Path, report: dict[str, Any] | None
     revision = report["options"].get("revision")
     name = dense_of(directory, report)
     if against is not None:
-        given, local = locate(against), EMBEDDED if name is None else Path(name).expanduser()
+        given, local = locate(against), EMBEDDED if name is None else Path(os.path.expanduser(name))
         return given, (against == name and not revision) or (local.is_dir() and given.samefile(local))
     try:
         return locate(name, revision), True

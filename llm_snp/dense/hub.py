@@ -190,8 +190,10 @@ def load_tokenizer(directory: Path) -> Any:
     def refusal(cause: str) -> CheckpointError:
         return CheckpointError(f"{directory} has no tokenizer that loads ({cause}); {advice}")
 
+    # Or it reads the config by itself, as it is.
+    config = {"config": load_config(directory)} if (directory / "config.json").is_file() else {}
     with explained(refusal):
-        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, **config)
         ids = tokenizer("the", add_special_tokens=False)["input_ids"]
     # Without files transformers 5 gives a tokenizer with an empty vocabulary and no error.
     if not ids:
@@ -204,7 +206,7 @@ CARRIED = ("license", "license_name", "license_link", "language", "tags", "datas
 
 
 MOST_WORDS, MOST_CHARACTERS = 100, 300  # of each field
-CARD_BYTES = 10_000_000
+CARD_BYTES = 1_000_000
 
 
 def card_metadata(directory: Path) -> dict[str, Any]:

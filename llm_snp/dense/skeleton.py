@@ -217,12 +217,12 @@ def empty_model(config: Any, buffers: bool = False) -> Any:
     Without, nothing is allocated, whatever the config says. Raises `CheckpointError` if there is no such model.
     """
     with explained(_cannot_build), ONE_AT_A_TIME, _parameters_on_meta() if buffers else torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(_computing(config))
+        model = AutoModelForCausalLM.from_config(computing(config))
         model.tie_weights()
     return model
 
 
-def _computing(config: Any) -> Any:
+def computing(config: Any) -> Any:
     """A copy without what its owner likes beside the logits, and with the attention that torch has."""
     config = copy.deepcopy(config)
     config._attn_implementation = None

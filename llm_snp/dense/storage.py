@@ -63,7 +63,7 @@ def check_offload(directory: str | None) -> Path | None:
     """The --offload directory, which must be there and writable. Raises `OptionError` otherwise."""
     if directory is None:
         return None
-    path = Path(directory).expanduser()
-    if not path.is_dir() or not os.access(path, os.W_OK):
+    path = Path(os.path.expanduser(directory))
+    if not os.path.isdir(path) or not os.access(path, os.W_OK):
         raise OptionError(f"--offload {directory} is no directory that can be written to; make it first")
     return path

@@ -14,6 +14,7 @@ from ..errors import CheckpointError
 from ..system.libraries import ONE_AT_A_TIME, explained
 from .data import Windows, calibration_windows, evaluation_windows, self_written
 from .mixture import mix, turns
+from .skeleton import computing
 
 # Text that the model writes itself: calibration and evaluation must not be the same.
 EVALUATION_SEED = 1
@@ -32,12 +33,20 @@ class Text:
         self._model: Any = None
 
     def _write(self, samples: int, seed: int) -> Windows:
+        if not isinstance(self.start, int):
+            raise CheckpointError(
+                f"neither tokenizer nor config in {self.directory} has a token that begins a text, so that the model "
+                "cannot write one itself; give a text"
+            )
         if self._model is None:
             with explained(self._no_model), ONE_AT_A_TIME:
-                model = AutoModelForCausalLM.from_pretrained(self.directory, config=self.config)
+                model = AutoModelForCausalLM.from_pretrained(self.directory, config=computing(self.config))
             self._model = model.to(self.device, self.dtype).eval()
-        with ONE_AT_A_TIME:
+        with explained(self._no_text), ONE_AT_A_TIME:
             return self_written(self._model, samples, self.length, seed, self.start)
+
+    def _no_text(self, cause: str) -> CheckpointError:
+        return CheckpointError(f"the model in {self.directory} cannot write a text itself ({cause}); give one")
 
     def _no_model(self, cause: str) -> CheckpointError:
         return CheckpointError(f"{self.directory} is no model that transformers can load ({cause})")

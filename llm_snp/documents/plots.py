@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
+from ..system.libraries import ONE_AT_A_TIME
 from . import drawing
 from .shareable import shareable
 
@@ -84,7 +85,7 @@ def style(salt: str = "") -> Iterator[None]:
     """The settings in which the plots are drawn and saved, whatever the user's own are; salt: of the ids in an SVG."""
     from matplotlib import style as styles
 
-    with styles.context(["default", STYLE | {"svg.hashsalt": salt}]):
+    with ONE_AT_A_TIME, styles.context(["default", STYLE | {"svg.hashsalt": salt}]):
         yield
 
 

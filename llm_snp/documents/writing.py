@@ -55,6 +55,13 @@ def write_documents(directory: Path, report: dict[str, Any]) -> list[Path]:
     return [directory / name for name in (*made, REPORT)]
 
 
+def write_report(directory: Path, report: dict[str, Any]) -> None:
+    """Write report.json alone, without which a directory is no result, where the other documents cannot be made."""
+    report[FILES] = {name: found or _digest(directory / name) for name, found in manifest(directory, report).items()}
+    text = json.dumps(shareable(report) | {FILES: report[FILES]}, indent=2, allow_nan=False) + "\n"
+    write_bytes(directory / REPORT, text.encode())
+
+
 def _digest(path: Path) -> str:
     with disk(path):
         return digest(path)

@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from ..dense.hub import load_tokenizer
+from ..dense.hub import load_config, load_tokenizer
+from ..dense.skeleton import computing
 from ..errors import CheckpointError, DeviceMemoryError, NumericalError, OptionError, SnpError
 from .harness_tasks import PREFIX, find_tasks, reason
 
@@ -135,7 +136,7 @@ def _open_model(directory: Path, device: torch.device, dtype: torch.dtype, batch
 
     tokenizer = load_tokenizer(directory)
     try:
-        model = AutoModelForCausalLM.from_pretrained(directory)
+        model = AutoModelForCausalLM.from_pretrained(directory, config=computing(load_config(directory)))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{directory} is no model that transformers can load ({reason(error)})") from error
     try:

@@ -125,7 +125,7 @@ def _local(task: str) -> Request:
     """A task of one's own, or all in a directory; those that are in a group there are run as part of it."""
     from lm_eval.tasks import TaskManager
 
-    path = Path(task).expanduser().resolve()
+    path = Path(os.path.realpath(os.path.expanduser(task)))
     files = sorted(path.rglob("*.yaml")) if path.is_dir() else [path]
     configs = {file: _read(file) for file in files}
     named = ((file, config.get("group", config.get("task"))) for file, config in configs.items())

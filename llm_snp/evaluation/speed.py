@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from ..config import NEW, PROMPT, RUNS
 from ..dense.hub import load_config
+from ..dense.skeleton import computing
 from ..errors import CheckpointError, DeviceMemoryError, UnsupportedModelError, at_least, first_line
 from ..system.device import device_facts
 from ..system.libraries import ONE_AT_A_TIME
@@ -107,7 +108,7 @@ def load_model(directory: Path, device: torch.device, dtype: torch.dtype) -> Any
 
     Classes that llm_snp registers are known; code that lies in a directory is not run.
     """
-    config = load_config(directory)
+    config = computing(load_config(directory))
     keyword = "dtype" if hasattr(config, "dtype") else "torch_dtype"  # its name before transformers 4.56
     try:
         with ONE_AT_A_TIME:

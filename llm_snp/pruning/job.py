@@ -12,7 +12,7 @@ import torch
 
 from ..config import PruneConfig
 from ..dense.hub import EMBEDDED, load_config, locate
-from ..errors import OptionError
+from ..errors import OptionError, OutputError, first_line
 from ..families import Family, family_of
 from ..system.device import resolve_device
 from .plan import check_order
@@ -51,7 +51,7 @@ def open_job(options: PruneConfig, weights: bool, local_index: int = 0) -> Job:
     options = fit_for_stock(options, family)
     options = fit_for_heads(options.resolved(), family, config)
     check_order(family, config, options)
-    output = Path(options.output).expanduser() if options.output else default_output(options)
+    output = output_of(options)
     device = resolve_device(options.device, local_index)
     return Job(options, directory, config, family, output, device, window_length(options, config))
 
@@ -105,10 +105,26 @@ def fit_for_heads(options: PruneConfig, family: Family, config: Any) -> PruneCon
     return dataclasses.replace(options, attention="heads")
 
 
+def output_of(options: PruneConfig) -> Path:
+    """The directory that --output names, or the default. Raises `OutputError` for what can be no directory."""
+    output = Path(os.path.expanduser(options.output)) if options.output else default_output(options)
+    try:
+        resolved = output.resolve()
+        os.lstat(f"{resolved}.replaced")  # the longest name that a run gives it
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, RuntimeError) as error:  # RuntimeError: a circle of links, before Python 3.13
+        cause = getattr(error, "strerror", None) or first_line(error)
+        raise OutputError(f"--output {output} cannot be made: {cause}; give another directory") from error
+    if not resolved.name:
+        raise OutputError(f"--output {output} is the root of the file system; give a directory below it")
+    return output
+
+
 def default_output(options: PruneConfig) -> Path:
     """./<model name>-snp-<percent>"""
-    path = EMBEDDED if options.model is None else Path(options.model).expanduser()
-    name = path.resolve().name if path.exists() else path.name  # a Hub id ends in the model's name, too
+    path = EMBEDDED if options.model is None else Path(os.path.expanduser(options.model))
+    name = path.resolve().name if os.path.exists(path) else path.name  # a Hub id ends in the model's name, too
     return Path(f"{name}-snp-{100 * options.sparsity:g}")
 
 

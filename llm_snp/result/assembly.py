@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,12 +104,10 @@ def stock_fields(job: Job, plan: Plan) -> dict[str, Any] | None:
     return job.family.stock_fields(job.config, plan.kept)
 
 
-def write_rest(writer: Writer, job: Job, skeleton: Skeleton, plan: Plan, tokenizer: Any, carried: Carried) -> None:
-    """Everything but the blocks: outer weights, config, tokenizer, modelling file; the index last."""
-    family, config, checkpoint = job.family, job.config, skeleton.checkpoint
-    writer.shard(len(skeleton), dict(checkpoint.tensors(skeleton.outer)))
-    stock = stock_fields(job, plan)
-    files = dict(carried.files)
+def result_config(job: Job, kept: Sequence[dict[str, int]], tokenizer: Any) -> tuple[Any, bool]:
+    """The result's config, and whether it needs a class of its own. kept: of each block, what stays."""
+    family, config = job.family, job.config
+    stock = family.stock_fields(config, kept)
     own = ("model_type", "architectures")  # what the result has of its own
     fields = {key: value for key, value in without_code(config.to_dict()).items() if key not in own}
     # Without it AutoTokenizer would look for the tokenizer of a model type that stock transformers does not know.
@@ -117,20 +116,27 @@ def write_rest(writer: Writer, job: Job, skeleton: Skeleton, plan: Plan, tokeniz
     if stock is not None:
         result = type(config)(**(fields | stock))
         result.architectures = config.architectures
-    else:
-        widths = [family.widths(config, kept) for kept in plan.kept]
-        config_class = family.pruned_class.config_class
-        result = config_class(**fields, block_widths=widths)
-        result.architectures = [family.pruned_class.__name__]
-        source = Path(inspect.getfile(family.pruned_class))
-        module = MODELING.removesuffix(".py")
-        result.auto_map = {
-            "AutoConfig": f"{module}.{config_class.__name__}",
-            "AutoModel": f"{module}.{family.pruned_class.base_class.__name__}",
-            "AutoModelForCausalLM": f"{module}.{family.pruned_class.__name__}",
-        }
-        files[MODELING] = bundle(source).encode()
-    files["config.json"] = result.to_json_string().encode()
+        return result, False
+    config_class = family.pruned_class.config_class
+    result = config_class(**fields, block_widths=[family.widths(config, block) for block in kept])
+    result.architectures = [family.pruned_class.__name__]
+    module = MODELING.removesuffix(".py")
+    result.auto_map = {
+        "AutoConfig": f"{module}.{config_class.__name__}",
+        "AutoModel": f"{module}.{family.pruned_class.base_class.__name__}",
+        "AutoModelForCausalLM": f"{module}.{family.pruned_class.__name__}",
+    }
+    return result, True
+
+
+def write_rest(writer: Writer, job: Job, skeleton: Skeleton, plan: Plan, tokenizer: Any, carried: Carried) -> None:
+    """Everything but the blocks: outer weights, config, tokenizer, modelling file; the index last."""
+    writer.shard(len(skeleton), dict(skeleton.checkpoint.tensors(skeleton.outer)))
+    files = dict(carried.files)
+    config, needs_code = result_config(job, plan.kept, tokenizer)
+    if needs_code:
+        files[MODELING] = bundle(Path(inspect.getfile(job.family.pruned_class))).encode()
+    files["config.json"] = config.to_json_string().encode()
     writer.bytes(files)
     writer.index()
 

@@ -16,7 +16,7 @@ from ..dense.skeleton import Skeleton, empty_model
 from ..dense.storage import Storage, check_offload
 from ..dense.text import Text
 from ..documents.report import Report
-from ..documents.writing import write_documents
+from ..documents.writing import write_documents, write_report
 from ..errors import OptionError
 from ..evaluation.harness import texts_of
 from ..evaluation.perplexity import Perplexity, perplexity_streamed
@@ -29,12 +29,13 @@ from ..result.carried import Carried
 from ..result.writer import Writer
 from ..system.device import as_at_start, resolve_dtype
 from ..system.journal import Journal
-from ..system.manifest import FILES, remember
+from ..system.manifest import FILES, REPORT, remember
 from ..system.processes import Processes
 from ..system.progress import Progress
 from ..system.workspace import Workspace, check_space
 from .afterwards import afterwards, check_afterwards
 from .inputs import inputs_of, memory_of
+from .rehearsal import rehearse
 from .resume import again, calibration_identity, finished_before, kept_for_resume, model_identity, settings
 
 
@@ -138,6 +139,7 @@ class _Run:
     def prune(self) -> dict[str, Any]:
         job, skeleton, progress = self.job, self.skeleton, self.progress
         report = Report(job, self.checkpoint, self.calibration, self.dtype, self.stored, self.processes.count)
+        self.processes.on_main(lambda: rehearse(job, skeleton, report, self.tokenizer, self.evaluation))
         for source, windows in self.evaluation.items():
             report.evaluated(source, "dense", self._dense_perplexity(windows))
         session = Session(
@@ -179,9 +181,13 @@ class _Run:
     def _finish(self, writer: Writer, report: Report) -> dict[str, Any]:
         workspace = _known(self.workspace)
         report.data[FILES] = writer.files
-        write_documents(self.directory, report.data)
-        remember(self.directory, memory_of(self.job))
-        workspace.finish()
+        try:
+            write_documents(self.directory, report.data)
+        finally:  # whatever the documents have met, the result is whole, and `report DIR` makes them anew
+            if not (self.directory / REPORT).exists():
+                write_report(self.directory, report.data)
+            remember(self.directory, memory_of(self.job))
+            workspace.finish()
         if workspace.left:
             self.progress.say(f"kept {workspace.left}: someone put files into {self.job.output} while it was replaced")
         return report.data

@@ -1,0 +1,52 @@
+"""The documents of a run before it begins: what they cannot hold shows now, and not hours later."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from ..dense.data import Windows
+from ..dense.skeleton import Skeleton
+from ..documents.card import model_card
+from ..documents.page import html_page
+from ..documents.report import Report
+from ..errors import CheckpointError
+from ..evaluation.perplexity import Perplexity
+from ..pruning.job import Job
+from ..pruning.plan import empty_curves, make_plan
+from ..result.assembly import result_config
+from ..system.libraries import explained
+
+
+def rehearse(
+    job: Job, skeleton: Skeleton, report: Report, tokenizer: Any, evaluation: Mapping[str, Windows]
+) -> dict[str, Any]:
+    """Make config, report, card and page of a run that follows the uniform plan and loses nothing, and forget them.
+
+    Every name is what it will be: of model, texts, options, licence, tags. Returns that report. Raises
+    `CheckpointError` for a config that the result could not have; what else is raised is a fault of llm_snp, met before
+    the hours that a run takes.
+    """
+    trial = copy.deepcopy(report)
+    options = job.options
+    curves = empty_curves(job.family, job.config, skeleton.blocks, options)
+    plan = make_plan(job.family, job.config, skeleton.blocks, options, curves, "uniform")
+    with explained(
+        lambda cause: CheckpointError(f"{job.directory}/config.json is none that a result can have ({cause})")
+    ):
+        config, needs_code = result_config(job, plan.kept, tokenizer)
+        config.to_json_string().encode()
+    trial.planned(plan, plan.base, needs_code)
+    for index in range(len(skeleton)):
+        trial.block(index, {})
+    for source, windows in evaluation.items():
+        count, length = windows.tokens.shape
+        for which in ("dense", "pruned"):
+            trial.evaluated(source, which, Perplexity(1.0, 0.0, count * (length - 1), count, length, windows.source))
+    trial.finished(job.output, 0, {})
+    data = trial.data
+    for text in (json.dumps(data, allow_nan=False), model_card(data), html_page(data)):
+        text.encode()
+    return data
