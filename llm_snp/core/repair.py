@@ -39,8 +39,11 @@ class Pruned:
 
 
 @timed("repair")
-def refit_all(moments: Moments, weight: Tensor, damping: float) -> tuple[Tensor, float]:
-    """W* (d, m), the consumer refitted to its target with all inputs present, and the damping that was needed."""
+def refit_all(moments: Moments, weight: Tensor, damping: float, share: float = 1.0) -> tuple[Tensor, float]:
+    """W* (d, m), the consumer refitted to its target with all inputs present, and the damping that was needed.
+
+    share: of the way from W to the least-squares solution, W* = W + share · R (C + λI)⁻¹.
+    """
     residual = moments.residual_covariance
     if residual is None:
         return weight, damping
@@ -49,7 +52,7 @@ def refit_all(moments: Moments, weight: Tensor, damping: float) -> tuple[Tensor,
     refitted = weight.clone()
     for rows in strips(weight.shape[0], ROWS):
         half = torch.linalg.solve_triangular(lower.mT, residual[rows].double(), upper=True, left=False)
-        refitted[rows] += torch.linalg.solve_triangular(lower, half, upper=False, left=False)
+        refitted[rows] += share * torch.linalg.solve_triangular(lower, half, upper=False, left=False)
     return refitted, used
 
 

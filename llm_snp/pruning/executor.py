@@ -164,13 +164,13 @@ class _BlockPruner:
 
     def _order_and_repair(self, site: Site, moments: SiteMoments, whole: bool) -> SiteLoss:
         """Keep as many of the site's units as the plan says, and refit its consumer."""
-        options, g = self.session.options, self.sensitivity.get(site.name)
+        options, g, share = self.session.options, self.sensitivity.get(site.name), self.session.share(site)
 
         def solve() -> SiteResult:
             if not whole:
-                return refit_consumer(self.state, site, moments, options)
+                return refit_consumer(self.state, site, moments, options, share)
             seed = options.seed + 1_000_003 * self.index + sum(map(ord, site.name))
-            return repair_units(self.state, site, moments, self.kept[site.unit], options, g, seed)
+            return repair_units(self.state, site, moments, self.kept[site.unit], options, g, seed, share)
 
         result = self.session.processes.on_main(solve)
         loss = self.session.processes.from_main(lambda: _loss(result))

@@ -49,12 +49,13 @@ def repair_units(
     options: PruneConfig,
     sensitivity: Tensor | None,
     seed: int,
+    share: float = 1.0,
 ) -> SiteResult:
-    """Keep `keep` whole units of a site of a block and repair its consumer."""
+    """Keep `keep` whole units of a site of a block and repair its consumer. share: see `Session.share`."""
     device = moments.fit.first.device
 
     def solve(moments: Moments, damping: float) -> Pruned:
-        refitted, damping = refit_all(moments, linear_weights(state, site.consumer, device)[0], damping)
+        refitted, damping = refit_all(moments, linear_weights(state, site.consumer, device)[0], damping, share)
         generator = torch.Generator().manual_seed(seed)
         subspace = order_units(moments, refitted, site, options, damping, keep, generator, sensitivity, energies=False)
         if options.target == "none":
@@ -107,16 +108,18 @@ def choose_damping(
     return DAMPING_GRID[min(range(len(errors)), key=errors.__getitem__)]
 
 
-def refit_consumer(state: State, site: Site, moments: SiteMoments, options: PruneConfig) -> SiteResult:
+def refit_consumer(
+    state: State, site: Site, moments: SiteMoments, options: PruneConfig, share: float = 1.0
+) -> SiteResult:
     """Refit a consumer whose inputs are already what they will be; the ridge pulls to its present weights.
 
-    With target `none` only the bias follows the mean.
+    With target `none` only the bias follows the mean. share: see `Session.share`.
     """
     weight, bias = linear_weights(state, site.consumer, moments.fit.first.device)
     everything = torch.arange(weight.shape[1], device=weight.device)
 
     def solve(moments: Moments, damping: float) -> Pruned:
-        refit, damping = (weight, 0.0) if options.target == "none" else refit_all(moments, weight, damping)
+        refit, damping = (weight, 0.0) if options.target == "none" else refit_all(moments, weight, damping, share)
         return finish(moments, weight, bias, everything, refit, damping)
 
     damping = choose_damping(options, moments, (weight, bias), solve)

@@ -117,6 +117,20 @@ def test_ridge_pulls_to_the_dense_weight() -> None:
         assert pruned.damping == damping
 
 
+def test_a_share_goes_that_far_towards_the_target() -> None:
+    """The error falls with the share as its parabola says: half the way takes away three quarters of what can go."""
+    x, residual, weight, _ = problem(seed=4)
+    moments = exact_moments(x, residual)
+    whole, _ = refit_all(moments, weight, 0.0)
+    half, _ = refit_all(moments, weight, 0.0, share=0.5)
+    none, _ = refit_all(moments, weight, 0.0, share=0.0)
+    torch.testing.assert_close(half, (weight + whole) / 2)
+    assert torch.equal(none, weight)
+    everything = torch.arange(weight.shape[1])
+    lost = [lost_energy(moments, weight, everything, refit) for refit in (none, half, whole)]
+    assert (lost[0] - lost[1]) / (lost[0] - lost[2]) == pytest.approx(0.75)
+
+
 def test_huge_damping_leaves_the_weight_alone() -> None:
     x, residual, weight, bias = problem()
     pruned = prune(exact_moments(x, residual), weight, bias, 5, damping=1e9)

@@ -29,7 +29,7 @@ from conftest import (
 from safetensors import safe_open
 from transformers import AutoConfig, AutoTokenizer, OPTForCausalLM
 
-from llm_snp.config import ATTENTION_MODES, METHODS, SENSITIVITIES, TARGETS
+from llm_snp.config import ATTENTION_MODES, DAMPING, METHODS, SENSITIVITIES, TARGETS
 from llm_snp.core.allocation import ALLOCATIONS
 from llm_snp.core.orders import ORDERS
 from llm_snp.dense import stream
@@ -256,7 +256,7 @@ def test_outliers_in_sixteen_bits(
     # Sixteen bits compute the outliers' products to a hundredth or so; what is lost is not that.
     assert (pruned - whole).square().mean() < 0.5 * whole.var()
     assert all(
-        site["damping"] in (None, 1e-3) for block in report["blocks"] for site in (block["attention"], block["mlp"])
+        site["damping"] in (None, DAMPING) for block in report["blocks"] for site in (block["attention"], block["mlp"])
     )
 
 
