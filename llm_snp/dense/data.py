@@ -20,6 +20,8 @@ from .readers import documents
 
 # Tokenising hundreds of megabytes to draw a few windows helps nobody: calibration reads this much of a file.
 CALIBRATION_CHARACTERS = 32_000_000
+# Beside the calibration windows so many others are kept, to tell by them how closely the calibration was fitted.
+UNSEEN = 8
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,8 @@ class Windows:
     """Token windows with their origin.
 
     tokens (N, T) long; source: what the user named; sha256 of the token ids; available: windows to choose from;
-    text_tokens: tokens of the whole text that was read; parts: where they are of several texts, those of each.
+    text_tokens: tokens of the whole text that was read; parts: where they are of several texts, those of each;
+    unseen (K, T) long: a few other windows of the text, where they were drawn from it and there are any.
     """
 
     tokens: Tensor
@@ -36,14 +39,20 @@ class Windows:
     available: int
     text_tokens: int
     parts: tuple[Windows, ...] = ()
+    unseen: Tensor | None = None
 
 
 def as_windows(
-    tokens: Tensor, source: str, available: int, text_tokens: int, parts: tuple[Windows, ...] = ()
+    tokens: Tensor,
+    source: str,
+    available: int,
+    text_tokens: int,
+    parts: tuple[Windows, ...] = (),
+    unseen: Tensor | None = None,
 ) -> Windows:
     """Windows with their hash."""
     digest = hashlib.sha256(tokens.to(torch.int32).contiguous().numpy().tobytes()).hexdigest()
-    return Windows(tokens, source, digest, available, text_tokens, parts)
+    return Windows(tokens, source, digest, available, text_tokens, parts, unseen)
 
 
 def calibration_windows(source: str, tokenizer: Any, samples: int, length: int, seed: int) -> Windows:
@@ -58,8 +67,9 @@ def calibration_windows(source: str, tokenizer: Any, samples: int, length: int, 
             f"calibration text {source} has {ids.numel()} tokens, which is {available} windows of {length}; "
             f"--samples asks for {samples}: lower --samples or --sequence-length, or give more text"
         )
-    order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:samples]
-    return as_windows(ids[: available * length].view(available, length)[order], source, available, ids.numel())
+    order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[: samples + UNSEEN]
+    drawn = ids[: available * length].view(available, length)[order]
+    return as_windows(drawn[:samples], source, available, ids.numel(), unseen=drawn[samples:])
 
 
 def evaluation_windows(source: str, tokenizer: Any, length: int) -> Windows:

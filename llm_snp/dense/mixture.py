@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .data import Windows, as_windows
+from .data import UNSEEN, Windows, as_windows
 
 
 def turns(shares: Sequence[float], samples: int) -> list[int]:
@@ -39,3 +39,22 @@ def mix(parts: Sequence[Windows], order: Sequence[int]) -> Windows:
         sum(part.text_tokens for part in parts),
         tuple(parts),
     )
+
+
+def fitted_and_unseen(windows: Windows) -> tuple[Windows, Windows] | None:
+    """As many calibration windows and others of the same texts, in which those of each are equally many.
+
+    At most `UNSEEN` of either, but one of each text; None where no text has a window left.
+    """
+    parts = [part for part in windows.parts or (windows,) if part.unseen is not None and len(part.unseen)]
+    if not parts:
+        return None
+    fitted, unseen = [], []
+    for part in parts:
+        assert part.unseen is not None
+        count = min(max(1, UNSEEN // len(parts)), len(part.tokens), len(part.unseen))
+        fitted.append(part.tokens[:count])
+        unseen.append(part.unseen[:count])
+    names = ("windows that were calibrated on", "other windows of the same text")
+    found = [as_windows(torch.cat(tokens), name, 0, 0) for tokens, name in zip((fitted, unseen), names, strict=True)]
+    return found[0], found[1]

@@ -141,6 +141,11 @@ class Report:
     def evaluated(self, source: str, which: str, result: Perplexity) -> None:
         self.data["evaluation"].setdefault(source, {})[which] = dataclasses.asdict(result)
 
+    def overfit(self, dense: Perplexity, pruned: Perplexity) -> None:
+        """What is lost, in nats per token, on windows that were calibrated on, and then on others of the same text."""
+        loss = pruned.nll / pruned.tokens - dense.nll / dense.tokens
+        self.data.setdefault("overfit", []).append({"source": dense.source, "windows": dense.windows, "loss": loss})
+
     def finished(self, output: Path, weight_bytes: int, seconds: dict[str, float]) -> None:
         self.data["model"]["bytes_pruned"] = weight_bytes
         self.data["output"] = str(output)
@@ -244,12 +249,24 @@ def summary(data: dict[str, Any]) -> str:
         "",
         f"removed  {sparsity['achieved']:.2%} of the blocks' linear parameters ({sparsity['asked']:.2%} asked), "
         f"{sparsity['of_all_parameters']:.2%} of all",
+        *_overfit(data.get("overfit", [])),
         "seconds  " + ", ".join(f"{name} {value:.1f}" for name, value in data["seconds"].items()),
         *(f"note     {note}" for note in data["notes"]),
         f"result   {data['output']}",
         f"load it  AutoModelForCausalLM.from_pretrained({data['output']!r}{trust})",
     ]
     return "\n".join(lines)
+
+
+def _overfit(measured: list[dict[str, Any]]) -> list[str]:
+    """By how much more is lost on windows that were not calibrated on."""
+    if len(measured) != 2:
+        return []
+    fitted, unseen = (one["loss"] for one in measured)
+    return [
+        f"over-fit {unseen - fitted:+.3f} nats a token: {fitted:.3f} over dense on windows that were calibrated on, "
+        f"{unseen:.3f} on others of the same text"
+    ]
 
 
 def _row(name: str, dense: float, pruned: float, style: str) -> tuple[str, str, str, str]:

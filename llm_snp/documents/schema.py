@@ -80,6 +80,12 @@ class Calibration(Text):
     texts: list[Text] = []  # of which each has its share
 
 
+class Overfit(_Part):
+    source: Name
+    windows: Some
+    loss: Number
+
+
 class Site(_Part):
     unit: Name
     units: Some
@@ -203,6 +209,7 @@ class Document(_Part):
     output: Name
     seconds: dict[str, NotNegative]
     peak_memory: PeakMemory
+    overfit: list[Overfit] = []  # on windows that were calibrated on, and on others
     harness: dict[str, Task] = {}
     speed: Speed = MISSING
     card: str | None = None

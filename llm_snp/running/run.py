@@ -12,6 +12,7 @@ from ..config import PruneConfig
 from ..dense.checkpoint import Checkpoint
 from ..dense.data import Windows
 from ..dense.hub import load_tokenizer
+from ..dense.mixture import fitted_and_unseen
 from ..dense.skeleton import Skeleton, empty_model
 from ..dense.storage import Storage, check_offload
 from ..dense.text import Text
@@ -142,6 +143,8 @@ class _Run:
         self.processes.on_main(lambda: rehearse(job, skeleton, report, self.tokenizer, self.evaluation))
         for source, windows in self.evaluation.items():
             report.evaluated(source, "dense", self._dense_perplexity(windows))
+        pair = fitted_and_unseen(self.calibration) if self.evaluation else None
+        overfit = None if pair is None else [(windows, self._dense_perplexity(windows)) for windows in pair]
         session = Session(
             skeleton,
             job.family,
@@ -166,6 +169,10 @@ class _Run:
         for source, windows in self.evaluation.items():
             pruned = open_result(self.directory, job, self.dtype)
             report.evaluated(source, "pruned", self._evaluate(pruned, windows, "pruned"))
+        if overfit is not None:
+            for windows, dense in overfit:
+                pruned = open_result(self.directory, job, self.dtype)
+                report.overfit(dense, self._evaluate(pruned, windows, "pruned"))
         for rescue in self.journal.rescued:
             report.note(rescue)
         report.finished(job.output, writer.weight_bytes, progress.seconds)

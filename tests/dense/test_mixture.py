@@ -12,9 +12,9 @@ from conftest import LENGTH, paragraphs
 from transformers import AutoTokenizer
 
 from llm_snp.config import PruneConfig, shares
-from llm_snp.dense.data import as_windows, calibration_windows
+from llm_snp.dense.data import UNSEEN, as_windows, calibration_windows
 from llm_snp.dense.hub import load_config
-from llm_snp.dense.mixture import mix, turns
+from llm_snp.dense.mixture import fitted_and_unseen, mix, turns
 from llm_snp.dense.text import Text
 from llm_snp.errors import CorpusError, OptionError
 
@@ -89,3 +89,21 @@ def test_a_run_sees_all_its_texts(dense: Path, tmp_path: Path) -> None:
     assert len({tuple(window) for window in mixed.tokens.tolist()}) == 6
     with pytest.raises(CorpusError, match="neither a file nor a known corpus"):
         text.calibration(PruneConfig(calibration=(str(files[0]), "wiki"), samples=2))
+    pair = fitted_and_unseen(mixed)
+    assert pair is not None
+    fitted, unseen = (windows.tokens.tolist() for windows in pair)
+    assert len(fitted) == len(unseen) == 2 + UNSEEN // 2
+    calibrated = mixed.tokens.tolist()
+    assert all(window in calibrated for window in fitted)
+    assert not any(window in calibrated for window in unseen)
+
+
+def test_a_text_that_is_used_up_says_nothing_of_over_fitting(dense: Path, tmp_path: Path) -> None:
+    tokenizer: Any = AutoTokenizer.from_pretrained(dense)
+    file = tmp_path / "text.txt"
+    file.write_text("\n\n".join(paragraphs(20, seed=0)))
+    available = calibration_windows(str(file), tokenizer, 1, LENGTH, seed=0).available
+    assert fitted_and_unseen(calibration_windows(str(file), tokenizer, available, LENGTH, seed=0)) is None
+    pair = fitted_and_unseen(calibration_windows(str(file), tokenizer, available - 1, LENGTH, seed=0))
+    assert pair is not None
+    assert [len(windows.tokens) for windows in pair] == [1, 1]

@@ -29,14 +29,18 @@ from conftest import (
 from safetensors import safe_open
 from transformers import AutoConfig, AutoTokenizer, OPTForCausalLM
 
+import llm_snp
 from llm_snp.config import ATTENTION_MODES, DAMPING, METHODS, SENSITIVITIES, TARGETS
 from llm_snp.core.allocation import ALLOCATIONS
 from llm_snp.core.orders import ORDERS
 from llm_snp.dense import stream
 from llm_snp.dense.checkpoint import Checkpoint
+from llm_snp.dense.data import calibration_windows
 from llm_snp.dense.hub import load_config
+from llm_snp.dense.mixture import fitted_and_unseen
 from llm_snp.dense.skeleton import Skeleton
 from llm_snp.dense.stream import Stream
+from llm_snp.documents.report import summary
 from llm_snp.families import FAMILIES
 from llm_snp.modeling.opt import SnpOPTForCausalLM
 from llm_snp.system.workspace import JOURNAL
@@ -300,3 +304,36 @@ def test_the_embedded_model_with_text_of_its_own(tmp_path: Path, monkeypatch: py
     ratio = evaluation["pruned"]["perplexity"] / evaluation["dense"]["perplexity"]
     assert 0.95 < ratio < 10
     assert report["model"]["bytes_pruned"] < report["model"]["bytes"]
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.5])
+def test_report_says_how_closely_the_calibration_was_fitted(
+    dense: Path, text: Path, tmp_path: Path, sparsity: float
+) -> None:
+    """Nothing where nothing was removed; otherwise what evaluating on those very windows says."""
+    report = llm_snp.prune(
+        str(dense),
+        sparsity,
+        output=str(tmp_path / "out"),
+        calibration=str(text),
+        samples=8,
+        sequence_length=LENGTH,
+        evaluate=(str(text),),
+        device="cpu",
+        quiet=True,
+    )
+    pair = fitted_and_unseen(calibration_windows(str(text), AutoTokenizer.from_pretrained(dense), 8, LENGTH, seed=0))
+    assert pair is not None
+    for measured, windows in zip(report["overfit"], pair, strict=True):
+        loss = [_loss(load(model), windows.tokens) for model in (tmp_path / "out", dense)]
+        assert (measured["source"], measured["windows"]) == (windows.source, 8)
+        assert measured["loss"] == pytest.approx(loss[0] - loss[1], abs=1e-4)
+        assert bool(measured["loss"]) == bool(sparsity)
+    fitted, unseen = (measured["loss"] for measured in report["overfit"])
+    assert f"over-fit {unseen - fitted:+.3f} nats a token" in summary(report)
+
+
+def _loss(model: Any, ids: torch.Tensor) -> float:
+    """Mean loss in nats of all predicted tokens of windows (N, T)."""
+    with torch.no_grad():
+        return float(F.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten()))
