@@ -15,7 +15,7 @@ from typing import Any
 from .errors import OptionError, at_least, choose
 from .system import plain
 
-# On the small models of benchmarks/ and on SmolLM2 better than 1e-3 on text of another kind.
+# On the deeper small OPT 0.1 to 0.4 points better than 1e-3 at 30 and 50 % (perplexity over dense), elsewhere equal.
 DAMPING = 2e-2
 # A ridge so many times the mean variance leaves nothing of what is fitted, and far beyond it numbers overflow.
 MOST_DAMPING = 1e6
