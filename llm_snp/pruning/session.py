@@ -17,7 +17,7 @@ from ..system.processes import Processes
 from ..system.progress import Progress
 
 # What a repair follows of the dense residual stream is 1 / (1 + CHANCE q), q the parameters that all such repairs fit
-# for each output and token. Set by one model and one q: SmolLM2 at 30 %, 36 windows of 512, q = 3.4. There the mean loss
+# for each output and token. Set by one model and one q: SmolLM2, 30 %, 36 windows of 512, q = 3.4. There the mean loss
 # over dense on three other texts was 0.57 nats with 0.4 of the correction (ridge 2e-2), 0.69 with all of it (1e-3) and
 # 0.58 with none (target `self`, 0.1).
 CHANCE = 0.5
