@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from conftest import BLOCKS, LENGTH, SAMPLES, Prune, Shell, save, tiny_opt
 from filelock import FileLock
@@ -25,7 +26,6 @@ from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny
 
 import llm_snp.pruning.executor
-import llm_snp.system.files
 from llm_snp.cli import main
 from llm_snp.config import PruneConfig
 from llm_snp.dense.storage import Storage
@@ -74,7 +74,7 @@ def _run(arguments: list[str], directory: str, when: str, name: str, number: int
 
         return call
 
-    llm_snp.system.files.save_file = watched(llm_snp.system.files.save_file, 1)
+    safetensors.torch.save_file = watched(safetensors.torch.save_file, 1)
     llm_snp.system.files._settle = watched(llm_snp.system.files._settle, 1)
     os.rename = watched(os.rename, 0)
     sys.exit(main(arguments))
