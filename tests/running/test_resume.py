@@ -470,7 +470,7 @@ CHANGES: list[tuple[list[str], str]] = [
     (["--seed", "1"], "--seed is 1 now and was 0 in"),
     (["--method", "snp"], "--method is 'snp' now and was 'best' in"),
     (["--order", "energy"], "--order is 'energy' now and was 'greedy' in"),
-    (["--damping", "auto"], "--damping is 'auto' now and was 0.001 in"),
+    (["--damping", "auto"], "--damping is 'auto' now and was 0.02 in"),
     (["--round-to", "8"], "--round-to is 8 now and was 1 in"),
     (["--sensitive-order"], "--sensitive-order is True now and was False in"),
     (["--dtype", "bfloat16"], "--dtype is 'bfloat16' now and was 'float32' in"),
@@ -699,7 +699,7 @@ def test_damaged_shard(runs: Runs, block: int, damage: Callable[[Path], None]) -
 )
 def test_damaged_record(runs: Runs, name: str, damage: Callable[[Path], None]) -> None:
     runs.interrupted()
-    (path,) = runs.journal.glob(f"{name}.json")
+    path = min(runs.journal.glob(f"{name}.json"))  # the dense model is measured on several texts
     damage(path)
     code, _, err = runs("--resume")
     assert code == 0, err
