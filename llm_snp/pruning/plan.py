@@ -158,6 +158,20 @@ def make_plan(
     return Plan(tuple(kept), tuple(curves), by, asked, removed, base)
 
 
+def trial_plan(family: Family, config: Any, blocks: Sequence[nn.Module], options: PruneConfig) -> Plan:
+    """A plan of the size asked for, before anything is measured: the same share everywhere.
+
+    `both` counts heads if they can give as much, else directions. Raises `OptionError` if nothing can.
+    """
+    base = sum(family.linear_parameters(block, config) for block in blocks)
+    modes = ("heads", "dims") if options.attention == "both" else (options.attention,)
+    for mode in modes:
+        curves = empty_curves(family, config, blocks, dataclasses.replace(options, attention=mode))
+        if sum(curve.removable for curve in curves) >= options.sparsity * base:
+            break
+    return make_plan(family, config, blocks, options, curves, "uniform")
+
+
 def _alike(curves: Sequence[SiteCurve]) -> list[SiteCurve]:
     """The sites of the first block, each for those of all blocks: one config field says how wide all of them are."""
     blocks = 1 + max(curve.block for curve in curves)

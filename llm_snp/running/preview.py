@@ -11,7 +11,7 @@ from ..dense.hub import config_dtype
 from ..dense.skeleton import empty_model, linear_blocks
 from ..dense.storage import check_offload
 from ..pruning.job import Job, open_job
-from ..pruning.plan import Plan, check_budget, empty_curves, make_plan
+from ..pruning.plan import Plan, check_budget, trial_plan
 from ..result.carried import check_tokenizer_class
 from ..system.device import resolve_dtype
 from ..system.workspace import check_harmless, check_output
@@ -47,7 +47,7 @@ def preview(options: PruneConfig, device: torch.device | None = None) -> Preview
     parameters = sum(p.numel() for p in model.parameters())
     blocks, _ = linear_blocks(model, family.blocks)
     check_budget(family, config, blocks, options)
-    plan = make_plan(family, config, blocks, options, empty_curves(family, config, blocks, options), "uniform")
+    plan = trial_plan(family, config, blocks, options)
     needed = estimate(model, family, config, options, job.length, dtype, device, 1 - plan.removed / parameters)
     return Preview(job, plan, options.measures, parameters, needed, dtype)
 

@@ -15,7 +15,7 @@ from ..documents.report import Report
 from ..errors import CheckpointError
 from ..evaluation.perplexity import Perplexity
 from ..pruning.job import Job
-from ..pruning.plan import empty_curves, make_plan
+from ..pruning.plan import trial_plan
 from ..result.assembly import result_config
 from ..system.libraries import explained
 
@@ -31,8 +31,7 @@ def rehearse(
     """
     trial = copy.deepcopy(report)
     options = job.options
-    curves = empty_curves(job.family, job.config, skeleton.blocks, options)
-    plan = make_plan(job.family, job.config, skeleton.blocks, options, curves, "uniform")
+    plan = trial_plan(job.family, job.config, skeleton.blocks, options)
     with explained(
         lambda cause: CheckpointError(f"{job.directory}/config.json is none that a result can have ({cause})")
     ):

@@ -151,10 +151,15 @@ def test_what_a_killed_command_was_writing_is_nobody_else_s(result: Path) -> Non
     assert strays(result) == [".env"]
 
 
-@pytest.mark.parametrize("output", ["/", "/proc"])
-def test_a_mount_point_cannot_be_replaced(shell: Shell, dense: Path, output: str) -> None:
-    message = refused(shell, dense, "--output", output, "--overwrite")
-    assert message == f"--output {output} is a mount point, which cannot be replaced; give a directory in it"
+@pytest.mark.parametrize(
+    ("output", "why"),
+    [
+        ("/", "the root of the file system; give a directory below it"),
+        ("/proc", "a mount point, which cannot be replaced; give a directory in it"),
+    ],
+)
+def test_a_mount_point_cannot_be_replaced(shell: Shell, dense: Path, output: str, why: str) -> None:
+    assert refused(shell, dense, "--output", output, "--overwrite") == f"--output {output} is {why}"
 
 
 def test_links_in_a_result_are_not_followed(shell: Shell, result: Path, dense: Path) -> None:

@@ -117,8 +117,15 @@ def small_batches(rank: int) -> None:
     def forbidden(*arguments: Any, **options: Any) -> None:
         raise AssertionError(f"process {rank} writes {arguments}")
 
+    mkdir = os.mkdir
+
+    def scratch(path: Any, *arguments: Any, **options: Any) -> None:
+        """A config is read from a folder of its own in the system's, by every process."""
+        (mkdir if Path(path).name.startswith("llm-snp-") else forbidden)(path, *arguments, **options)
+
     if rank:
-        os.replace = os.rename = os.mkdir = os.unlink = forbidden
+        os.replace = os.rename = forbidden
+        os.mkdir = scratch
 
 
 def command(model: Path, output: Path, text: Path, samples: int, **options: Any) -> list[str]:
@@ -209,11 +216,11 @@ def test_the_same_result(
     short = tmp_path / "short.txt"
     short.write_text(" ".join(words(15, seed=3)))
     prune(dense, tmp_path / "one", samples=samples, evaluate=(str(held_out), str(short)), **options)
-    assert report_of(tmp_path / "one")["evaluation"][str(short)]["dense"]["windows"] < count
+    assert report_of(tmp_path / "one")["evaluation"][short.name]["dense"]["windows"] < count
     arguments = command(dense, tmp_path / "out", text, samples, evaluate=(held_out, short), **options)
     ended = group.run(count, small_batches, *arguments, "--offload", tmp_path)
     assert_one_speaks(ended)
-    assert ended[0].err.count("block 1/3") == 1
+    assert len(re.findall(r"^block 1/3", ended[0].err, re.MULTILINE)) == 1
     assert "warn" not in ended[0].err.lower()
     assert_same(tmp_path / "out", tmp_path / "one")
     assert report_of(tmp_path / "out")["device"]["processes"] == count
@@ -270,7 +277,7 @@ def test_as_a_person_starts_it(
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("load it  AutoModelForCausalLM") == 1
-    assert done.stderr.count("block 1/3") == 1
+    assert len(re.findall(r"^block 1/3", done.stderr, re.MULTILINE)) == 1
     assert "warn" not in done.stderr.lower()  # such as of a group that was not destroyed
     assert_same(tmp_path / "out", tmp_path / "one")
     assert report_of(tmp_path / "out")["device"]["processes"] == 2
@@ -423,7 +430,7 @@ def test_a_process_is_killed(group: Group, prune: Prune, dense: Path, text: Path
         r"llm_snp: another process of this run has ended or cannot be reached \([^()]*\); its own message", main.err
     ), main.err
     assert "pair.cc" not in main.err  # where in gloo's source it was noticed
-    assert f"1 of {BLOCKS} blocks are finished and kept in {tmp_path / 'out.partial'}; go on with: llm_snp" in main.err
+    assert f"1 of {BLOCKS} blocks are finished and kept in {tmp_path / 'out.partial'}; go on with: " in main.err
     assert main.err.endswith(" --resume\n")
     assert not (tmp_path / "out").exists()
 
@@ -511,7 +518,7 @@ def slow_main(rank: int) -> None:
 
     def slow(self: executor._BlockPruner, *arguments: Any) -> Any:
         if rank == 0 and self.index == 1:
-            print("busy", flush=True)
+            os.write(1, b"busy")  # what a command prints comes at its end
             time.sleep(PATIENCE)
         return run(self, *arguments)
 
