@@ -117,15 +117,19 @@ def small_batches(rank: int) -> None:
     def forbidden(*arguments: Any, **options: Any) -> None:
         raise AssertionError(f"process {rank} writes {arguments}")
 
-    mkdir = os.mkdir
+    mkdir, unlink = os.mkdir, os.unlink
 
     def scratch(path: Any, *arguments: Any, **options: Any) -> None:
         """A config is read from a folder of its own in the system's, by every process."""
         (mkdir if Path(path).name.startswith("llm-snp-") else forbidden)(path, *arguments, **options)
 
+    def emptied(path: Any, *, dir_fd: int | None = None) -> None:
+        """What removes that folder names its files relative to it."""
+        forbidden(path) if dir_fd is None else unlink(path, dir_fd=dir_fd)
+
     if rank:
         os.replace = os.rename = forbidden
-        os.mkdir = scratch
+        os.mkdir, os.unlink = scratch, emptied
 
 
 def command(model: Path, output: Path, text: Path, samples: int, **options: Any) -> list[str]:
