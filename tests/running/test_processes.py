@@ -434,7 +434,8 @@ def test_a_process_is_killed(group: Group, prune: Prune, dense: Path, text: Path
         r"llm_snp: another process of this run has ended or cannot be reached \([^()]*\); its own message", main.err
     ), main.err
     assert "pair.cc" not in main.err  # where in gloo's source it was noticed
-    assert f"1 of {BLOCKS} blocks are finished and kept in {tmp_path / 'out.partial'}; go on with: torchrun " in main.err
+    kept = f"1 of {BLOCKS} blocks are finished and kept in {tmp_path / 'out.partial'}"
+    assert f"{kept}; go on with: torchrun " in main.err
     assert main.err.endswith(" --resume\n")
     assert not (tmp_path / "out").exists()
 
