@@ -1,10 +1,9 @@
-"""Hidden states of all token windows, moved through the model one block at a time, and taps into a running block."""
+"""Hidden states of all token windows, moved through the model one block at a time."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
-from types import TracebackType
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -72,46 +71,3 @@ class Stream:
         """Move all hidden states through block `index`."""
         for rows, hidden, call in self.batches(index):
             self.states[rows] = run_block(block, hidden, call)
-
-
-class Taps:
-    """Inputs and outputs of named submodules while a block runs.
-
-    with Taps(block, inputs=["fc2"]) as taps: run the block, then read taps.input("fc2"), (tokens, width).
-    `inputs` and `outputs` hold the tensors themselves, which are part of the autograd graph.
-    """
-
-    def __init__(self, block: nn.Module, inputs: Iterable[str] = (), outputs: Iterable[str] = ()):
-        self.inputs: dict[str, Tensor] = {}
-        self.outputs: dict[str, Tensor] = {}
-        self._block, self._in, self._out = block, tuple(inputs), tuple(outputs)
-        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
-
-    def input(self, name: str) -> Tensor:
-        """Input of a submodule, flattened to (tokens, width)."""
-        return self.inputs[name].flatten(0, -2)
-
-    def output(self, name: str) -> Tensor:
-        """Output of a submodule, flattened to (tokens, width)."""
-        return self.outputs[name].flatten(0, -2)
-
-    def __enter__(self) -> Taps:
-        for name in self._in:
-
-            def before(module: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
-                self.inputs[name] = args[0]
-
-            self._hooks.append(self._block.get_submodule(name).register_forward_pre_hook(before))
-        for name in self._out:
-
-            def after(module: nn.Module, args: tuple[Tensor, ...], output: Tensor, name: str = name) -> None:
-                self.outputs[name] = output
-
-            self._hooks.append(self._block.get_submodule(name).register_forward_hook(after))
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for hook in self._hooks:
-            hook.remove()

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from ..core.moments import Moments
 from ..dense.skeleton import Call, run_block
-from ..dense.stream import Stream, Taps
+from ..dense.stream import Stream
+from ..dense.taps import Taps
 from ..errors import NumericalError
 from ..families import PAIRS, Attention, Site, linear, turn
 
@@ -89,18 +90,20 @@ def _read(
     if reference is not None and reference.residual:
         assert site.stream is not None
         wanted.append(site.stream)
-    with Taps(block, inputs=wanted, outputs=[site.consumer]) as taps:
+    outputs = [] if reference is None else [site.consumer]
+    with Taps(block, wanted, outputs, stop=True) as taps:
         run_block(block, hidden, call)
     if reference is None:
         return taps.input(site.consumer), None
     other = hidden if reference.stream is None else reference.stream.states[rows].to(hidden.device)
-    with Taps(reference.block, inputs=wanted, outputs=[site.consumer]) as dense:
+    advanced = reference.stream if reference.advance else None
+    with Taps(reference.block, wanted, outputs, stop=advanced is None) as dense:
         output = run_block(reference.block, other, call)
     residual = dense.output(site.consumer).float() - taps.output(site.consumer).float()
     if reference.residual:
         residual += dense.input(wanted[1]).float() - taps.input(wanted[1]).float()
-    if reference.advance and reference.stream is not None:
-        reference.stream.states[rows] = output
+    if advanced is not None:  # last: what the taps hold may be a view of what is overwritten
+        advanced.states[rows] = output
     return taps.input(site.consumer), residual
 
 
@@ -125,7 +128,7 @@ def calibrate_block(
     layers |= {name: layer for name, (layer, _) in projections.items()}
     outputs = {layer for layer, _ in projections.values()}
     for rows, hidden, call in stream.batches(index):
-        with Taps(block, inputs=[site.consumer for site in sites], outputs=outputs) as taps:
+        with Taps(block, [site.consumer for site in sites], outputs, stop=not advance) as taps:
             output = run_block(block, hidden, call)
         for site in sites:
             x = taps.input(site.consumer)
@@ -147,7 +150,8 @@ def calibrate_block(
             found[name].add(x)
         if advance:
             stream.states[rows] = output
-    del taps, output, x  # solving follows, and needs the memory
+            del output
+    del taps, x  # solving follows, and needs the memory
     for name, moments in found.items():
         moments.reduce(stream.processes.sum)
         check_finite(moments, index, layers[name])

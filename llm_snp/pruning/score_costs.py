@@ -16,7 +16,8 @@ from ..core.heads import transform_rows
 from ..core.linalg import tail_sums
 from ..core.scores import FreeScores, RotaryPairs
 from ..dense.skeleton import Call, run_block
-from ..dense.stream import Stream, Taps
+from ..dense.stream import Stream
+from ..dense.taps import Taps
 from ..families import Attention, Site, linear
 from ..system.processes import Processes
 
@@ -109,7 +110,7 @@ def _consumer_input(block: nn.Module, site: Site, sample: Sample) -> Tensor:
     """What the consumer reads of the sample's tokens of this process, (tokens, m) float32."""
     found = []
     for hidden, tokens, call in sample.batches:
-        with Taps(block, inputs=[site.consumer]) as taps:
+        with Taps(block, inputs=[site.consumer], stop=True) as taps:
             run_block(block, hidden, call)
         found.append(taps.input(site.consumer)[:tokens].float())
     return torch.cat(found)

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..core.linalg import strips
 from ..core.stopwatch import timed
 from ..dense.skeleton import HEAD_TOKENS, Skeleton, run_block
-from ..dense.stream import Taps
+from ..dense.taps import Taps
 from ..errors import NumericalError
 from ..families import linear
 from .session import Session
