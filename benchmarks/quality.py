@@ -18,6 +18,7 @@ import dataclasses
 import hashlib
 import math
 import sys
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -130,18 +131,19 @@ class Bench:
                 self.family.pruned_class.narrow(block, **self.family.widths(self.config, kept))
             yield result, {"achieved": plan.achieved, "seconds": {n: round(s, 3) for n, s in timer.seconds.items()}}
 
-    def perplexity(self, skeleton: Skeleton) -> dict[str, float]:
-        """Perplexity on every corpus, by its label."""
+    def perplexity(self, skeleton: Skeleton) -> dict[str, Any]:
+        """`perplexity` on every corpus, by its label, and the seconds that `evaluation` took."""
+        began = time.perf_counter()
         found = {n: perplexity_streamed(skeleton, w, lambda: None).perplexity for n, w in self.corpora.items()}
         if not all(map(math.isfinite, found.values())):
             raise NumericalError("the perplexity is infinite")
-        return found
+        return {"perplexity": found, "evaluation": round(time.perf_counter() - began, 3)}
 
     def measure(self, options: PruneConfig) -> dict[str, Any]:
         """The facts of one result, or the error that there is instead."""
         try:
             with self.pruned(options, self.args.samples) as (skeleton, facts):
-                return facts | {"perplexity": self.perplexity(skeleton)}
+                return facts | self.perplexity(skeleton)
         except (OptionError, NumericalError) as error:
             return {"error": str(error)}
 
@@ -189,7 +191,8 @@ def fill(bench: Bench, results: Results, rows: Sequence[Row], progress: Progress
                 todo.append((row, sparsity))
     if results.data["dense"] is None:
         progress.say("dense model ...")
-        results.data["dense"] = bench.perplexity(bench.skeleton)
+        measured = bench.perplexity(bench.skeleton)
+        results.data |= {"dense": measured["perplexity"], "dense_evaluation": measured["evaluation"]}
         results.save()
     progress.say(f"{len(todo)} results to measure, {len(rows) * len(bench.args.sparsity) - len(todo)} there or shared")
     if todo:
@@ -228,6 +231,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--json", type=Path, metavar="FILE", help="results, written after each; what it has is reused")
     p.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the main rows")
     p.add_argument("--markdown", type=Path, metavar="FILE", help="write the table as Markdown")
+    p.add_argument(
+        "--over-dense", action="store_true", help="table of nats per token over the dense model instead of perplexities"
+    )
     p.add_argument("--quiet", action="store_true", help="print the table only")
     return p
 
@@ -268,11 +274,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("quality: interrupted; the same command goes on from what --json has", file=sys.stderr)
         return exit_code(error)
     shown = [row for row in all_rows() if any(results.find(row, sparsity) for sparsity in args.sparsity)]
-    print(heading(results.data), "\n", sep="")
-    print(aligned(cells(results, shown, args.sparsity, markdown=False)), "\n", sep="")
+    print(heading(results.data, args.over_dense), "\n", sep="")
+    print(aligned(cells(results, shown, args.sparsity, markdown=False, over_dense=args.over_dense)), "\n", sep="")
     print("\n".join(verdict(results, shown, args.sparsity)))
     if args.markdown:
-        args.markdown.write_text(markdown(results, shown, args.sparsity), encoding="utf-8")
+        args.markdown.write_text(markdown(results, shown, args.sparsity, args.over_dense), encoding="utf-8")
     if args.plot:
         plot(results, all_rows(), args.plot)
     return 0

@@ -48,8 +48,10 @@ ROWS: dict[str, list[tuple[str, Options]]] = {
         ("+ heads or dims per block", {**LOSS, "attention": "both"}),
     ],
     "one step aside (greedy, target residual)": [
+        ("loss, fisher, neurons only", {**LOSS, "attention": "none"}),
         ("loss, fisher, heads", {**LOSS, "attention": "heads"}),
         ("loss, fisher, query heads", {**LOSS, "attention": "queries"}),
+        ("loss, fisher, dims, self", {**LOSS, "attention": "dims", "target": "self"}),
         ("loss, scalar, both", {**LOSS, "attention": "both", "sensitivity": "scalar"}),
         ("fisher in the order, too, both", {**LOSS, "attention": "both", "sensitive_order": True}),
         ("variance, dims", {**DIMS, "allocation": "variance"}),
@@ -104,12 +106,13 @@ class Results:
     """
 
     def __init__(self, facts: dict[str, Any], file: Path | None):
-        self.data, self.file = facts | {"commands": [], "dense": None, "results": []}, file
+        self.data, self.file = facts | {"commands": [], "dense": None, "dense_evaluation": None, "results": []}, file
         if file is None or not file.exists():
             return
         try:
             earlier = json.loads(file.read_text(encoding="utf-8"))
             kept = {key: earlier[key] for key in (*SAME, "commands", "dense", "results")}
+            kept["dense_evaluation"] = earlier.get("dense_evaluation")  # files of earlier versions have none
         except (ValueError, KeyError, TypeError) as error:
             raise OptionError(f"{file} is not a result of benchmarks/quality.py; give another --json") from error
         for key in SAME:
@@ -135,6 +138,13 @@ class Results:
         found = [self.find(row, sparsity) or {} for sparsity in sparsities]
         taken = [sum(result["seconds"].values()) for result in found if "seconds" in result]
         return statistics.median(taken) if taken else None
+
+    def faster(self, row: Row, sparsities: Sequence[float]) -> float | None:
+        """The median over the budgets of the dense model's seconds on the evaluation windows over the result's."""
+        found = [self.find(row, sparsity) or {} for sparsity in sparsities]
+        times = [result["evaluation"] for result in found if "evaluation" in result]
+        dense = self.data.get("dense_evaluation")
+        return dense / statistics.median(times) if times and dense else None
 
     def add(self, row: Row, sparsity: float, result: dict[str, Any]) -> None:
         """Take in a result, in place of an earlier one, and write the file."""

@@ -26,14 +26,24 @@ WIDE_TICKS = (1.0, 2.0, 5.0)
 LISTED = 5  # at most so many rows below `best` are named
 
 
-def cells(results: Results, rows: Sequence[Row], sparsities: Sequence[float], markdown: bool) -> list[list[str]]:
-    """The table: a line per row, under its group; the lowest perplexity of each column is marked."""
+def cells(
+    results: Results, rows: Sequence[Row], sparsities: Sequence[float], markdown: bool, over_dense: bool = False
+) -> list[list[str]]:
+    """The table: a line per row, under its group; the lowest perplexity of each column is marked.
+
+    With `over_dense` nats per token over the dense model in place of perplexities, and how many times faster than the
+    dense model the result went through the evaluation windows.
+    """
     corpora = list(results.data["corpora"])
     columns = [(sparsity, corpus) for sparsity in sparsities for corpus in corpora]
     values = {(row.name, *column): results.value(row, *column) for row in rows for column in columns}
     lowest = {c: min((v for (_, *at), v in values.items() if tuple(at) == c and v), default=None) for c in columns}
     marked, plain = ("**{}**", "{}") if markdown else ("{}*", "{} ")
-    text = {key: f"{value:,.2f}" if value else "-" for key, value in values.items()}
+
+    def number(value: float, corpus: str) -> str:
+        return f"{math.log(value / results.data['dense'][corpus]):.3f}" if over_dense else f"{value:,.2f}"
+
+    text = {key: number(value, key[2]) if value else "-" for key, value in values.items()}
     dense = {corpus: f"{results.data['dense'][corpus]:,.2f}" for corpus in corpora}
     # Values of a corpus are equally wide, so that the slashes are below each other.
     wide = {
@@ -51,17 +61,20 @@ def cells(results: Results, rows: Sequence[Row], sparsities: Sequence[float], ma
         return joined({corpus: text[row.name, sparsity, corpus] for corpus in corpora}, best)
 
     lines = [
-        ["", *(f"{100 * s:g} %{'' if markdown else ' '}" for s in sparsities), "seconds"],
-        ["dense", *[joined(dense) for _ in sparsities], ""],
+        ["", *(f"{100 * s:g} %{'' if markdown else ' '}" for s in sparsities), "seconds", *["speed"] * over_dense],
+        ["dense, perplexity" if over_dense else "dense", *[joined(dense) for _ in sparsities], "", *[""] * over_dense],
     ]
     group = ""
     for row in rows:
         if row.group != group:
             group = row.group
-            lines.append([f"*{group}*" if markdown else group, *["" for _ in sparsities], ""])
+            lines.append([f"*{group}*" if markdown else group, *["" for _ in lines[0][1:]]])
         seconds = results.seconds(row, sparsities)
         name = row.name if markdown else f"  {row.name}"
         lines.append([name, *(cell(row, s) for s in sparsities), f"{seconds:.1f}" if seconds is not None else "-"])
+        if over_dense:
+            faster = results.faster(row, sparsities)
+            lines[-1].append(f"{faster:.2f}" if faster is not None else "-")
     return lines
 
 
@@ -104,17 +117,17 @@ def _against(results: Results, best: Row, rows: Sequence[Row], sparsity: float) 
     return "below best: " + ", ".join(named[:LISTED]) + more
 
 
-def markdown(results: Results, rows: Sequence[Row], sparsities: Sequence[float]) -> str:
-    """The table with where it comes from."""
+def markdown(results: Results, rows: Sequence[Row], sparsities: Sequence[float], over_dense: bool = False) -> str:
+    """The table with where it comes from; over_dense: see `cells`."""
     data = results.data
-    table = cells(results, rows, sparsities, markdown=True)
+    table = cells(results, rows, sparsities, True, over_dense)
     rule = ["---", *["---:" for _ in table[0][1:]]]
     versions = ", ".join(f"{name} {number}" for name, number in data["versions"].items())
     device, date = data["device"], max(result["date"] for result in data["results"])
     lines = [
         f"# Quality on {data['model']['name']}",
         "",
-        f"{heading(data)} Lowest value of a column in bold; seconds: median over the budgets, pruning only.",
+        f"{heading(data, over_dense)} Lowest value of a column in bold; seconds: median over budgets, pruning only.",
         "",
         *("| " + " | ".join(line) + " |" for line in [table[0], rule, *table[1:]]),
         "",
@@ -127,13 +140,15 @@ def markdown(results: Results, rows: Sequence[Row], sparsities: Sequence[float])
     return "\n".join(lines) + "\n"
 
 
-def heading(data: dict[str, Any]) -> str:
-    """What the table shows, in a sentence."""
+def heading(data: dict[str, Any], over_dense: bool = False) -> str:
+    """What the table shows, in a sentence or two; over_dense: see `cells`."""
     c = data["calibration"]
     corpora = " / ".join(f"{name} ({corpus['windows']} windows)" for name, corpus in data["corpora"].items())
+    what = "Loss over dense, nats per token," if over_dense else "Perplexity"
+    speed = " Speed: dense over pruned seconds for these windows." if over_dense else ""
     return (
-        f"Perplexity on {corpora}, calibrated on {c['windows']} windows of {c['sequence_length']} tokens of "
-        f"{c['source']}, seed {c['seed']}."
+        f"{what} on {corpora}, calibrated on {c['windows']} windows of {c['sequence_length']} tokens of "
+        f"{c['source']}, seed {c['seed']}.{speed}"
     )
 
 

