@@ -64,10 +64,11 @@ def perplexity_streamed(
         progress()
     nll = torch.zeros(1, dtype=torch.float64, device=skeleton.device)
     with skeleton.outer_weights():
-        for ids, state in zip(stream.tokens, stream.states, strict=True):
-            for part in strips(ids.shape[0] - 1, HEAD_TOKENS):
-                logits = skeleton.leave(ids[None, part], state[None, part].to(skeleton.device))[0]
-                nll += labels_nll(logits, ids[part.start + 1 : part.stop + 1])
+        for rows, hidden in stream.parts():
+            for ids, state in zip(stream.tokens[rows].to(skeleton.device), hidden, strict=True):
+                for part in strips(ids.shape[0] - 1, HEAD_TOKENS):
+                    logits = skeleton.leave(ids[None, part], state[None, part])[0]
+                    nll += labels_nll(logits, ids[part.start + 1 : part.stop + 1])
     stream.processes.sum(nll)
     return _summed(nll.item(), windows)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import repeat
 
 import torch
 from torch import Tensor, nn
@@ -57,8 +59,11 @@ def calibrate_site(
     layer = linear(block, site.consumer)
     fit: Moments | None = None
     held: Moments | None = None
-    for rows, hidden, call in stream.batches(index):
-        x, residual = _read(block, site, rows, hidden, call, reference)
+    dense: Iterable[Tensor | None] = repeat(None)
+    if reference is not None and reference.stream is not None:
+        dense = (hidden for _, hidden in reference.stream.parts())
+    for (rows, hidden, call), other in zip(stream.batches(index), dense, strict=False):
+        x, residual = _read(block, site, rows, hidden, other, call, reference)
         if fit is None:
             fit = Moments.like(x, residual, centred=layer.bias is not None)
             stream.processes.same(fit.shift)
@@ -73,7 +78,7 @@ def calibrate_site(
             if choice.any():  # on the host, where it is known
                 here = choice.nonzero().squeeze(1).to(x.device)
                 moments.add(x[here], None if residual is None else residual[here])
-    del x, residual, hidden  # solving follows, and needs the memory
+    del x, residual, hidden, other, dense  # solving follows, and needs the memory
     assert fit is not None
     fit.reduce(stream.processes.sum)
     if held is not None:
@@ -83,9 +88,18 @@ def calibrate_site(
 
 
 def _read(
-    block: nn.Module, site: Site, rows: slice, hidden: Tensor, call: Call, reference: Reference | None
+    block: nn.Module,
+    site: Site,
+    rows: slice,
+    hidden: Tensor,
+    other: Tensor | None,
+    call: Call,
+    reference: Reference | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """What a site's consumer reads in a batch (n, m), and the residual (n, d) if there is a reference."""
+    """What a site's consumer reads in a batch (n, m), and the residual (n, d) if there is a reference.
+
+    hidden (B, T, d): what the block reads; other: what the reference reads, None for the same.
+    """
     wanted = [site.consumer]
     if reference is not None and reference.residual:
         assert site.stream is not None
@@ -95,15 +109,14 @@ def _read(
         run_block(block, hidden, call)
     if reference is None:
         return taps.input(site.consumer), None
-    other = hidden if reference.stream is None else reference.stream.states[rows].to(hidden.device)
     advanced = reference.stream if reference.advance else None
     with Taps(reference.block, wanted, outputs, stop=advanced is None) as dense:
-        output = run_block(reference.block, other, call)
+        output = run_block(reference.block, hidden if other is None else other, call)
     residual = dense.output(site.consumer).float() - taps.output(site.consumer).float()
     if reference.residual:
         residual += dense.input(wanted[1]).float() - taps.input(wanted[1]).float()
     if advanced is not None:  # last: what the taps hold may be a view of what is overwritten
-        advanced.states[rows] = output
+        advanced.put(rows, output)
     return taps.input(site.consumer), residual
 
 
@@ -149,7 +162,7 @@ def calibrate_block(
                 stream.processes.same(found[name].shift)
             found[name].add(x)
         if advance:
-            stream.states[rows] = output
+            stream.put(rows, output)
             del output
     del taps, x  # solving follows, and needs the memory
     for name, moments in found.items():

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..core.linalg import strips
 from ..core.stopwatch import timed
 from ..dense.skeleton import HEAD_TOKENS, Skeleton, run_block
+from ..dense.stream import Stream
 from ..dense.taps import Taps
 from ..errors import NumericalError
 from ..families import linear
@@ -66,41 +67,35 @@ def measure_sensitivity(session: Session) -> None:
     session.progress.say(f"gradient of the loss on {count} windows, labels drawn from the model's own predictions")
     with session.progress.phase("sensitivity", 2 * len(skeleton)) as step:
         stream = session.stream(count)
-        inputs: list[Tensor] = []
+        inputs: list[Stream] = []
         for i, state in skeleton.block_states(blocks):
-            inputs.append(stream.copy().states)
+            inputs.append(stream.copy())
             stream.advance(i, skeleton.load_block(i, state))
             step()
-        gradient = stream.states
-        with skeleton.outer_weights():
-            for row, ids in enumerate(stream.tokens):
-                generator = torch.Generator().manual_seed(1_000_003 * options.seed + stream.first + row)
-                gradient[row] = _loss_gradient(skeleton, ids, stream.states[row], generator)
+        _begin_backward(stream, options.seed)
+        gradients = stream
         sites = session.sites
         consumers = [site.consumer for site in sites]
         for i, state in skeleton.block_states(reversed(blocks)):
             block = skeleton.load_block(i, state)
-            stream.states = inputs.pop()
             sums: dict[str, Tensor] = {}
             for name in consumers:
                 d = linear(block, name).out_features
                 shape = (d, d) if options.sensitivity == "fisher" else (1,)
                 sums[name] = torch.zeros(shape, dtype=torch.float64, device=skeleton.device)
-            for rows, hidden, call in stream.batches(i):
+            for (rows, hidden, call), (_, gradient) in zip(inputs.pop().batches(i), gradients.parts(), strict=True):
                 hidden.requires_grad_(True)
                 with torch.enable_grad(), Taps(block, outputs=consumers) as taps:
                     output = run_block(block, hidden, call)
                     outputs = [taps.outputs[name] for name in consumers]
                     with timed("backward"):
-                        *at_outputs, at_input = torch.autograd.grad(
-                            output, [*outputs, hidden], gradient[rows].to(hidden.device)
-                        )
+                        *at_outputs, at_input = torch.autograd.grad(output, [*outputs, hidden], gradient)
                 with timed("moments"):
                     for name, g in zip(consumers, at_outputs, strict=True):
                         g = g.flatten(0, -2).float()
                         sums[name] += g.mT @ g if options.sensitivity == "fisher" else g.square().sum()
                 # Last: where a consumer's output is added to the residual stream, its gradient shares this memory.
-                gradient[rows] = at_input
+                gradients.put(rows, at_input)
             found = {}
             for site in sites:
                 processes.sum(sums[site.consumer])
@@ -118,14 +113,25 @@ def _name(index: int) -> str:
     return f"sensitivity-{index:05d}"
 
 
+def _begin_backward(stream: Stream, seed: int) -> None:
+    """Replace the hidden states after the last block by the gradient of the loss there."""
+    with stream.skeleton.outer_weights():
+        for rows, hidden in stream.parts():
+            gradient = torch.empty_like(hidden)
+            for window, ids in enumerate(stream.tokens[rows]):
+                generator = torch.Generator().manual_seed(1_000_003 * seed + stream.first + rows.start + window)
+                gradient[window] = _loss_gradient(stream.skeleton, ids, hidden[window], generator)
+            stream.put(rows, gradient)
+
+
 def _loss_gradient(skeleton: Skeleton, ids: Tensor, hidden: Tensor, generator: torch.Generator) -> Tensor:
-    """Gradient (T, d), beside `hidden`, of a window's summed loss at the last block's output; ids (T,), hidden (T, d)
+    """Gradient (T, d) of a window's summed loss at the last block's output; ids (T,), hidden (T, d) on the device.
 
     Labels are drawn on the CPU's random numbers, so that every device draws the same.
     """
     gradient = torch.zeros_like(hidden)
     for part in strips(ids.shape[0] - 1, HEAD_TOKENS):  # logits are the largest tensor there is
-        state = hidden[None, part].to(skeleton.device).requires_grad_(True)
+        state = hidden[None, part].requires_grad_(True)
         with torch.enable_grad():
             logits = skeleton.leave(ids[None, part], state)[0].float()
             draw = torch.rand(logits.shape[0], 1, generator=generator).to(logits.device)

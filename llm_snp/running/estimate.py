@@ -15,7 +15,7 @@ from ..config import PruneConfig
 from ..core.linalg import working_dtype
 from ..dense.skeleton import HEAD_TOKENS
 from ..dense.storage import stays_on
-from ..dense.stream import BATCH_TOKENS
+from ..dense.stream import WAITING, windows_at_once
 from ..families import ATTENTION, WHOLE, Attention, Family, Site, linear
 from ..pruning.sensitivity import gradient_windows
 
@@ -88,7 +88,7 @@ def estimate(
     working = working_dtype(m).itemsize
     follows_dense = options.target in ("dense", "residual")
 
-    batch = max(BATCH_TOKENS.get(device.type, 4096), length)
+    batch = windows_at_once(device, length) * length
     activations = size * batch * (HIDDEN_COPIES * d + 2 * m) + FLOAT32 * batch * m
     moments = working * (m * m + (d * m if follows_dense else 0))
     live_blocks = 2 if follows_dense or options.directions else 1
@@ -106,7 +106,8 @@ def estimate(
         streams = max(streams, share * (len(blocks) + 1))
     states = ceil(streams * hidden)
     staying = device.type == "cuda" and not options.offload and stays_on(device, hidden)
-    on_device += states if staying else 0
+    if device.type == "cuda":
+        on_device += states if staying else WAITING * size * batch * d
     on_host = 3 * stored * per_block + (0 if options.offload or staying else states)
     on_disk = int(stored * kept_share * total) + (states if options.offload else 0)
     if options.needs_gradient and options.sensitivity == "fisher":

@@ -94,6 +94,19 @@ def test_a_gpu_takes_the_blocks_from_the_host(dense: Path) -> None:
     assert cuda.operations == cpu.operations
 
 
+def test_hidden_states_that_stay_on_a_gpu_are_in_its_memory(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of others the next batch of two streams, and the last result."""
+    options = PruneConfig(str(dense), samples=SAMPLES, sequence_length=LENGTH, dtype="float32")
+    found = []
+    for stays in (True, False):
+        monkeypatch.setattr("llm_snp.running.estimate.stays_on", lambda gpu, size, stays=stays: stays)
+        found.append(preview(options, torch.device("cuda")).estimate)
+    states = 2 * SAMPLES * LENGTH * 32 * 4
+    waiting = 3 * 16384 * 32 * 4
+    assert found[0].device - found[1].device == states - waiting
+    assert found[1].host - found[0].host == states
+
+
 def test_the_stopwatch_gives_each_phase_its_own_time(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 1.0, 3.0, 6.0, 10.0, 15.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
