@@ -1,17 +1,21 @@
 """What an error in a layer's output costs the language model: G = E g gᵀ, g the gradient of the loss at that output.
 
-One forward and one backward pass over the dense model, block by block: block inputs are kept by the storage, each block
-is loaded again and recomputed with gradients on the way back, so the device never holds more than one block. The
-windows are chosen so that all block inputs together are no larger than the calibration hidden states.
+One forward and one backward pass over the dense model, block by block, so the device never holds more than one block.
+The storage keeps the inputs of every √L-th of L blocks; on the way back those of the blocks between are computed again
+(Chen et al., arXiv 1604.06174), √L at a time, and each block is recomputed with gradients. So many windows take part
+that all inputs together are no larger than the calibration hidden states.
 Labels are drawn from the model's own predictions, which makes G the Fisher matrix; with the next tokens of the text,
 the empirical Fisher matrix, pruned models were worse.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from math import ceil, isqrt
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core.linalg import strips
 from ..core.stopwatch import timed
@@ -27,9 +31,24 @@ from .session import Session
 FISHER_RIDGE = 0.1
 
 
+def _segment(blocks: int) -> int:
+    """Of how many blocks in a row the first one's inputs are kept."""
+    return max(1, isqrt(blocks))
+
+
+def inputs_kept(blocks: int) -> int:
+    """To how many blocks inputs are kept at once: to the first of each segment, and to all of the one at work."""
+    return ceil(blocks / _segment(blocks)) - 1 + _segment(blocks)
+
+
+def gradient_passes(blocks: int) -> float:
+    """How often the windows of the gradient go through the model: forwards, on the way back, and again in between."""
+    return 3.0 - ceil(blocks / _segment(blocks)) / blocks
+
+
 def gradient_windows(samples: int, blocks: int) -> int:
-    """How many windows the gradient is taken over: their inputs to all blocks fit into the hidden states' size."""
-    return max(1, samples // blocks)
+    """How many windows the gradient is taken over: the inputs kept of them fit into the hidden states' size."""
+    return max(1, samples // inputs_kept(blocks))
 
 
 def read_sensitivity(session: Session, index: int) -> dict[str, Tensor]:
@@ -67,23 +86,23 @@ def measure_sensitivity(session: Session) -> None:
     session.progress.say(f"gradient of the loss on {count} windows, labels drawn from the model's own predictions")
     with session.progress.phase("sensitivity", 2 * len(skeleton)) as step:
         stream = session.stream(count)
-        inputs: list[Stream] = []
+        kept: list[Stream] = []
         for i, state in skeleton.block_states(blocks):
-            inputs.append(stream.copy())
+            if i % _segment(len(skeleton)) == 0:
+                kept.append(stream.copy())
             stream.advance(i, skeleton.load_block(i, state))
             step()
         _begin_backward(stream, options.seed)
         gradients = stream
         sites = session.sites
         consumers = [site.consumer for site in sites]
-        for i, state in skeleton.block_states(reversed(blocks)):
-            block = skeleton.load_block(i, state)
+        for i, block, inputs in _backwards(skeleton, kept):
             sums: dict[str, Tensor] = {}
             for name in consumers:
                 d = linear(block, name).out_features
                 shape = (d, d) if options.sensitivity == "fisher" else (1,)
                 sums[name] = torch.zeros(shape, dtype=torch.float64, device=skeleton.device)
-            for (rows, hidden, call), (_, gradient) in zip(inputs.pop().batches(i), gradients.parts(), strict=True):
+            for (rows, hidden, call), (_, gradient) in zip(inputs.batches(i), gradients.parts(), strict=True):
                 hidden.requires_grad_(True)
                 with torch.enable_grad(), Taps(block, outputs=consumers) as taps:
                     output = run_block(block, hidden, call)
@@ -106,7 +125,30 @@ def measure_sensitivity(session: Session) -> None:
                         "use --dtype float32 or bfloat16, or --sensitivity relative"
                     )
             session.journal.write_tensors(_name(i), found)
+            del inputs  # the storage has room for so many and no more
             step()
+
+
+def _backwards(skeleton: Skeleton, kept: list[Stream]) -> Iterator[tuple[int, nn.Module, Stream]]:
+    """Each block from the last to the first, loaded, with its inputs.
+
+    kept: inputs of the first block of each segment, which are used up.
+    """
+    size = _segment(len(skeleton))
+    segments = [range(start, min(start + size, len(skeleton))) for start in range(0, len(skeleton), size)]
+    visits = [
+        (i, again) for s in reversed(segments) for again, part in ((True, s[:-1]), (False, s[::-1])) for i in part
+    ]
+    inputs: list[Stream] = []
+    for (i, again), (_, state) in zip(visits, skeleton.block_states([i for i, _ in visits]), strict=True):
+        block = skeleton.load_block(i, state)
+        if not inputs:
+            inputs.append(kept.pop())
+        if again:
+            inputs.append(inputs[-1].copy())
+            inputs[-1].advance(i, block)
+        else:
+            yield i, block, inputs.pop()
 
 
 def _name(index: int) -> str:

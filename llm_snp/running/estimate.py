@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 from math import ceil
 from typing import Any
 
@@ -17,7 +18,7 @@ from ..dense.skeleton import HEAD_TOKENS
 from ..dense.storage import stays_on
 from ..dense.stream import WAITING, windows_at_once
 from ..families import ATTENTION, WHOLE, Attention, Family, Site, linear
-from ..pruning.sensitivity import gradient_windows
+from ..pruning.sensitivity import gradient_passes, gradient_windows, inputs_kept
 
 FLOAT64 = 8
 # Fisher matrices lie on disk in float32.
@@ -51,14 +52,15 @@ class Estimate:
 
 @dataclass(frozen=True)
 class _Sizes:
-    """tokens: of the calibration; length: of a window; block: linear parameters; hidden: width of the stream; scores:
-    entries of the moments of query and key.
+    """tokens: of the calibration; length: of a window; block: linear parameters; until: those that have run when a
+    site's consumer has; hidden: width of the stream; scores: entries of the moments of query and key.
     """
 
     sites: tuple[Site, ...]
     outputs: dict[str, int]
     blocks: int
     block: int
+    until: dict[str, int]
     tokens: int
     length: int
     hidden: int
@@ -103,7 +105,7 @@ def estimate(
     streams = 2.0 if follows_dense else 1.0
     if options.needs_gradient:
         share = gradient_windows(options.samples, len(blocks)) / options.samples
-        streams = max(streams, share * (len(blocks) + 1))
+        streams = max(streams, share * (inputs_kept(len(blocks)) + 1))
     states = ceil(streams * hidden)
     staying = device.type == "cuda" and not options.offload and stays_on(device, hidden)
     if device.type == "cuda":
@@ -119,12 +121,19 @@ def estimate(
         outputs,
         len(blocks),
         family.linear_parameters(blocks[0], config),
+        _run_until(blocks[0], family.sites(config)),
         options.samples * length,
         length,
         d,
         _score_moments(family.attention(config)),
     )
     return Estimate(on_device, on_host, on_disk, operations(sizes, options))
+
+
+def _run_until(block: torch.nn.Module, sites: tuple[Site, ...]) -> dict[str, int]:
+    """Linear parameters of a block that have run when each site's consumer has; `sites` in the order of the forward."""
+    of = [sum(p.numel() for name in site.layers for p in linear(block, name).parameters()) for site in sites]
+    return dict(zip((site.name for site in sites), accumulate(of), strict=True))
 
 
 def _score_moments(attention: Attention | None) -> int:
@@ -138,18 +147,24 @@ def operations(sizes: _Sizes, options: PruneConfig) -> dict[str, float]:
     follows_dense = options.target in ("dense", "residual")
     dims = options.directions
     # Attention counts every pair of positions: that is what a kernel without a causal shortcut computes.
-    once = sizes.tokens * (2.0 * sizes.block + 4.0 * sizes.length * sizes.hidden)
-    passes = 0.0  # of all tokens through a block
-    if options.measures:
-        passes += 1
+    scores = 4.0 * sizes.length * sizes.hidden
+    once = sizes.tokens * (2.0 * sizes.block + scores)
+    forward = once * options.measures
     if options.sparsity > 0:
-        passes += 2 + 1 - 1 / sizes.blocks  # a pass for each site, and on to the next block, if there is one
-        passes += 2 * follows_dense
-        passes += dims + (dims and not follows_dense)
-    found = {"forward": passes * once, "backward": 0.0, "moments": 0.0, "order": 0.0, "subspace": 0.0, "repair": 0.0}
+        forward += once * (1 - 1 / sizes.blocks)  # on to the next block, if there is one
+        for site in sizes.sites:
+            # A pass for the moments of a site ends in front of its consumer, or behind it if outputs are compared.
+            behind = sizes.tokens * (2.0 * sizes.until[site.name] + scores)
+            before = behind - 2.0 * sizes.tokens * sizes.outputs[site.name] * site.units * site.group
+            narrowed = dims and site.name == ATTENTION
+            if follows_dense:  # the dense block goes through whole at the last site
+                forward += behind + (once if site is sizes.sites[-1] else behind) + narrowed * before
+            else:
+                forward += 2 * behind + before if narrowed else before
+    found = {"forward": forward, "backward": 0.0, "moments": 0.0, "order": 0.0, "subspace": 0.0, "repair": 0.0}
     if options.needs_gradient:
         share = gradient_windows(options.samples, sizes.blocks) * sizes.length / sizes.tokens
-        found["forward"] += 2 * share * once
+        found["forward"] += gradient_passes(sizes.blocks) * share * once
         found["backward"] += share * once  # to the inputs only: the weights need no gradient
         if options.sensitivity == "fisher":
             found["moments"] += 2 * share * sizes.tokens * sum(d * d for d in sizes.outputs.values())

@@ -17,7 +17,13 @@ from llm_snp.dense.skeleton import Skeleton
 from llm_snp.dense.storage import Storage
 from llm_snp.errors import NumericalError
 from llm_snp.families import family_of
-from llm_snp.pruning.sensitivity import FISHER_RIDGE, gradient_windows, measure_sensitivity, read_sensitivity
+from llm_snp.pruning.sensitivity import (
+    FISHER_RIDGE,
+    gradient_windows,
+    inputs_kept,
+    measure_sensitivity,
+    read_sensitivity,
+)
 from llm_snp.pruning.session import Session
 from llm_snp.system.journal import Journal
 from llm_snp.system.processes import Processes
@@ -99,8 +105,9 @@ def test_what_is_not_needed_is_not_read(tmp_path: Path, dense: Path) -> None:
 
 
 def test_stored_inputs_never_exceed_the_hidden_states() -> None:
-    for samples, blocks in ((128, 24), (128, 4), (7, 3)):
-        assert gradient_windows(samples, blocks) * blocks <= samples
+    for samples, blocks in ((128, 24), (128, 4), (7, 3), (5, 1)):
+        assert gradient_windows(samples, blocks) * inputs_kept(blocks) <= samples
+    assert [inputs_kept(blocks) for blocks in (1, 2, 3, 4, 24, 30, 40)] == [1, 2, 3, 3, 9, 10, 12]
     assert gradient_windows(2, 24) == 1
 
 
