@@ -31,6 +31,23 @@ LENGTH = 32  # tokens per window
 SAMPLES = 12
 
 
+# What `prune` and `shell` compute on: --device, but the CPU in modules that are marked `cpu`.
+AUTO = "cuda" if torch.cuda.is_available() else "cpu"
+chosen = {"device": AUTO}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default=AUTO, help=f"what the tests compute on where it is free (default: {AUTO})")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def device(request: pytest.FixtureRequest) -> str:
+    """What is computed on in this module."""
+    marked = any(mark.name == "cpu" for mark in request.node.iter_markers())
+    chosen["device"] = "cpu" if marked else request.config.getoption("--device")
+    return chosen["device"]
+
+
 @pytest.fixture(autouse=True, scope="session")
 def fast() -> None:
     """One thread is fastest for models this small; and what was imported is not garbage."""
@@ -163,7 +180,7 @@ def prune(text: Path) -> Prune:
             "samples": SAMPLES,
             "sequence_length": LENGTH,
             "evaluate": (),
-            "device": "cpu",
+            "device": chosen["device"],
             "quiet": True,
         }
         return run(PruneConfig(str(model), sparsity, str(output), **(defaults | options)))
@@ -189,7 +206,9 @@ class Shell:
         """The same with short windows, the session's text, and `out` for output; later flags win."""
         short = ("--samples", str(SAMPLES), "--sequence-length", str(LENGTH))
         text = () if "--calibration" in arguments else ("--calibration", self.text)  # or it would be one more
-        rest = ("--output", self.output, "--no-evaluate", "--quiet")
+        rest: tuple[str | Path, ...] = ("--output", self.output, "--no-evaluate", "--quiet")
+        if chosen["device"] != AUTO:
+            rest = (*rest, "--device", chosen["device"])
         return self.run(*short, *text, *rest, *arguments)
 
     def refused(self, *arguments: str | Path) -> str:

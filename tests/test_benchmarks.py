@@ -358,6 +358,29 @@ def test_speed_reports_every_phase(tiny_shape: None, tmp_path: Path, capsys: pyt
     assert "outside forward, backward and moments: " in printed
 
 
+def test_speed_counts_launches_and_idle_time(
+    tiny_shape: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a model in a directory as well. Nothing runs on a device here."""
+    shapes.make_checkpoint(tmp_path / "model", shapes.Shape(2, 32, 128, 4, 2048, 64), torch.float16)
+    arguments = [str(tmp_path / "model"), *SMALL, "--runs", "1", "--device", "cpu", "--launches", "--idle"]
+    assert speed.main([*arguments, "--json", str(tmp_path / "speed.json")]) == 0
+    data = json.loads((tmp_path / "speed.json").read_text())
+    counted, busy = data["launches"], data["busy"]
+    assert data["blocks"] == 2
+    assert counted["units"] >= 2 * 2 * 128  # neurons, when measured and when pruned
+    assert 11 < counted["kernels"]["elimination"] / counted["units"] < 14
+    assert all(phase["idle"] == 1.0 for phase in busy.values())
+    assert sum(phase["seconds"] for phase in busy.values()) > 0.5 * data["seconds"]["whole"]
+    printed = capsys.readouterr().out
+    assert re.search(r"^elimination +\d+ +\d+ +\d+ +1[123]\.\d$", printed, re.MULTILINE)
+    assert re.search(r"^whole +[\d.]+ +0 +0\.00 +100%$", printed, re.MULTILINE)
+    assert speed.main([*arguments, "--blocks", "3"]) == 2
+    assert "--blocks is for a shape" in capsys.readouterr().err
+    assert speed.main(["no-shape", *SMALL]) == 2
+    assert "no-shape" in capsys.readouterr().err
+
+
 def test_memory_compares_the_dry_run_with_a_real_one(
     tiny_shape: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

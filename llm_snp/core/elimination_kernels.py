@@ -107,24 +107,9 @@ def remove_columns(h: Tensor, e: Tensor, diagonals: Tensor, steps: int) -> tuple
     cheapest = torch.empty(2, tiles, dtype=torch.long, device=h.device)
     picked = torch.empty(steps, dtype=torch.long, device=h.device)
     cost = h.new_empty(steps)
+    memory, width = (h, e, factors, diagonals, minima, cheapest, picked, cost), triton.next_power_of_2(tiles)
     for j in range(-1, steps):
-        _step[(tiles,)](
-            h,
-            e,
-            factors,
-            diagonals,
-            minima,
-            cheapest,
-            picked,
-            cost,
-            j,
-            m,
-            steps,
-            tiles,
-            C=COLUMNS,
-            R=ROWS,
-            T=triton.next_power_of_2(tiles),
-        )
+        _step[(tiles,)](*memory, j, m, steps, tiles, C=COLUMNS, R=ROWS, T=width)
     return picked, cost, factors
 
 
@@ -153,14 +138,19 @@ def _swept(block_h, block_e, t, G: tl.constexpr):
 
 
 @triton.jit
-def _price(h, e, gone, score, m, g, G: tl.constexpr):
-    """score (u,): what removing each unit of g columns costs, column by column; infinite for those that are gone."""
-    unit = tl.program_id(0)
+def _blocks(h, e, unit, m, g, G: tl.constexpr):
+    """The blocks (G, G) of h and e that a unit of g columns has on their diagonals, and where they are not padding."""
     at = tl.arange(0, G)
     inside = (at < g)[:, None] & (at < g)[None, :]
     where = (unit * g + at).to(tl.int64)[:, None] * m + (unit * g + at)[None, :]
-    block_h = tl.load(h + where, mask=inside, other=0.0)
-    block_e = tl.load(e + where, mask=inside, other=0.0)
+    return tl.load(h + where, mask=inside, other=0.0), tl.load(e + where, mask=inside, other=0.0), inside
+
+
+@triton.jit
+def _price(h, e, gone, score, m, g, G: tl.constexpr):
+    """score (u,): what removing each unit of g columns costs, column by column; infinite for those that are gone."""
+    unit = tl.program_id(0)
+    block_h, block_e, inside = _blocks(h, e, unit, m, g, G)
     lost = tl.load(gone + unit)
     price = tl.sum(tl.sum(tl.where(inside, 0.0, block_e), 0), 0)  # zero, of the type of e
     for t in range(g):
@@ -182,11 +172,9 @@ def _factor(
     scores = tl.load(score + u, mask=u < units, other=float("inf"))
     paid = tl.min(scores, 0)
     unit = tl.minimum(tl.min(tl.where(scores == paid, u, units), 0), units - 1)
+    block_h, block_e, _ = _blocks(h, e, unit, m, g, G)
     at = tl.arange(0, G)
     rows = (unit * g + at).to(tl.int64)[:, None] * m
-    inside = (at < g)[:, None] & (at < g)[None, :]
-    block_h = tl.load(h + rows + (unit * g + at)[None, :], mask=inside, other=0.0)
-    block_e = tl.load(e + rows + (unit * g + at)[None, :], mask=inside, other=0.0)
     columns = tile * C + tl.arange(0, C)
     known = (at < g)[:, None] & (columns < m)[None, :]
     tile_h = tl.load(h + rows + columns[None, :], mask=known, other=0.0)
@@ -227,26 +215,11 @@ def remove_groups(h: Tensor, e: Tensor, g: int) -> tuple[Tensor, Tensor]:
     gone = torch.zeros(units, dtype=torch.int32, device=h.device)
     picked = torch.empty(units, dtype=torch.long, device=h.device)
     hk, _, k, _ = factors.unbind()
+    memory, all_units = (h, e, gone, score, factors, picked, cost), triton.next_power_of_2(units)
     left, right = factors[1:3].view(2 * g, m).mT, factors[2:].view(2 * g, m)
     for j in range(units):
         _price[(units,)](h, e, gone, score, m, g, G=width, num_warps=WARPS)
-        _factor[(tiles,)](
-            h,
-            e,
-            gone,
-            score,
-            factors,
-            picked,
-            cost,
-            j,
-            m,
-            g,
-            units,
-            G=width,
-            C=GROUP_COLUMNS,
-            U=triton.next_power_of_2(units),
-            num_warps=WARPS,
-        )
+        _factor[(tiles,)](*memory, j, m, g, units, G=width, C=GROUP_COLUMNS, U=all_units, num_warps=WARPS)
         h.addmm_(hk.mT, k, alpha=-1)
         e.addmm_(left, right, alpha=-1)
     return picked, cost

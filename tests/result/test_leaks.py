@@ -22,7 +22,7 @@ from llm_snp.pruning.job import open_job
 from llm_snp.running.resume import again, finished_before
 from llm_snp.system.manifest import MEMORY, recall
 
-pytestmark = pytest.mark.documents
+pytestmark = [pytest.mark.documents, pytest.mark.cpu]
 
 SECRET = "hf_verysecrettoken"
 PROGRAM = """

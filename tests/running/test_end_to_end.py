@@ -197,9 +197,18 @@ def test_streamed_logits_equal_those_in_memory(prune: Prune, dense: Path, tmp_pa
         assert torch.equal(streamed, logits(load(directory), ids))
 
 
+def test_the_tests_compute_on_the_device_that_is_asked_for(
+    prune: Prune, dense: Path, tmp_path: Path, device: str
+) -> None:
+    """On a machine with a GPU that is the GPU, unless the module is marked `cpu`."""
+    report = prune(dense, tmp_path / "out", order="random", samples=2)
+    assert report["device"]["type"] == torch.device(device).type
+
+
 def test_windows_in_uneven_batches(prune: Prune, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prune(dense, tmp_path / "one")
-    monkeypatch.setitem(stream.BATCH_TOKENS, "cpu", 5 * LENGTH)  # 5, 5 and 2 windows
+    for kind in stream.BATCH_TOKENS:
+        monkeypatch.setitem(stream.BATCH_TOKENS, kind, 5 * LENGTH)  # 5, 5 and 2 windows
     prune(dense, tmp_path / "many")
     one, many = load(tmp_path / "one"), load(tmp_path / "many")
     for a, b in zip(one.parameters(), many.parameters(), strict=True):

@@ -18,6 +18,8 @@ from llm_snp.core.stopwatch import Stopwatch, timed
 from llm_snp.running.estimate import Estimate
 from llm_snp.running.preview import preview
 
+pytestmark = pytest.mark.cpu
+
 
 class CountedPhases(Stopwatch):
     """Counts the operations of each phase instead of its seconds."""

@@ -30,6 +30,8 @@ from llm_snp.pruning import executor, measure
 from llm_snp.pruning.sensitivity import gradient_windows
 from llm_snp.system.processes import Processes
 
+pytestmark = pytest.mark.cpu
+
 PATIENCE = 60.0  # seconds in which every process must have ended
 
 

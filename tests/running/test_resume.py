@@ -37,6 +37,8 @@ from llm_snp.system.manifest import REPORT
 from llm_snp.system.signals import ended_by_signals
 from llm_snp.system.workspace import JOURNAL, LOCK, OWNER
 
+pytestmark = pytest.mark.cpu
+
 # Processes that can be killed: forked from one that has imported everything, which takes seconds.
 FORK = multiprocessing.get_context("forkserver")
 FORK.set_forkserver_preload(["llm_snp.cli", "llm_snp.running.run", "transformers.models.opt.modeling_opt"])
