@@ -45,7 +45,7 @@ from llm_snp.errors import NumericalError, OptionError
 from llm_snp.evaluation.perplexity import perplexity_streamed
 from llm_snp.families import family_of
 from llm_snp.pruning.executor import decide, prune_blocks
-from llm_snp.pruning.job import fit_for_heads, window_length
+from llm_snp.pruning.job import fit_for_format, fit_for_heads, window_length
 from llm_snp.pruning.plan import check_order
 from llm_snp.pruning.session import Session
 from llm_snp.result.writer import Writer
@@ -93,7 +93,8 @@ class Bench:
         }
 
     def options(self, row: Row, sparsity: float) -> PruneConfig:
-        return PruneConfig(sparsity=sparsity, samples=self.args.samples, seed=self.args.seed, **row.options).resolved()
+        given = PruneConfig(sparsity=sparsity, samples=self.args.samples, seed=self.args.seed, **row.options)
+        return fit_for_format(given, self.family).resolved()
 
     def possible(self, row: Row) -> bool:
         """Whether a row's choices can be made for this model."""

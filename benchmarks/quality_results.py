@@ -59,7 +59,12 @@ ROWS: dict[str, list[tuple[str, Options]]] = {
     "presets": [
         *((method, {"method": method}) for method in METHODS),
         ("best, damping auto", {"method": "best", "damping": "auto"}),
-        ("best, stock format", {"method": "best", "format": "stock", "attention": "none", "allocation": "uniform"}),
+        ("best, blockwise format", {"method": "best", "format": "blockwise", "attention": "heads"}),
+        ("best, stock format", {"method": "best", "format": "stock"}),
+        (
+            "best, stock format, neurons only",
+            {"method": "best", "format": "stock", "attention": "none", "allocation": "uniform"},
+        ),
     ],
 }
 # What a row is, once its preset is filled in.

@@ -25,7 +25,7 @@ ALLOCATIONS = ("uniform", "variance", "loss")
 # What the repair refits a layer to; `none` leaves the remaining weights as they are.
 TARGETS = ("self", "dense", "residual", "none")
 ATTENTION_MODES = ("heads", "queries", "dims", "both", "none")
-FORMATS = ("auto", "stock")
+FORMATS = ("auto", "blockwise", "stock")
 SENSITIVITIES = ("relative", "scalar", "fisher")
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -144,7 +144,8 @@ class PruneConfig:
     format: str = option(
         "auto",
         "auto writes a checkpoint of the stock class where that can express the widths, and brings a class of its own "
-        "otherwise; stock removes only what the stock class can express (for OPT neurons, as many in every block)",
+        "otherwise; blockwise removes whole heads and neurons only, which engines for blocks of different widths can "
+        "express (llama.cpp, vLLM); stock only what the stock class can (as many in every block; for OPT neurons)",
         FORMATS,
     )
     damping: float | str = option(

@@ -8,9 +8,10 @@ cut-off τ, bisected to the budget, without the bisection.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, replace
+from itertools import pairwise, product
 
+import torch
 from torch import Tensor
 
 from ..errors import OptionError
@@ -23,6 +24,7 @@ class SiteCurve:
     block, site   where; unit: what is counted there (heads, queries, dims, values, pairs, neurons)
     units         u, how many units there are; cost: parameters per unit
     multiple      kept counts are multiples of this, or u itself; least: and no fewer than this
+    only          the kept counts that there are, from u down, whatever `multiple` and `least` say; None: all of those
     variance      (u+1,) or None: share of the input variance in the tail after k units (`Subspace.variance_curve`)
     loss          (u+1,) or None: loss of keeping k units, comparable between sites
     """
@@ -36,10 +38,13 @@ class SiteCurve:
     variance: Tensor | None = None
     loss: Tensor | None = None
     least: int = 1
+    only: tuple[int, ...] | None = None
 
     @property
     def kept_counts(self) -> list[int]:
         """Allowed kept counts, from all units down to the least."""
+        if self.only is not None:
+            return list(self.only)
         counts = list(range(self.units // self.multiple * self.multiple, self.least - 1, -self.multiple))
         return counts if counts and counts[0] == self.units else [self.units, *counts]
 
@@ -140,3 +145,45 @@ def allocate(name: str, curves: Sequence[SiteCurve], budget: float) -> list[int]
     if over < left:
         kept[i] = after
     return kept
+
+
+def alike(curves: Sequence[SiteCurve]) -> list[SiteCurve]:
+    """The sites of the first block, each for those of all blocks: all are to keep the same count.
+
+    A merged curve has the cost and the loss of all blocks together, and the mean of their variance.
+    """
+    merged = []
+    for first in (curve for curve in curves if curve.block == 0):
+        same = [curve for curve in curves if curve.site == first.site]
+        losses = [curve.loss for curve in same if curve.loss is not None]
+        variances = [curve.variance for curve in same if curve.variance is not None]
+        merged.append(
+            replace(
+                first,
+                cost=first.cost * len(same),
+                loss=torch.stack(losses).sum(0) if losses else None,
+                variance=torch.stack(variances).mean(0) if variances else None,
+            )
+        )
+    return merged
+
+
+def allocate_alike(name: str, curves: Sequence[SiteCurve], budget: float) -> list[int]:
+    """As `allocate`, with the same counts in every block: those of the first block's sites are returned.
+
+    There are few such plans: for `loss` each is looked at, with the last site giving what the others leave, to half a
+    step of it. Where no plan comes as near, and for other allocations, `allocate` decides.
+    """
+    *others, last = merged = alike(curves)
+    if name != "loss":
+        return allocate(name, merged, budget)
+    plans = []
+    for kept in product(*(curve.kept_counts for curve in others)):
+        gone = sum((curve.units - count) * curve.cost for curve, count in zip(others, kept, strict=True))
+        wanted = last.units - (budget - gone) / last.cost
+        count = min(last.kept_counts, key=lambda k: abs(k - wanted))
+        if abs(count - wanted) <= last.multiple / 2:
+            counts = [*kept, count]
+            losses = (curve.loss[k].item() for curve, k in zip(merged, counts, strict=True) if curve.loss is not None)
+            plans.append((sum(losses), counts))
+    return min(plans)[1] if plans else allocate(name, merged, budget)

@@ -43,7 +43,7 @@ def checked_config(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
     `UnsupportedModelError` for a model whose blocks differ already.
     """
     fields = dict(content)
-    if fields.get("per_layer_config"):
+    if fields.get("per_layer_config") and "block_widths" not in fields:  # a result of ours has both
         raise UnsupportedModelError(
             f"{path} has a per_layer_config, so that the model's blocks differ already; llm_snp prunes models whose "
             "blocks are alike: give the model that it was made of"

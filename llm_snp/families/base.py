@@ -44,9 +44,25 @@ def check_multiple(config: Any, whole: str, part: str) -> None:
         )
 
 
-def field(name: str) -> Callable[[Any, int], dict[str, int]]:
+# The config fields with which a stock class has so many units, or None if it cannot have them.
+Counted = Callable[[Any, int], dict[str, int] | None]
+
+
+def field(name: str) -> Counted:
     """For `Family.stock`: one config field that counts the units."""
     return lambda config, count: {name: count}
+
+
+# How configs name the number of key/value heads; falcon has the second.
+KEY_HEADS = ("num_key_value_heads", "num_kv_heads")
+
+
+def key_heads(config: Any) -> int:
+    """Key/value heads of each block."""
+    if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
+        return 1  # falcon
+    found: int = next((getattr(config, name) for name in KEY_HEADS if hasattr(config, name)), 0)
+    return found or config.num_attention_heads
 
 
 def no_directions(config: Any) -> None:
@@ -65,7 +81,7 @@ class Family:
     whole_heads  whether heads can go as a whole
     pruned_class of `llm_snp.modeling`: its `config_class` has the widths, its `base_class` is the model without the
                  head, its `narrow` narrows a live block in place
-    stock        unit -> (config, count) -> the config fields with which the stock class has as many of them
+    stock        unit -> (config, count) -> the config fields with which the stock class has as many of them, or None
     renames      (regular expression, replacement) pairs from other key spellings to the model's own, applied in order
     check        raises `UnsupportedModelError` for a config that would be pruned wrongly
     """
@@ -74,7 +90,7 @@ class Family:
     blocks: str
     sites: Callable[[Any], tuple[Site, ...]]
     pruned_class: Any
-    stock: Mapping[str, Callable[[Any, int], dict[str, int]]]
+    stock: Mapping[str, Counted]
     check: Callable[[Any], None]
     attention: Callable[[Any], Attention | None] = no_directions
     whole_heads: bool = True
@@ -118,6 +134,29 @@ class Family:
         alone = {"queries": kept["queries"]} if fewer else {}
         return {unit: kept.get(unit, units) for unit, units in whole.items()} | directions | alone
 
+    def layer_fields(self, config: Any, kept: dict[str, int]) -> dict[str, int]:
+        """A block with what is `kept` in the fields of a stock config: one entry of `per_layer_config`.
+
+        Where query heads went alone, each of those that are left has a copy of its keys and values when it attends.
+        """
+        widths, attention = self.widths(config, kept), self.attention(config)
+        site = next(site for site in self.sites(config) if site.name == ATTENTION)
+        queries, keys = config.num_attention_heads, key_heads(config)
+        whole = {"head_dim": site.units * site.group // queries}
+        shared = keys == 1 < site.units  # the heads that go are query heads
+        heads = widths.get("queries", widths["heads"] if shared else widths["heads"] * queries // keys)
+        read = widths.get("queries", 1 if shared else widths["heads"])
+        name = next((name for name in KEY_HEADS if hasattr(config, name)), None)
+        fields = {"num_attention_heads": heads} | ({} if name is None else {name: read})
+        head_dim = whole if attention is None else {"head_dim": attention.kernel_width(widths)}
+        return fields | head_dim | (self.stock["neurons"](config, widths["neurons"]) or {})
+
+    def stock_counts(self, config: Any, site: Site) -> tuple[int, ...]:
+        """How many of a site's units the stock class can have, from all of them down."""
+        counted = self.stock.get(site.unit)
+        possible = (count for count in range(site.units - 1, 0, -1) if counted and counted(config, count) is not None)
+        return (site.units, *possible)
+
     def stock_fields(self, config: Any, kept: Sequence[dict[str, int]]) -> dict[str, int] | None:
         """The config fields with which the stock class has the units that are `kept` in each block, or None.
 
@@ -130,7 +169,10 @@ class Family:
             return None
         fields: dict[str, int] = {}
         for unit in changed or ("neurons",):
-            fields |= self.stock[unit](config, found[0][unit])
+            counted = self.stock[unit](config, found[0][unit])
+            if counted is None:
+                return None
+            fields |= counted
         return fields
 
     def linear_parameters(self, block: nn.Module, config: Any) -> int:

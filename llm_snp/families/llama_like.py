@@ -32,7 +32,8 @@ class LlamaLike:
     normed         what the norms of query and key go over, if there are any: a "head" needs all of its directions, and
                    of heads that are normed together ("all heads") none can go
     output_normed  whether what a layer gives is normed before it joins the residual stream
-    counts_heads   whether the stock class takes any number of heads once their width is given
+    counts_heads   whether the stock class takes another number of heads once their width is given
+    heads_divide   whether that number, of query heads, has to divide the model's width all the same
     hands_on       code of what its attention tells attention functions besides the scaling; None: nothing
     """
 
@@ -46,6 +47,7 @@ class LlamaLike:
     normed: Literal["head", "all heads"] | None = None
     output_normed: bool = False
     counts_heads: bool = False
+    heads_divide: bool = False
     hands_on: str | None = None
 
     @property
@@ -57,6 +59,7 @@ class LlamaLike:
         """The description, with its classes. Raises `ImportError` if the installed transformers has none such."""
         modeling = importlib.import_module(f"..modeling.{self.file}", __package__)
         neurons = {"neurons": field("intermediate_size")}
+        heads = {"heads": partial(_fewer_heads, divide=self.heads_divide)} if self.counts_heads else {}
         return Family(
             model_type=self.model_type,
             blocks="model.layers",
@@ -64,7 +67,7 @@ class LlamaLike:
             attention=partial(_attention, scores=PAIRS if self.normed is None else WHOLE),
             whole_heads=self.normed != "all heads",
             pruned_class=getattr(modeling, f"Snp{self.classes}ForCausalLM"),
-            stock=neurons | {"heads": _fewer_heads} if self.counts_heads else neurons,
+            stock=neurons | heads,
             check=check,
         )
 
@@ -83,10 +86,12 @@ def _attention(config: Any, scores: str) -> Attention | None:
     return None if getattr(config, "clip_qkv", None) is not None else rotary(config, scores)
 
 
-def _fewer_heads(config: Any, heads: int) -> dict[str, int]:
+def _fewer_heads(config: Any, heads: int, divide: bool) -> dict[str, int] | None:
     """For `Family.stock`."""
     keys = config.num_key_value_heads
     counts = (1, heads) if keys == 1 else (heads, heads * (config.num_attention_heads // keys))
+    if divide and config.hidden_size % counts[1]:
+        return None
     return {"num_key_value_heads": counts[0], "num_attention_heads": counts[1], "head_dim": head_width(config)}
 
 
@@ -97,6 +102,8 @@ ROWS = (
         model_type="llama",
         classes="Llama",
         about="Llama: grouped queries, a gated MLP, rotary positions",
+        counts_heads=True,
+        heads_divide=True,
     ),
     LlamaLike(
         model_type="mistral",
@@ -125,6 +132,7 @@ ROWS = (
         model_type="gemma",
         classes="Gemma",
         about="Gemma (1)",
+        counts_heads=True,
     ),
     LlamaLike(
         model_type="gemma2",
@@ -133,6 +141,8 @@ ROWS = (
         title="Gemma 2",
         since="4.56",  # before, a KV cache had one shape for all blocks
         output_normed=True,
+        counts_heads=True,
+        heads_divide=True,
         hands_on='{"sliding_window": self.sliding_window, "softcap": self.attn_logit_softcapping}',
     ),
     LlamaLike(
@@ -145,6 +155,8 @@ ROWS = (
         since="4.56",  # as Gemma 2
         normed="head",
         output_normed=True,
+        counts_heads=True,
+        heads_divide=True,
         hands_on=WINDOW,
     ),
     LlamaLike(

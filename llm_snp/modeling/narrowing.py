@@ -6,6 +6,8 @@ A pruned checkpoint carries a copy of this: it imports torch and transformers on
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,7 +27,8 @@ class Narrowed:
     _supports_static_cache = False
 
     def __init__(self, config: Any):
-        super().__init__(config)  # type: ignore[call-arg]
+        with _whole(config):
+            super().__init__(config)  # type: ignore[call-arg]
         blocks = self.get_submodule(self.blocks_path)  # type: ignore[attr-defined]
         widths = config.block_widths
         if widths is None or len(widths) != len(blocks):
@@ -48,6 +51,22 @@ class Narrowed:
                 "others: use `generate`, or prune with --attention none or --format stock"
             )
         return super().init_continuous_batching(*args, **options)  # type: ignore[misc]
+
+
+@contextmanager
+def _whole(config: Any) -> Iterator[None]:
+    """A config that reads as the dense model's in every block, for stock layers, which are narrowed afterwards.
+
+    `per_layer_config` tells other readers of the widths. transformers before 5.14 does not know it.
+    """
+    layers = config.to_dict()["per_layer_config"] if getattr(config, "is_heterogeneous", False) else None
+    if layers is not None:
+        config.per_layer_config = None
+    try:
+        yield
+    finally:
+        if layers is not None:
+            config.per_layer_config = layers
 
 
 def _attention_shapes(block: Any) -> list[torch.Size]:

@@ -79,18 +79,26 @@ class NarrowHeads:
             key, value = cache.update(key, value, self.layer_idx, **options)  # type: ignore[attr-defined]
         if self.readers is not None:
             key, value = key[:, self.readers], value[:, self.readers]
+        query, key, value = _alike(query, key, value)  # fast kernels want one width
         kind = self.config._attn_implementation  # type: ignore[attr-defined]
-        # Before transformers 4.56 it asks for the weights here, which only this function gives.
-        plain = kind == "eager" or kwargs.get("output_attentions")
-        output, weights = (self.eager if plain else ALL_ATTENTION_FUNCTIONS[kind])(
+        attention_interface = self.eager
+        # Before transformers 4.56 it asks for the weights here, which only that function gives.
+        if kind != "eager" and not kwargs.get("output_attentions"):
+            # vLLM reads this source, and wants one call through a variable that is assigned so.
+            attention_interface = ALL_ATTENTION_FUNCTIONS[kind]
+        output, weights = attention_interface(
             self,
-            *_alike(query, key, value),  # fast kernels want one width
+            query,
+            key,
+            value,
             attention_mask,
             dropout=self.attention_dropout if self.training else 0.0,  # type: ignore[attr-defined]
             scaling=self.scaling,  # type: ignore[attr-defined]
             **self.attention_options(),
             **kwargs,
         )
+        # Here the heads come apart, and from vLLM side by side.
+        output = _heads(output.reshape(*hidden_states.shape[:-1], -1), value.shape[-1])
         output = output[..., : self.values].flatten(-2)
         return getattr(self, self.output)(output), weights
 
@@ -171,6 +179,8 @@ def lose(
         attention.__class__ = narrowed
         attention.values = values
         device = next(attention.parameters()).device
+        if device.type == "meta":  # where a loader builds parameters on meta, buffers may still be real (vLLM)
+            device = None
         table = torch.arange(pairs, device=device).repeat(heads, 1) if fewer_pairs else None
         attention.register_buffer("pair_table", table)
         readers = torch.arange(queries, device=device) * heads // queries if fewer_queries else None

@@ -48,7 +48,7 @@ def open_job(options: PruneConfig, weights: bool, local_index: int = 0) -> Job:
     directory = locate(options.model, options.revision, weights)
     config = load_config(directory)
     family = family_of(config)
-    options = fit_for_stock(options, family)
+    options = fit_for_format(options, family)
     options = fit_for_heads(options.resolved(), family, config)
     check_order(family, config, options)
     output = output_of(options)
@@ -56,26 +56,33 @@ def open_job(options: PruneConfig, weights: bool, local_index: int = 0) -> Job:
     return Job(options, directory, config, family, output, device, window_length(options, config))
 
 
-def fit_for_stock(options: PruneConfig, family: Family) -> PruneConfig:
-    """With --format stock, the choices that lead to what the stock class can express; else `options` as they are.
+def fit_for_format(options: PruneConfig, family: Family) -> PruneConfig:
+    """With --format blockwise or stock, the choices that lead to what that can express; else `options` as they are.
 
     Raises `OptionError` where another choice was made.
     """
-    if options.format != "stock":
+    if options.format == "auto":
         return options
-    modes = ("none", "heads") if "heads" in family.stock else ("none",)
+    heads = family.whole_heads if options.format == "blockwise" else "heads" in family.stock
+    modes = ("heads", "none") if heads else ("none",)
     if options.attention is not None and options.attention not in modes:
+        why = {
+            "blockwise": "engines for blocks of different widths know whole heads only",
+            "stock": f"the stock class of model type {family.model_type!r} cannot have such attention layers",
+        }
         raise OptionError(
-            f"--format stock and --attention {options.attention} exclude each other: the stock class of model type "
-            f"{family.model_type!r} cannot have such attention layers; leave one of them out, or give --attention "
-            f"{' or '.join(modes)}"
+            f"--format {options.format} and --attention {options.attention} exclude each other: {why[options.format]}; "
+            f"leave one of them out, or give --attention {' or '.join(modes)}"
         )
+    attention = options.attention or modes[0]
+    if options.format == "blockwise" or attention == "heads":
+        return dataclasses.replace(options, attention=attention)
     if options.allocation not in (None, "uniform"):
         raise OptionError(
-            f"--format stock and --allocation {options.allocation} exclude each other: the stock class has the same "
-            "widths in every block; leave one of them out, or give --allocation uniform"
+            f"--format stock and --allocation {options.allocation} exclude each other: without heads it is the same "
+            "number of neurons in every block that goes; leave one of them out, or give --allocation uniform"
         )
-    return dataclasses.replace(options, attention=options.attention or modes[0], allocation="uniform")
+    return dataclasses.replace(options, attention=attention, allocation="uniform")
 
 
 def fit_for_heads(options: PruneConfig, family: Family, config: Any) -> PruneConfig:

@@ -119,7 +119,7 @@ def _order_attention(session: Session, seen: _Seen, site: Site) -> list[SiteCurv
         return []
     choices = []
     for kind in _whole_units(session):
-        empty = unit_curve(family, seen.index, dense, kind, options)
+        empty = unit_curve(family, session.config, seen.index, dense, kind, options)
         choices.append([_unit_curve(empty, weight, kind, seen.moments[site.name], options, g)])
     if attention is not None:
         whole = direction_curves(family, seen.index, dense, site, attention, options)
@@ -130,7 +130,8 @@ def _order_attention(session: Session, seen: _Seen, site: Site) -> list[SiteCurv
 
 def _order_later(session: Session, seen: _Seen, site: Site) -> Callable[[], SiteCurve]:
     """What orders the units of a wide site, when as many blocks are seen as there are processes."""
-    empty = unit_curve(session.family, seen.index, session.skeleton.blocks[seen.index], site, session.options)
+    dense = session.skeleton.blocks[seen.index]
+    empty = unit_curve(session.family, session.config, seen.index, dense, site, session.options)
     weight, _ = linear_weights(seen.state, site.consumer, session.skeleton.device)
     moments, g = seen.moments[site.name], seen.sensitivity.get(site.name)  # and nothing else of the block is kept
     return partial(_unit_curve, empty, weight, site, moments, session.options, g)
@@ -211,4 +212,5 @@ def _to_json(curve: SiteCurve) -> dict[str, Any]:
 
 def _from_json(entry: dict[str, Any]) -> SiteCurve:
     values = {name: torch.tensor(entry[name], dtype=torch.float64) for name in ("variance", "loss")}
-    return SiteCurve(**(entry | values))
+    only = entry["only"] and tuple(entry["only"])
+    return SiteCurve(**(entry | values | {"only": only}))

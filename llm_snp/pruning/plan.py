@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..config import PruneConfig
-from ..core.allocation import ALLOCATIONS, SiteCurve, allocate
+from ..core.allocation import ALLOCATIONS, SiteCurve, allocate, allocate_alike
 from ..core.orders import NEEDS_NONNEGATIVE
 from ..errors import OptionError
 from ..families import ATTENTION, Attention, Family, Site
@@ -24,7 +24,7 @@ class Plan:
     """kept[i] maps a unit name (heads, or directions inside them, and neurons) to how many are left in block i.
 
     asked, removed: parameters; base: linear parameters of all blocks, of which `sparsity` is the share.
-    curves: what the allocation saw.
+    curves: what the allocation saw; alike: whether it had to keep the same in every block.
     """
 
     kept: tuple[dict[str, int], ...]
@@ -33,10 +33,17 @@ class Plan:
     asked: float
     removed: int
     base: int
+    alike: bool = False
 
     @property
     def why(self) -> str:
         """The allocation's reason in one sentence, with the number at which the budget was met."""
+        if self.alike:
+            return {
+                "uniform": "every site gives the same share, in every block as much",
+                "variance": "the sites whose tails have the least of their variance give, in every block as much",
+                "loss": "of all plans that are the same in every block, the one that loses least",
+            }[self.made_by]
         taken = [
             priorities[curve.kept_counts.index(self.kept[curve.block][curve.unit]) - 1]
             for curve, priorities in zip(self.curves, ALLOCATIONS[self.made_by](self.curves), strict=True)
@@ -81,15 +88,18 @@ def empty_curves(family: Family, config: Any, blocks: Sequence[nn.Module], optio
             if site.name == ATTENTION and attention is not None:
                 curves += direction_curves(family, i, block, site, attention, options)
                 continue
-            curves.append(unit_curve(family, i, block, site, options))
+            curves.append(unit_curve(family, config, i, block, site, options))
     return curves
 
 
-def unit_curve(family: Family, index: int, block: nn.Module, site: Site, options: PruneConfig) -> SiteCurve:
+def unit_curve(
+    family: Family, config: Any, index: int, block: nn.Module, site: Site, options: PruneConfig
+) -> SiteCurve:
     """A site of a block counted in whole units."""
     multiple = min(options.round_to, site.units) if site.unit == "neurons" else 1
     cost = family.unit_cost(block, site)
-    return SiteCurve(index, site.name, site.unit, site.units, cost, multiple, least=site.parts)
+    only = family.stock_counts(config, site) if options.format == "stock" and site.name == ATTENTION else None
+    return SiteCurve(index, site.name, site.unit, site.units, cost, multiple, least=site.parts, only=only)
 
 
 def direction_curves(
@@ -146,16 +156,13 @@ def make_plan(
     base = sum(family.linear_parameters(block, config) for block in blocks)
     asked = options.sparsity * base
     _check_removable(options, sum(curve.removable for curve in curves), base)
-    if options.format == "stock":
-        alike = allocate(by, _alike(curves), asked)
-        counts = alike * len(blocks)
-    else:
-        counts = allocate(by, curves, asked)
+    alike = options.format == "stock"
+    counts = allocate_alike(by, curves, asked) * len(blocks) if alike else allocate(by, curves, asked)
     kept: list[dict[str, int]] = [{} for _ in blocks]
     for curve, count in zip(curves, counts, strict=True):
         kept[curve.block][curve.unit] = count
     removed = sum((curve.units - count) * curve.cost for curve, count in zip(curves, counts, strict=True))
-    return Plan(tuple(kept), tuple(curves), by, asked, removed, base)
+    return Plan(tuple(kept), tuple(curves), by, asked, removed, base, alike)
 
 
 def trial_plan(family: Family, config: Any, blocks: Sequence[nn.Module], options: PruneConfig) -> Plan:
@@ -172,14 +179,8 @@ def trial_plan(family: Family, config: Any, blocks: Sequence[nn.Module], options
     return make_plan(family, config, blocks, options, curves, "uniform")
 
 
-def _alike(curves: Sequence[SiteCurve]) -> list[SiteCurve]:
-    """The sites of the first block, each for those of all blocks: one config field says how wide all of them are."""
-    blocks = 1 + max(curve.block for curve in curves)
-    return [dataclasses.replace(curve, cost=curve.cost * blocks) for curve in curves if curve.block == 0]
-
-
 def _with(options: PruneConfig) -> str:
     """What narrows the choice of what can be removed."""
-    if options.format == "stock":
-        return " with --format stock"
+    if options.format != "auto":
+        return f" with --format {options.format}"
     return f" with --attention {options.attention}" if options.attention == "none" else ""

@@ -118,6 +118,10 @@ def result_config(job: Job, kept: Sequence[dict[str, int]], tokenizer: Any) -> t
         result.architectures = config.architectures
         return result, False
     config_class = family.pruned_class.config_class
+    # Beside `block_widths`, in the fields that other tools read (vLLM, caches of transformers from 5.14): each block's
+    # own, and the dense model's where one number is asked for.
+    fields["per_layer_config"] = {str(i): family.layer_fields(config, block) for i, block in enumerate(kept)}
+    fields["allow_global_per_layer_attribute_access"] = True
     result = config_class(**fields, block_widths=[family.widths(config, block) for block in kept])
     result.architectures = [family.pruned_class.__name__]
     module = MODELING.removesuffix(".py")

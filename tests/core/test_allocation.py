@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llm_snp.core.allocation import ALLOCATIONS, SiteCurve, allocate
+from llm_snp.core.allocation import ALLOCATIONS, SiteCurve, allocate, allocate_alike
 from llm_snp.errors import OptionError
 
 
@@ -295,3 +295,57 @@ def test_equal_sites_are_treated_alike() -> None:
     loss = falling(random.Random(0), 10, convex=True)
     kept = allocate("loss", [curve(b, 10, 2, loss=loss, variance=loss) for b in range(4)], 4 * 2 * 3)
     assert kept == [7, 7, 7, 7]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_alike_in_every_block_is_the_best_such_plan(seed: int) -> None:
+    """Against all plans of one number of heads and one of neurons; curves need not be convex."""
+    rng = random.Random(seed)
+    blocks, heads, neurons = rng.randint(1, 4), rng.randint(2, 8), rng.randint(20, 60)
+    costs = rng.randint(50, 200), rng.randint(20, 40)
+    curves = []
+    for block in range(blocks):
+        loss = falling(rng, heads, total=rng.random())
+        curves.append(SiteCurve(block, "attention", "heads", heads, costs[0], loss=loss))
+        curves.append(SiteCurve(block, "mlp", "neurons", neurons, costs[1], loss=falling(rng, neurons)))
+    budget = rng.uniform(0.1, 0.6) * sum(curve.removable for curve in curves)
+    found = allocate_alike("loss", curves, budget)
+    step = blocks * costs[1]
+    possible = {
+        kept: total_loss(curves, [*kept] * blocks)
+        for kept in itertools.product(range(1, heads + 1), range(1, neurons + 1))
+        if abs(removed(curves, [*kept] * blocks) - budget) <= step / 2
+    }
+    assert possible[found[0], found[1]] == pytest.approx(min(possible.values()))
+
+
+def test_alike_keeps_only_what_the_stock_class_can_count() -> None:
+    loss = torch.tensor([9.0, 0.0, 0.0, 0.0, 0.0], dtype=torch.float64)  # three of four heads go for nothing
+    curves = [
+        SiteCurve(0, "attention", "heads", 4, 100, loss=loss, only=(4, 2)),
+        curve(0, 100, 10, loss=torch.arange(101, dtype=torch.float64).flip(0)),
+    ]
+    assert curves[0].kept_counts == [4, 2]
+    assert curves[0].removable == 200
+    assert allocate_alike("loss", curves, 300) == [2, 90]
+
+
+def test_alike_where_no_last_site_can_give_the_rest() -> None:
+    """The heads alone come nearest."""
+    loss = torch.tensor([9.0, 1.0, 0.0], dtype=torch.float64)
+    curves = [
+        SiteCurve(0, "attention", "heads", 2, 100, loss=loss),
+        curve(0, 2, 1, loss=torch.tensor([2.0, 1.0, 0.0], dtype=torch.float64)),
+    ]
+    assert allocate_alike("loss", curves, 90)[0] == 1
+
+
+@pytest.mark.parametrize("name", ALLOCATIONS)
+def test_alike_with_every_allocation(name: str) -> None:
+    curves = random_curves(random.Random(1))
+    merged = [c for c in curves if c.block == 0]
+    same = [dataclasses.replace(c, block=block) for block in range(3) for c in merged]
+    budget = 0.4 * sum(c.removable for c in same)
+    kept = allocate_alike(name, same, budget)
+    assert len(kept) == len(merged)
+    assert removed(same, kept * 3) == pytest.approx(budget, abs=3 * max(c.cost * c.multiple for c in merged))

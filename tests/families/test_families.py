@@ -492,14 +492,22 @@ def test_checkpoints_of_their_time(
     assert not any("inv_freq" in key or "attn.bias" in key.replace("c_attn.bias", "") for key in stored)
 
 
-@pytest.mark.parametrize("name", [name for name in ("mistral", "qwen2", "qwen3") if name in KNOWN])
+COUNTED = ("llama", "llama-tied", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3")
+
+
+@pytest.mark.parametrize("name", [name for name in COUNTED if name in KNOWN])
 def test_stock_checkpoints_with_fewer_heads(
     name: str, checkpoints: dict[str, Path], prune: Prune, tmp_path: Path, ids: torch.Tensor
 ) -> None:
-    report = prune(checkpoints[name], tmp_path / "out", 0.25, format="stock", attention="heads")
+    """More is asked for than the neurons can give alone."""
+    report = prune(checkpoints[name], tmp_path / "out", 0.7, format="stock")
+    assert report["options"]["attention"] == "heads"
+    assert report["options"]["allocation"] == "loss"
+    assert report["model"]["custom_code"] is False
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["model_type"] == MODELS[name][0]
     assert config["num_key_value_heads"] == report["plan"]["kept"][0]["heads"] < 4
+    assert {str(kept) for kept in report["plan"]["kept"]} == {str(report["plan"]["kept"][0])}
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert type(model).__module__.startswith("transformers.models.")
     assert torch.isfinite(logits(model, ids)).all()

@@ -1,4 +1,7 @@
-"""`--format stock`: a pruned model that needs no code of its own; and `--attention none`, of which it makes use."""
+"""`--format stock`: a pruned model that needs no code of its own; and `--attention none`, of which it makes use.
+
+`--format blockwise`: whole heads and neurons, of which every block has its own number.
+"""
 
 from __future__ import annotations
 
@@ -113,3 +116,31 @@ def test_nothing_to_remove(prune: Prune, dense: Path, tmp_path: Path, ids: torch
     assert report["plan"]["kept"] == [{"neurons": NEURONS}] * BLOCKS
     assert torch.equal(logits(load(tmp_path / "out"), ids), logits(load(dense), ids))
     assert load(tmp_path / "out").config.num_attention_heads == HEADS
+
+
+def test_blockwise_removes_whole_heads_and_neurons(prune: Prune, dense: Path, tmp_path: Path) -> None:
+    report = prune(dense, tmp_path / "out", 0.4, format="blockwise")
+    assert {name: report["options"][name] for name in ("allocation", "attention")} == {
+        "allocation": "loss",
+        "attention": "heads",
+    }
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    for kept, widths in zip(report["plan"]["kept"], config["block_widths"], strict=True):
+        assert set(kept) == {"heads", "neurons"}
+        assert widths["head_dim"] == HIDDEN // HEADS
+    assert len({str(kept) for kept in report["plan"]["kept"]}) > 1
+
+
+@pytest.mark.parametrize("mode", ["dims", "both", "queries"])
+def test_parts_of_heads_are_refused_blockwise(shell: Shell, dense: Path, mode: str) -> None:
+    message = shell.refused(dense, "--format", "blockwise", "--attention", mode)
+    assert message == (
+        f"--format blockwise and --attention {mode} exclude each other: engines for blocks of different widths know "
+        "whole heads only; leave one of them out, or give --attention heads or none"
+    )
+
+
+def test_blockwise_is_known_without_weights(shell: Shell, dense: Path) -> None:
+    code, out, _ = shell.run(dense, "--dry-run", "--format", "blockwise", "--sparsity", "0.2")
+    assert code == 0
+    assert "allocation loss, target residual, attention heads" in out
