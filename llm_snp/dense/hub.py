@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 import tempfile
 from contextlib import suppress
 from fnmatch import fnmatch
@@ -74,7 +75,8 @@ def _local(path: Path) -> Path:
         path.stat()
         if not path.is_dir():
             raise CheckpointError(f"{path} is a file; expected a model directory with config.json and weights")
-        (path / "config.json").stat()
+        if not stat.S_ISREG((path / "config.json").stat().st_mode):
+            raise CheckpointError(f"{path / 'config.json'} is no file; expected a model directory with config.json")
     except (FileNotFoundError, NotADirectoryError) as error:
         if error.filename == str(path / "config.json"):
             raise CheckpointError(f"{path} is not a model directory: it has no config.json") from error

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, OptionError
-from ..system.files import digest, digest_of_bytes, disk, write_bytes, write_together
+from ..system.files import digest, digest_of_bytes, disk, inside, write_bytes, write_together
 from ..system.manifest import FILES, MEMORY, REPORT, expect_result, is_result, manifest, recall, remember
 from .card import model_card
 from .page import html_page
@@ -31,6 +31,7 @@ def write_documents(directory: Path, report: dict[str, Any]) -> list[Path]:
     hash that tells, and `report["files"]`, those of everything that belongs to the result. Nothing that is written
     names a place on this machine (`shareable`). Raises `OutputError` if the disk does not take them.
     """
+    plots = {plot_path(name): inside(directory, plot_path(name)) for name in PLOTS}
     files = manifest(directory, report)
     public = shareable(report)
     made = plot_images(public)
@@ -40,7 +41,7 @@ def write_documents(directory: Path, report: dict[str, Any]) -> list[Path]:
         titles = [(plot.title, plot_path(name)) for name, plot in PLOTS.items() if plot_path(name) in made]
         made[CARD] = model_card(public, plots=titles).encode()
         report["card"] = digest_of_bytes(made[CARD])
-    old = [plot_path(name) for name in PLOTS if plot_path(name) not in made]
+    old = {name: path for name, path in plots.items() if name not in made}
     files = {name: found for name, found in files.items() if name not in old}
     files |= {name: digest_of_bytes(content) for name, content in made.items()}
     report[FILES] = {name: found or _digest(directory / name) for name, found in sorted(files.items())}
@@ -50,8 +51,8 @@ def write_documents(directory: Path, report: dict[str, Any]) -> list[Path]:
     # Last: a directory with it is a result.
     write_together(directory, made | {REPORT: (json.dumps(public, indent=2, allow_nan=False) + "\n").encode()})
     with disk(directory / FOLDER):
-        for name in old:
-            (directory / name).unlink(missing_ok=True)
+        for path in old.values():
+            path.unlink(missing_ok=True)
     return [directory / name for name in (*made, REPORT)]
 
 
@@ -79,7 +80,7 @@ def _edited(card: Path, report: dict[str, Any]) -> bool:
     """Whether the card is not what was written here. One without a report beside it is of a run that was killed."""
     with disk(card):
         finished = card.exists() and card.with_name(REPORT).exists()
-        return finished and digest(card) != report.get("card")
+        return finished and (not card.is_file() or digest(card) != report.get("card"))
 
 
 def write_page(path: Path, report: dict[str, Any]) -> None:

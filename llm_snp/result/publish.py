@@ -129,7 +129,12 @@ def _documents(directory: Path, report: dict[str, Any], repo: str) -> dict[str, 
 
 
 def _card(path: Path, report: dict[str, Any], repo: str) -> str | None:
-    """The card for `repo`, or None if a person has edited the one that is there."""
+    """The card for `repo`, or None if a person has edited the one that is there.
+
+    Raises `CheckpointError` for a link: what it leads to may be nothing that is for others.
+    """
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise CheckpointError(f"{path} is a link, or no file, and would be published; put the file itself there")
     if not path.exists():
         return model_card(report, repo)
     text = path.read_text(encoding="utf-8", errors="replace")

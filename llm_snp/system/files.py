@@ -35,22 +35,23 @@ def write_json(path: Path, content: Any) -> None:
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file: temporary name, fsync, rename."""
     with disk(path), _temporary(path) as aside:
-        aside.write_bytes(content)
+        _write_new(aside, content)
         _settle(aside, path)
 
 
 def write_together(directory: Path, files: Mapping[str, bytes]) -> None:
     """Write files by their name relative to `directory`, folders and all: all of them, or after an error none.
 
-    Each is written aside first; then they take their names, in the order given.
+    Each is written aside first; then they take their names, in the order given. Raises `OutputError` for a folder that
+    is a link (`inside`).
     """
     with disk(directory), ExitStack() as stack:
         ready = []
         for name, content in files.items():
-            path = directory / name
+            path = inside(directory, name)
             path.parent.mkdir(parents=True, exist_ok=True)
             aside = stack.enter_context(_temporary(path))
-            aside.write_bytes(content)
+            _write_new(aside, content)
             _durable(aside)
             ready.append((aside, path))
         for _, path in ready:
@@ -58,6 +59,20 @@ def write_together(directory: Path, files: Mapping[str, bytes]) -> None:
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         for aside, path in ready:
             _settle(aside, path)
+
+
+def inside(directory: Path, name: str) -> Path:
+    """The path of a file in `directory`. Raises `OutputError` if a folder on the way there is a link.
+
+    A directory that a stranger has packed may have one that leads to files of whoever opens it.
+    """
+    path = directory / name
+    for parent in path.relative_to(directory).parents:
+        if (directory / parent).is_symlink() and parent.parts:
+            raise OutputError(
+                f"{directory / parent} is a link to another place, where nothing may be written; put a folder there"
+            )
+    return path
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -117,14 +132,24 @@ def temporary(path: AnyPath) -> AnyPath:
 
 @contextmanager
 def _temporary(path: Path) -> Iterator[Path]:
-    """The name to write under first. After an error the file goes: half a shard takes the room of what comes next."""
+    """The name to write under first. After an error the file goes: half a shard takes the room of what comes next.
+
+    What has that name goes, too: writing to a link would write to what it leads to.
+    """
     aside = temporary(path)
+    aside.unlink(missing_ok=True)
     try:
         yield aside
     except BaseException:
         with suppress(OSError):
             aside.unlink(missing_ok=True)
         raise
+
+
+def _write_new(path: Path, content: bytes) -> None:
+    """Write a file that is not there yet, not even as a link."""
+    with open(path, "xb") as file:
+        file.write(content)
 
 
 def _settle(temporary: Path, final: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..errors import CheckpointError
-from .files import digest, temporary, write_json, write_text
+from .files import digest, temporary, write_together
 
 REPORT = "report.json"
 FILES = "files"  # of a report: name -> hash of everything beside it that is part of the result
@@ -61,11 +61,18 @@ def expect_result(directory: Path) -> None:
 
 def _report(directory: Path) -> dict[str, Any]:
     """The report of a directory, as far as a result can be told by it; empty if there is none."""
+    report = _object(directory / REPORT)
+    versions = report.get("versions")
+    return report if isinstance(versions, dict) and "llm_snp" in versions else {}
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; empty if there is none, as in a pipe or a device, which never end."""
     try:
-        report = json.loads((directory / REPORT).read_bytes())
-        return report if "llm_snp" in report["versions"] else {}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        content = json.loads(path.read_bytes()) if path.is_file() else {}
+    except (OSError, ValueError, RecursionError):
         return {}
+    return content if isinstance(content, dict) else {}
 
 
 def manifest(directory: Path, report: Mapping[str, Any] | None = None) -> dict[str, str | None]:
@@ -78,7 +85,8 @@ def manifest(directory: Path, report: Mapping[str, Any] | None = None) -> dict[s
     if isinstance(listed, dict):
         return {name: found for name, found in listed.items() if is_inside(name) and isinstance(found, str)}
     card = report.get("card")
-    names = [name for name in names_in(directory) if EARLIER.fullmatch(name) and (name != "README.md" or card)]
+    known = [name for name in names_in(directory) if EARLIER.fullmatch(name) and (name != "README.md" or card)]
+    names = [name for name in known if _is_own(directory / name, directory, None)]
     return {name: card if name == "README.md" else None for name in names}
 
 
@@ -127,9 +135,9 @@ def strays(directory: Path) -> list[str]:
 
 
 def _is_own(path: Path, directory: Path, expected: str | None) -> bool:
-    """Whether a file is no link, nor in a linked folder, and has the hash that was kept, if one was."""
+    """Whether a file is no link or device, nor in a linked folder, and has the hash that was kept, if one was."""
     try:
-        if path.resolve() != directory.resolve() / path.relative_to(directory):
+        if not path.is_file() or path.resolve() != directory.resolve() / path.relative_to(directory):
             return False
         return expected is None or digest(path) == expected
     except OSError:
@@ -157,15 +165,10 @@ def some(names: Sequence[str]) -> str:
 
 def remember(directory: Path, facts: Mapping[str, Any]) -> None:
     """Keep what only this machine needs to know of a result: where its dense model is, and the options as given."""
-    (directory / PRIVATE).mkdir(parents=True, exist_ok=True)
-    write_text(directory / IGNORE, "*\n")
-    write_json(directory / MEMORY, dict(facts))
+    content = json.dumps(dict(facts), indent=2) + "\n"
+    write_together(directory, {IGNORE: b"*\n", MEMORY: content.encode()})
 
 
 def recall(directory: Path) -> dict[str, Any]:
     """What was kept of a result on this machine; empty if it was made elsewhere."""
-    try:
-        facts = json.loads((directory / MEMORY).read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return facts if isinstance(facts, dict) else {}
+    return _object(directory / MEMORY)

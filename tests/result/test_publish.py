@@ -126,6 +126,14 @@ def test_an_edited_card_goes_up_as_it_is(hub: HubServer, result: Path) -> None:
     assert f"{USER}/made" in hub.repositories[f"{USER}/made"].files["README.md"].decode()
 
 
+def test_a_card_that_is_a_link_is_not_published(hub: HubServer, result: Path, tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("secret")
+    (result / "README.md").unlink()
+    (result / "README.md").symlink_to(tmp_path / "key")
+    assert "README.md is a link, or no file, and would be published" in refusal(CheckpointError, REPO, directory=result)
+    assert not hub.uploads
+
+
 def test_without_a_card_one_is_made(hub: HubServer, result: Path) -> None:
     (result / "README.md").unlink()
     push(result, REPO)

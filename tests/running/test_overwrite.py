@@ -198,6 +198,42 @@ def test_a_result_of_an_earlier_version(shell: Shell, result: Path, dense: Path,
     assert read_report(result)["files"]
 
 
+LINKS = {".README.md": "far/mine", "plots": "far", ".report.json": "far/mine", ".cache": "far", "README.md": "far/mine"}
+
+
+@pytest.mark.parametrize("name", LINKS)
+def test_documents_are_not_written_through_links(shell: Shell, result: Path, name: str) -> None:
+    """A result of a stranger may have links to files of whoever makes its documents anew."""
+    (shell.directory / "far").mkdir()
+    for mine in ("mine", "kept.png", "seconds.png"):
+        (shell.directory / "far" / mine).write_text("mine")
+    if (result / name).is_dir():
+        shutil.rmtree(result / name)
+    (result / name).unlink(missing_ok=True)
+    (result / name).symlink_to(shell.directory / LINKS[name])
+    report = json.loads((result / "report.json").read_text())
+    del report["files"]  # or where the model was would not be written
+    (result / "report.json").write_text(json.dumps(report))
+    before = contents(shell.directory / "far")
+    code, _, err = shell.run("report", result)
+    assert contents(shell.directory / "far") == before
+    if name in ("plots", ".cache"):
+        assert code == 2
+        assert f"{result / name} is a link to another place, where nothing may be written" in err
+    else:
+        assert code == 0, err
+
+
+@pytest.mark.parametrize("name", ["report.json", "README.md", ".cache/huggingface/llm_snp.json", "config.json"])
+def test_what_never_ends_is_not_read(shell: Shell, result: Path, dense: Path, name: str) -> None:
+    (result / name).unlink()
+    (result / name).symlink_to("/dev/zero")
+    for arguments in (["report", result], [dense, "--output", result, "--dry-run"], [result, "--dry-run"]):
+        code, _, err = shell.run(*arguments)
+        assert "Traceback" not in err
+        assert code == 2 or (arguments[0] == "report" and name != "report.json"), err
+
+
 def test_a_report_cannot_make_us_remove_what_lies_elsewhere(shell: Shell, result: Path, dense: Path) -> None:
     victim = shell.directory / "victim"
     victim.write_text("mine")
