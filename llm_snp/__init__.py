@@ -7,8 +7,11 @@ Where llm_snp is imported, before transformers or after it, transformers' Auto c
 they load without `trust_remote_code`. By itself it is a light import: torch and transformers come when they are needed.
 """
 
-from __future__ import annotations
+# isort: off
+# The first, before even `__future__`: from here on nothing is imported from the directory of a stranger's model.
+from . import search_path  # noqa: F401
 
+# isort: on
 from typing import Any
 
 from .version import __version__

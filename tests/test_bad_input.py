@@ -42,8 +42,10 @@ from safetensors.torch import load_file, save_file
 
 from llm_snp.dense.data import calibration_windows
 from llm_snp.dense.hub import SAFETENSORS, load_tokenizer
+from llm_snp.errors import OptionError
 from llm_snp.result.writer import Writer
-from llm_snp.system.workspace import JOURNAL
+from llm_snp.system.manifest import list_in_partial
+from llm_snp.system.workspace import JOURNAL, OWNER
 
 # Options
 
@@ -624,9 +626,61 @@ def test_what_a_killed_run_left_is_replaced_but_nothing_else(shell: Shell, dense
     written(partial, {"notes.txt": "mine"})
     message = shell.refused(dense)
     assert message == f"{partial} is in the way and not from llm_snp; remove it, or give another --output"
-    (partial / JOURNAL).mkdir()
+    (partial / JOURNAL).mkdir()  # anybody can make one
+    assert shell.refused(dense) == message
+    (partial / JOURNAL / OWNER).write_text("process 1 on here")
+    message = shell.refused(dense)
+    assert message.startswith(f"{partial}, where an unfinished run is kept, has files that no run of llm_snp wrote (no")
+    for flags in (["--overwrite"], ["--resume"], ["--dry-run"]):
+        assert shell.refused(dense, *flags) == message
+    (partial / "notes.txt").unlink()
+    written(
+        partial, {"config.json": "old", ".model-00001-of-00004.safetensors": "half", "tekken.json": "", "NOTICE": ""}
+    )
+    list_in_partial(partial, ["tekken.json", "NOTICE"])
     assert shell.prune(dense)[0] == 0
     assert not partial.exists()
+    assert not {"tekken.json", "NOTICE"} & {path.name for path in shell.output.iterdir()}
+
+
+@pytest.mark.parametrize("link", ["", JOURNAL, f"{JOURNAL}/lock", f"{JOURNAL}/{OWNER}", "config.json", "plots"])
+def test_an_unfinished_run_that_is_links_is_not_followed(shell: Shell, dense: Path, link: str) -> None:
+    """What is opened for writing, emptied or removed in it lies there, and nowhere else."""
+    mine, partial = shell.directory / "mine", shell.directory / "out.partial"
+    written(mine, {"lock": "mine", OWNER: "mine", "block-00000.json": "mine", "config.json": "mine"})
+    written(mine / JOURNAL, {"lock": "mine", OWNER: "mine", "settings.json": "mine"})
+    place = partial / link if link else partial
+    place.parent.mkdir(parents=True, exist_ok=True)
+    if link not in ("", JOURNAL):
+        written(partial / JOURNAL, {OWNER: "process 1 on here"})
+        (partial / link).unlink(missing_ok=True)
+    place.symlink_to(mine / Path(link).name if link in (f"{JOURNAL}/lock", f"{JOURNAL}/{OWNER}") else mine)
+    before = {path: path.read_bytes() for path in mine.rglob("*") if path.is_file()}
+    for flags in ([], ["--overwrite"], ["--resume"]):
+        assert str(partial) in shell.refused(dense, *flags)
+    assert {path: path.read_bytes() for path in mine.rglob("*") if path.is_file()} == before
+
+
+def test_what_someone_puts_into_an_unfinished_run_is_kept(
+    shell: Shell, dense: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        (shell.directory / "out.partial" / "notes.txt").write_text("mine")
+        raise OptionError("refused")
+
+    monkeypatch.setattr("llm_snp.running.run.decide", fail)
+    assert shell.prune(dense)[0] == 2
+    assert [path.name for path in (shell.directory / "out.partial").iterdir()] == ["notes.txt"]
+
+
+def test_a_directory_that_looks_put_aside_is_not_moved(shell: Shell, dense: Path) -> None:
+    written(shell.directory / "out.replaced", {"notes.txt": "mine"})
+    written(shell.directory / "out.partial" / JOURNAL, {OWNER: "process 1 on here"})
+    before = sorted(shell.directory.rglob("*"))
+    code, _, err = shell.prune(dense, "--resume")
+    assert code == 2
+    assert "out.replaced is in the way" in err
+    assert sorted(path for path in shell.directory.rglob("*") if path.name != "lock") == before
 
 
 def test_a_result_that_was_put_aside_is_not_lost(shell: Shell, dense: Path) -> None:

@@ -46,7 +46,7 @@ class Checkpoint:
         self._where: dict[str, tuple[str, str]] = {}  # name in the model -> (file, key in the file)
         self._facts: dict[str, tuple[tuple[int, ...], Any]] = {}  # name in the model -> (shape, type)
         self._stamps: dict[str, tuple[int, int]] = {}  # file -> its size and time when it was first opened
-        listed = self._files()
+        listed = weight_files(self.directory)
         self.files = [self.directory / file for file in listed]
         renames = list(renames)
         for file, keys in listed.items():
@@ -64,28 +64,6 @@ class Checkpoint:
                 self._facts[name] = _facts(handle, key)
         if not self._where:
             raise CheckpointError(f"{self.directory} has weight files ({_some(list(listed))}), but no tensor in them")
-
-    def _files(self) -> dict[str, list[str] | None]:
-        """Weight files and the keys the index expects in each (None: no index, whatever the file holds).
-
-        Of several the same one is taken that transformers would load.
-        """
-        for index_name, single in ((SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME), (WEIGHTS_INDEX_NAME, WEIGHTS_NAME)):
-            if os.path.isfile(self.directory / single):
-                return {single: None}
-            index = self.directory / index_name
-            if os.path.isfile(index):
-                files: dict[str, list[str] | None] = {**_read_index(index)}
-                absent = [file for file in files if not os.path.isfile(self.directory / file)]
-                if absent:
-                    are = "is" if len(absent) == 1 else "are"
-                    raise CheckpointError(
-                        f"{index} lists {len(files)} weight files, but {_some(absent)} {are} missing; download again"
-                    )
-                return files
-        raise CheckpointError(
-            f"{self.directory} has no weights: expected {SAFE_WEIGHTS_NAME} or {WEIGHTS_NAME}, or the index of one"
-        )
 
     def _open(self, file: str) -> Any:
         """The tensors of a file by their key. Raises `CheckpointError`, also if it is not the file it was before."""
@@ -220,6 +198,29 @@ class Checkpoint:
                 raise CheckpointError(
                     f"{name} in {self.directory} has shape {self.shape(name)}, but config.json implies {tuple(shape)}"
                 )
+
+
+def weight_files(directory: Path) -> dict[str, list[str] | None]:
+    """Weight files and the keys the index expects in each (None: no index, whatever the file holds).
+
+    Of several the same one is taken that transformers would load. Raises `CheckpointError` if there are none.
+    """
+    for index_name, single in ((SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME), (WEIGHTS_INDEX_NAME, WEIGHTS_NAME)):
+        if os.path.isfile(directory / single):
+            return {single: None}
+        index = directory / index_name
+        if os.path.isfile(index):
+            files: dict[str, list[str] | None] = {**_read_index(index)}
+            absent = [file for file in files if not os.path.isfile(directory / file)]
+            if absent:
+                are = "is" if len(absent) == 1 else "are"
+                raise CheckpointError(
+                    f"{index} lists {len(files)} weight files, but {_some(absent)} {are} missing; download again"
+                )
+            return files
+    raise CheckpointError(
+        f"{directory} has no weights: expected {SAFE_WEIGHTS_NAME} or {WEIGHTS_NAME}, or the index of one"
+    )
 
 
 def _read_index(index: Path) -> dict[str, list[str]]:

@@ -127,7 +127,7 @@ def _download(model: str, revision: str | None, weights: bool) -> Path:
                     patterns += SAFETENSORS if has_safetensors else [BIN]
                 except (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError, HFValidationError):
                     raise
-                except Exception:
+                except Exception:  # all of the client's errors: see `explained`; what else is wrong fails below
                     patterns += [*SAFETENSORS, BIN]  # offline: take what an earlier run fetched
             return _local(Path(snapshot_download(model, revision=revision, allow_patterns=patterns)))
         except CheckpointError as error:

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from ..config import PruneConfig, shares
 from ..errors import CheckpointError
 from ..system.libraries import ONE_AT_A_TIME, explained
 from .data import Windows, calibration_windows, evaluation_windows, self_written
 from .mixture import mix, turns
-from .skeleton import computing
+from .whole import whole_model
 
 # Text that the model writes itself: calibration and evaluation must not be the same.
 EVALUATION_SEED = 1
@@ -39,8 +38,7 @@ class Text:
                 "cannot write one itself; give a text"
             )
         if self._model is None:
-            with explained(self._no_model), ONE_AT_A_TIME:
-                model = AutoModelForCausalLM.from_pretrained(self.directory, config=computing(self.config))
+            model = whole_model(self.directory, self.config, None, self._no_model)
             self._model = model.to(self.device, self.dtype).eval()
         with explained(self._no_text), ONE_AT_A_TIME:
             return self_written(self._model, samples, self.length, seed, self.start)

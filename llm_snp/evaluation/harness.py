@@ -18,10 +18,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
 
 from ..dense.hub import load_config, load_tokenizer
-from ..dense.skeleton import computing
+from ..dense.whole import whole_model
 from ..errors import CheckpointError, DeviceMemoryError, NumericalError, OptionError, SnpError
 from .harness_tasks import PREFIX, find_tasks, reason
 
@@ -135,10 +134,12 @@ def _open_model(directory: Path, device: torch.device, dtype: torch.dtype, batch
     from lm_eval.models.huggingface import HFLM
 
     tokenizer = load_tokenizer(directory)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(directory, config=computing(load_config(directory)))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{directory} is no model that transformers can load ({reason(error)})") from error
+    model = whole_model(
+        directory,
+        load_config(directory),
+        None,
+        lambda cause: CheckpointError(f"{directory} is no model that transformers can load ({cause})"),
+    )
     try:
         model = model.to(device, dtype).eval()
     except torch.OutOfMemoryError as error:

@@ -12,14 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from ..config import NEW, PROMPT, RUNS
 from ..dense.hub import load_config
-from ..dense.skeleton import computing
+from ..dense.whole import whole_model
 from ..errors import CheckpointError, DeviceMemoryError, UnsupportedModelError, at_least, first_line
 from ..system.device import device_facts
-from ..system.libraries import ONE_AT_A_TIME
 from .clock import timed
 from .widths import Mlp, WidthTiming, head_dims, mlp_of
 
@@ -108,18 +106,14 @@ def load_model(directory: Path, device: torch.device, dtype: torch.dtype) -> Any
 
     Classes that llm_snp registers are known; code that lies in a directory is not run.
     """
-    config = computing(load_config(directory))
-    keyword = "dtype" if hasattr(config, "dtype") else "torch_dtype"  # its name before transformers 4.56
-    try:
-        with ONE_AT_A_TIME:
-            model = AutoModelForCausalLM.from_pretrained(
-                directory, config=config, trust_remote_code=False, **{keyword: dtype}
-            )
-    except Exception as error:  # what is missing or damaged fails in many ways
-        raise CheckpointError(
-            f"{directory} is no causal language model that this transformers can load ({first_line(error)[:REASON]}); "
-            "give a directory with config.json and weights"
-        ) from error
+
+    def refusal(cause: str) -> CheckpointError:
+        return CheckpointError(
+            f"{directory} is no causal language model that this transformers can load ({cause}); give a directory with "
+            "config.json and weights"
+        )
+
+    model = whole_model(directory, load_config(directory), dtype, refusal)
     return model.to(device).eval()
 
 

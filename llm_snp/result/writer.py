@@ -13,6 +13,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from ..core.stopwatch import timed
 from ..system.files import digest, digest_of_bytes, write_tensors, write_together
+from ..system.manifest import list_in_partial
 
 
 class Writer:
@@ -59,6 +60,7 @@ class Writer:
 
     def bytes(self, files: Mapping[str, bytes]) -> None:
         """Write other files by their name, some perhaps in folders."""
+        list_in_partial(self.directory, files)
         write_together(self.directory, files)
         self.files |= {name: digest_of_bytes(content) for name, content in files.items()}
 

@@ -14,7 +14,7 @@ from ..pruning.job import Job, open_job
 from ..pruning.plan import Plan, check_budget, trial_plan
 from ..result.carried import check_tokenizer_class
 from ..system.device import resolve_dtype
-from ..system.workspace import check_harmless, check_output
+from ..system.workspace import check_harmless, check_output, check_partial
 from .estimate import Estimate, estimate
 from .inputs import inputs_of
 
@@ -39,6 +39,7 @@ def preview(options: PruneConfig, device: torch.device | None = None) -> Preview
     check_tokenizer_class(job.directory)
     if not options.resume:
         check_output(job.output, options.overwrite)
+        check_partial(job.output)
         check_harmless(job.output, inputs_of(job))
     family, config, options = job.family, job.config, job.options
     device = device or job.device

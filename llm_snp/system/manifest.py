@@ -8,13 +8,13 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..errors import CheckpointError
-from .files import digest, temporary, write_together
+from .files import digest, temporary, write_json, write_together
 
 REPORT = "report.json"
 FILES = "files"  # of a report: name -> hash of everything beside it that is part of the result
@@ -22,6 +22,7 @@ JOURNAL = ".llm_snp"  # folder of a run that goes on; in a result only until it 
 PRIVATE = ".cache/huggingface"
 MEMORY = f"{PRIVATE}/llm_snp.json"
 IGNORE = f"{PRIVATE}/.gitignore"
+WRITTEN = "written"  # in the journal: the names of what else a run has begun to write beside its shards
 LISTED = 5  # at most so many names are in an error
 # What runs of versions that kept no list have written, by name.
 EARLIER = re.compile(
@@ -142,6 +143,38 @@ def _is_own(path: Path, directory: Path, expected: str | None) -> bool:
         return expected is None or digest(path) == expected
     except OSError:
         return False
+
+
+def strays_of_partial(directory: Path) -> list[str]:
+    """The files in the directory of an unfinished run that no run wrote, by their names: it has no hashes yet."""
+    listed = {*_object(directory / JOURNAL / WRITTEN), REPORT, MEMORY, IGNORE}
+    others = []
+    for name in names_in(directory):
+        path = PurePosixPath(name)
+        names = {name, path.with_name(path.name.removeprefix(".")).as_posix()}  # under the second once it is whole
+        known = names & listed or any(EARLIER.fullmatch(one) for one in names)
+        if not known or (directory / name).is_symlink():
+            others.append(name)
+    return others
+
+
+def list_in_partial(directory: Path, names: Iterable[str]) -> None:
+    """Note the names of files that a run is about to write, for whoever clears up after it."""
+    if (directory / JOURNAL).is_dir():
+        path = directory / JOURNAL / WRITTEN
+        write_json(path, _object(path) | dict.fromkeys(names))
+
+
+def empty_partial(directory: Path) -> None:
+    """Remove what an unfinished run wrote beside its journal, and folders that are empty then."""
+    kept = set(strays_of_partial(directory))
+    for name in [*names_in(directory), REPORT, MEMORY, IGNORE]:
+        if name not in kept:
+            (directory / name).unlink(missing_ok=True)
+    for folder, _, _ in os.walk(directory, topdown=False):
+        if Path(folder) not in (directory, directory / JOURNAL):
+            with suppress(OSError):
+                os.rmdir(folder)
 
 
 def remove_own(directory: Path) -> None:

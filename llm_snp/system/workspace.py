@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 
 from ..errors import OutputError
 from .files import disk
-from .manifest import JOURNAL, REPORT, has_report, is_result, remove_own, some, strays
+from .manifest import JOURNAL, REPORT, empty_partial, has_report, is_result, remove_own, some, strays, strays_of_partial
 
 PARTIAL = ".partial"
 LOCK = "lock"
@@ -41,6 +41,7 @@ class Workspace:
         self.finished = False  # whether the result has its name
         self._overwrite = overwrite
         check_output(output, overwrite)
+        check_partial(output)
         check_harmless(output, inputs or {})
         missing = (self.directory, *self.directory.parents)
         self._made = [path for path in missing if not path.exists()]
@@ -70,7 +71,7 @@ class Workspace:
 
     def _take_over(self, resume: bool) -> None:
         """What an interrupted run left: go on with it, refuse to throw it away, or throw it away."""
-        if not self.output.exists() and _aside(self.output).exists():
+        if not self.output.exists() and is_result(_aside(self.output)):
             # That run was killed while the result was about to take the place of an earlier one.
             os.rename(_aside(self.output), self.output)
             check_output(self.output, self._overwrite)
@@ -95,12 +96,9 @@ class Workspace:
         return sum(path.stat().st_size for path in self.directory.glob("*.safetensors"))
 
     def _empty(self) -> None:
-        for path in (*self.directory.iterdir(), *self.journal.iterdir()):
-            if path in (self.journal, self.journal / LOCK, self.journal / OWNER):
-                continue
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
+        empty_partial(self.directory)
+        for path in self.journal.iterdir():
+            if path.name not in (LOCK, OWNER):
                 path.unlink()
 
     def finish(self) -> None:
@@ -132,10 +130,12 @@ class Workspace:
         self._lock.release()
 
     def discard(self) -> None:
-        """Remove everything that was written, and the directories made for it."""
-        shutil.rmtree(self.directory, ignore_errors=True)
+        """Remove everything that was written, and the directories made for it, unless there is something else in it."""
+        with suppress(OSError):
+            empty_partial(self.directory)
+        shutil.rmtree(self.journal, ignore_errors=True)
         self._lock.release()
-        for directory in self._made[1:]:
+        for directory in (self.directory, *self._made[1:]):
             with suppress(OSError):
                 directory.rmdir()
 
@@ -158,7 +158,7 @@ def check_output(output: Path, overwrite: bool) -> None:
         if os.path.ismount(resolved):
             raise OutputError(f"--output {output} is a mount point, which cannot be replaced; give a directory in it")
         partial = resolved.with_name(resolved.name + PARTIAL)
-        if partial.exists() and not (partial / JOURNAL).is_dir():
+        if os.path.lexists(partial) and not _is_ours(partial):
             raise OutputError(f"{partial} is in the way and not from llm_snp; remove it, or give another --output")
         parent = next(path for path in resolved.parents if path.exists())
         if not parent.is_dir():
@@ -175,12 +175,43 @@ def check_output(output: Path, overwrite: bool) -> None:
                 raise OutputError(f"--output {output} holds an earlier result; give another directory, or --overwrite")
         # A run that was killed within `finish` leaves one, which the next run puts back or removes.
         killed = (resolved / JOURNAL).exists() if resolved.exists() else partial.exists()
-        if not killed:
-            _check_aside(_aside(resolved))
+        aside = _aside(resolved)
+        if not killed or not (is_result(aside) or _is_empty(aside)):
+            _check_aside(aside)
+
+
+def check_partial(output: Path) -> None:
+    """Raise `OutputError` if the directory of an unfinished run, which is emptied or renamed, has more than that."""
+    resolved = output.resolve()
+    partial = resolved.with_name(resolved.name + PARTIAL)
+    if partial.is_dir() and (others := strays_of_partial(partial)):
+        raise OutputError(
+            f"{partial}, where an unfinished run is kept, has files that no run of llm_snp wrote ({some(others)}); "
+            "move them, or give another --output"
+        )
+
+
+def _is_ours(partial: Path) -> bool:
+    """Whether a run has made it: it says whose it is, or was killed before it had done so and has nothing in it.
+
+    Nothing that is opened for writing may be a link.
+    """
+    journal = partial / JOURNAL
+    if any(path.is_symlink() for path in (partial, journal, journal / LOCK, journal / OWNER)) or not partial.is_dir():
+        return False
+    if (journal / OWNER).is_file():
+        return True
+    found = [*partial.iterdir(), *(journal.iterdir() if journal.is_dir() else ())]
+    return all(path in (journal, journal / LOCK) for path in found)
+
+
+def _is_empty(directory: Path) -> bool:
+    """Whether there is nothing but folders in it."""
+    return directory.is_dir() and all(path.is_dir() and not path.is_symlink() for path in directory.rglob("*"))
 
 
 def _check_aside(aside: Path) -> None:
-    if aside.exists():
+    if os.path.lexists(aside):
         raise OutputError(f"{aside} is in the way; it may be a still earlier result: move or remove it")
 
 

@@ -11,10 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Prune, Shell
+import torch
+from conftest import BLOCKS, HIDDEN, NEURONS, Prune, Shell, weight_files
+from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
+import llm_snp
 from llm_snp.errors import CheckpointError
+from llm_snp.evaluation.speed import load_model
 from llm_snp.result.carried import CODE, Carried, check_tokenizer_class, without_code
 
 EVIL = "import pathlib\npathlib.Path(r'{mark}').touch()\n"
@@ -115,6 +119,54 @@ def test_no_code_but_ours_reaches_the_user_of_a_result(
     )
     assert done.returncode == 0, done.stderr
     assert "Evil" not in done.stdout
+    assert not (tmp_path / "mark").exists()
+
+
+@pytest.mark.parametrize("more", [["--dry-run"], ["--calibration", "self", "--measure-speed"]])
+def test_modules_of_the_working_directory_are_not_imported(dense: Path, tmp_path: Path, more: list[str]) -> None:
+    """One works in the directory of a stranger's model, where modules have the names of those that are needed."""
+    directory = Path(shutil.copytree(dense, tmp_path / "stranger"))
+    for name in ("__future__", "difflib", "numpy", "yaml", "tqdm", "torchao", "kernels", "transformers", "peft"):
+        (directory / f"{name}.py").write_text(EVIL.format(mark=tmp_path / "mark"))
+    short = ["--samples", "3", "--sequence-length", "8", "--no-evaluate", "--device", "cpu", "--quiet"]
+    words = [sys.executable, "-m", "llm_snp", ".", "--output", str(tmp_path / "out"), *short, *more]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment["PYTHONPATH"] = str(Path(llm_snp.__file__).parent.parent)
+    done = subprocess.run(words, cwd=directory, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "mark").exists()
+
+
+ADAPTER = {"peft_type": "LORA", "r": 2, "lora_alpha": 64, "target_modules": ["fc1"], "megatron_config": {"a": 1}}
+
+
+@pytest.mark.parametrize("measure", ["self", "speed"])
+def test_a_whole_model_is_that_of_the_weights_alone(
+    prune: Prune, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measure: str
+) -> None:
+    """An adapter beside the weights would be added to them, and names a module that is imported."""
+    directory = Path(shutil.copytree(dense, tmp_path / "stranger"))
+    (directory / "evil_module.py").write_text(EVIL.format(mark=tmp_path / "mark"))
+    monkeypatch.syspath_prepend(str(directory))
+    adapter = ADAPTER | {"megatron_core": "evil_module", "base_model_name_or_path": str(tmp_path / "nowhere")}
+    change(directory / "adapter_config.json", **adapter)
+    pairs = {
+        f"base_model.model.model.decoder.layers.{i}.fc1.lora_{part}.weight": torch.ones(shape)
+        for i in range(BLOCKS)
+        for part, shape in (("A", (2, HIDDEN)), ("B", (NEURONS, 2)))
+    }
+    save_file(pairs, directory / "adapter_model.safetensors")
+    change(directory / "config.json", transformers_weights="adapter_model.safetensors", fusion_config={"x": 1})
+    if measure == "self":
+        for name, model in (("out", directory), ("plain", dense)):
+            prune(model, tmp_path / name, calibration="self", samples=2)
+        found, expected = (weight_files(tmp_path / name) for name in ("out", "plain"))
+        assert {name for name in expected if found[name] != expected[name]} <= {"config.json"}
+    else:
+        tensors = load_model(directory, torch.device("cpu"), torch.float32).state_dict()
+        same = load_model(dense, torch.device("cpu"), torch.float32).state_dict()
+        assert tensors.keys() == same.keys()
+        assert all(torch.equal(tensors[name], same[name]) for name in same)
     assert not (tmp_path / "mark").exists()
 
 

@@ -1,0 +1,42 @@
+"""A whole model, for what needs one: text that it writes itself, timing, tasks of lm-evaluation-harness."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME
+
+from ..errors import SnpError
+from ..system.libraries import ONE_AT_A_TIME, explained
+from .checkpoint import weight_files
+from .skeleton import computing
+
+# Fields of a config by which transformers would take other weights than those that are pruned, or build another model.
+ELSEWHERE = ("transformers_weights", "fusion_config", "distributed_config", "kernel_config")
+SETTINGS = "generation_config.json"
+
+
+def whole_model(directory: Path, config: Any, dtype: torch.dtype | None, sentence: Callable[[str], SnpError]) -> Any:
+    """A whole causal language model on the host, of the weights that pruning reads and of nothing else.
+
+    transformers looks for more in a model's directory: adapters, which it would add to the model (and import what they
+    name), weights under other names, code. So it sees a directory with links to the weights only. Classes that llm_snp
+    registers are known. dtype: to load in; None for the type of the file. Raises `CheckpointError` if there are no
+    weights, and `sentence` of the reason if they do not load.
+    """
+    config = computing(config)
+    for name in ELSEWHERE:
+        config.__dict__.pop(name, None)
+    # The name of the argument before transformers 4.56.
+    options = {} if dtype is None else {"dtype" if hasattr(config, "dtype") else "torch_dtype": dtype}
+    names = [*weight_files(directory), SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME, SETTINGS]
+    with tempfile.TemporaryDirectory(prefix="llm-snp-") as folder, explained(sentence), ONE_AT_A_TIME:
+        for name in names:
+            if (directory / name).is_file():
+                Path(folder, name).symlink_to((directory / name).resolve())
+        return AutoModelForCausalLM.from_pretrained(folder, config=config, trust_remote_code=False, **options)
