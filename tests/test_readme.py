@@ -264,8 +264,9 @@ def test_every_flag_they_name_exists(capsys: pytest.CaptureFixture[str]) -> None
         with pytest.raises(SystemExit):
             main([*command, "--help"])
         known |= set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out))
-    # Of torchrun, accelerate and the benchmarks.
+    # Of torchrun, accelerate, the benchmarks and vLLM.
     others = {"--nproc-per-node", "--multi", "--cpu", "--runs", "--max-windows", "--json"}
+    others |= {"--trust-remote-code", "--model-impl"}
     for page in PAGES:
         named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text_of(page)))
         assert named <= known | others, (page, named - known - others)

@@ -16,6 +16,11 @@ from torch import Tensor
 
 from ..errors import OptionError
 
+# A plan for all blocks that takes heads has to promise so much less loss than one that leaves them. What taking many at
+# once costs is estimated too low: at 30 % of llama-wiki-1m half of the heads were to lose 6 % less than neurons alone,
+# and the perplexity was 3 % higher; at 50 % they were to lose 34 % less, and it was lower.
+MARGIN = 0.1
+
 
 @dataclass(frozen=True)
 class SiteCurve:
@@ -172,7 +177,8 @@ def allocate_alike(name: str, curves: Sequence[SiteCurve], budget: float) -> lis
     """As `allocate`, with the same counts in every block: those of the first block's sites are returned.
 
     There are few such plans: for `loss` each is looked at, with the last site giving what the others leave, to half a
-    step of it. Where no plan comes as near, and for other allocations, `allocate` decides.
+    step of it, and the least loss is taken (see `MARGIN`). Where no plan comes as near, and for other allocations,
+    `allocate` decides.
     """
     *others, last = merged = alike(curves)
     if name != "loss":
@@ -185,5 +191,6 @@ def allocate_alike(name: str, curves: Sequence[SiteCurve], budget: float) -> lis
         if abs(count - wanted) <= last.multiple / 2:
             counts = [*kept, count]
             losses = (curve.loss[k].item() for curve, k in zip(merged, counts, strict=True) if curve.loss is not None)
-            plans.append((sum(losses), counts))
+            whole = all(k == curve.units for curve, k in zip(others, kept, strict=True))
+            plans.append((sum(losses) * (1 - MARGIN if whole else 1), counts))
     return min(plans)[1] if plans else allocate(name, merged, budget)

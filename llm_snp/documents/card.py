@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,9 @@ from .shareable import CORPORA, hub_id, shareable, texts_of
 TAGS = ("llm_snp", "pruned", "structured-pruning")
 CARRIED = ("license", "license_name", "license_link", "language")  # from the dense model's card, as they are
 TASK = "text-generation"
+# Model types whose attention vLLM cannot run where blocks have widths of their own; those of which llama.cpp takes
+# other heads and neurons in every block; and those of which vLLM's own class reads no width of a head.
+NOT_IN_VLLM, BLOCKWISE_IN_GGUF, NO_HEAD_WIDTH = ("falcon", "gpt2"), ("llama", "mistral", "qwen2"), ("qwen2",)
 PLOT = re.compile(r"^!\[(.*)\]\((plots/[^)]+)\)$", re.MULTILINE)
 
 
@@ -30,6 +34,7 @@ def model_card(report: dict[str, Any], name: str | None = None, plots: Sequence[
         f"# {title}",
         _summary(report),
         _how_to_load(report, name),
+        _how_to_serve(report, name),
         _perplexity(report),
         _harness(report),
         _speed(report),
@@ -127,6 +132,26 @@ tokenizer = AutoTokenizer.from_pretrained("{name}"{trust})
 ```
 
 {why}"""
+
+
+def _how_to_serve(report: dict[str, Any], name: str) -> str:
+    """The engines that can load it, with what to type."""
+    kind, own = report["model"]["type"], report["model"].get("custom_code", True)
+    sites = (site for block in report["blocks"] for site in block.values() if isinstance(site, dict))
+    fewer = {site["unit"] for site in sites if site["kept"] < site["units"]}
+    backend = own or (kind in NO_HEAD_WIDTH and "heads" in fewer)
+    quoted, file = shlex.quote(name), shlex.quote(name.rstrip("/").rsplit("/", 1)[-1] + ".gguf")
+    rows = []
+    if not (own and kind in NOT_IN_VLLM):
+        flags = " --trust-remote-code" * own + " --model-impl transformers" * backend
+        rows.append(("vLLM", f"`vllm serve {quoted}{flags}`"))
+    if kind in BLOCKWISE_IN_GGUF and fewer <= {"heads", "neurons"}:
+        rows.append(("llama.cpp", f"`python -m llm_snp export {quoted} --gguf {file}`, then `llama-server -m {file}`"))
+    if not rows:
+        return ""
+    sizes = " vLLM needs heads of a size that its attention kernels have: multiples of 8 on GPUs." if own else ""
+    table = _table(("engine", "command"), rows)
+    return f"## Serve it\n\n{table}\n\nThat follows from its shapes; this run started none of them.{sizes}"
 
 
 def _perplexity(report: dict[str, Any]) -> str:
@@ -231,7 +256,7 @@ def _limits(report: dict[str, Any], metadata: ModelCardData) -> str:
     ]
     if model.get("custom_code", True):
         limits.insert(
-            1, "It needs code of its own (`modeling_snp.py`): tools that know stock models only cannot load it."
+            1, "It has code of its own (`modeling_snp.py`): tools that know stock models only cannot load it as it is."
         )
     return f"## Limits{_listed(limits)}"
 

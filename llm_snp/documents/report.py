@@ -33,6 +33,9 @@ FORMAT = 1
 CURVE_POINTS = 33
 LIBRARIES = ("torch", "transformers", "accelerate", "safetensors", "huggingface_hub", "datasets", "tokenizers")
 
+# Columns that a quantised tensor of llama.cpp has in a group, at least; k-quants have 256.
+PACKED = 32
+
 
 class Report:
     """Collects `data`, a JSON-ready dict, while a run goes on."""
@@ -114,6 +117,11 @@ class Report:
             self.note(
                 f"--round-to {options.round_to} allows {plan.achieved:.2%} of the block parameters to go, "
                 f"{options.sparsity:.2%} was asked"
+            )
+        if options.format == "blockwise" and any(kept.get("neurons", 0) % PACKED for kept in plan.kept):
+            self.note(
+                f"not every block has a multiple of {PACKED} neurons: llama.cpp leaves such layers in 16 bits when it "
+                f"quantises; --round-to {PACKED} makes them fit, and --round-to 256 for k-quants"
             )
 
     def block(self, index: int, losses: BlockLoss) -> None:

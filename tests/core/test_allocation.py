@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llm_snp.core.allocation import ALLOCATIONS, SiteCurve, allocate, allocate_alike
+from llm_snp.core.allocation import ALLOCATIONS, MARGIN, SiteCurve, allocate, allocate_alike
 from llm_snp.errors import OptionError
 
 
@@ -312,7 +312,7 @@ def test_alike_in_every_block_is_the_best_such_plan(seed: int) -> None:
     found = allocate_alike("loss", curves, budget)
     step = blocks * costs[1]
     possible = {
-        kept: total_loss(curves, [*kept] * blocks)
+        kept: total_loss(curves, [*kept] * blocks) * (1 - MARGIN if kept[0] == heads else 1)
         for kept in itertools.product(range(1, heads + 1), range(1, neurons + 1))
         if abs(removed(curves, [*kept] * blocks) - budget) <= step / 2
     }

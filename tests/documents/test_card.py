@@ -221,6 +221,34 @@ def test_how_to_load(report: dict[str, Any]) -> None:
     assert "modeling_snp.py" not in card
 
 
+VLLM, OWN = "`vllm serve tiny-snp-30", " --trust-remote-code --model-impl transformers`"
+LLAMA_CPP = "`python -m llm_snp export tiny-snp-30 --gguf tiny-snp-30.gguf`, then `llama-server -m tiny-snp-30.gguf`"
+
+
+@pytest.mark.parametrize(
+    ("kind", "own", "unit", "expected"),
+    [
+        ("opt", True, "dims", {"vLLM": VLLM + OWN}),
+        ("opt", False, "neurons", {"vLLM": VLLM + "`"}),
+        ("llama", True, "heads", {"vLLM": VLLM + OWN, "llama.cpp": LLAMA_CPP}),
+        ("llama", True, "queries", {"vLLM": VLLM + OWN}),
+        ("llama", False, "heads", {"vLLM": VLLM + "`", "llama.cpp": LLAMA_CPP}),
+        ("qwen2", False, "heads", {"vLLM": VLLM + " --model-impl transformers`", "llama.cpp": LLAMA_CPP}),
+        ("falcon", False, "neurons", {"vLLM": VLLM + "`"}),
+        ("falcon", True, "heads", {}),
+        ("gpt2", True, "heads", {}),
+    ],
+)
+def test_how_to_serve(report: dict[str, Any], kind: str, own: bool, unit: str, expected: dict[str, str]) -> None:
+    report["model"] |= {"type": kind, "custom_code": own}
+    for block in report["blocks"]:
+        block["attention"] = {"kept": 1, "units": 4, "unit": unit}
+    card = model_card(report)
+    assert ("\n## Serve it\n" in card) == bool(expected)
+    if expected:
+        assert dict(section(card, "Serve it")) == expected
+
+
 def test_plots(report: dict[str, Any]) -> None:
     plots = [("What is kept", "plots/kept.png"), ("Error (log)", "plots/error.png")]
     card = model_card(report, plots=plots)
