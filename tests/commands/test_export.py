@@ -187,7 +187,7 @@ sys.exit(main(["export", *sys.argv[1:]]))
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_one_that_is_killed_leaves_no_file_of_that_name(number: int, own: Path, shell: Shell) -> None:
     command = [sys.executable, "-c", SLOW, str(own), "--gguf", "out.gguf"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
