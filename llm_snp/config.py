@@ -28,6 +28,7 @@ ATTENTION_MODES = ("heads", "queries", "dims", "both", "none")
 FORMATS = ("auto", "blockwise", "stock")
 SENSITIVITIES = ("relative", "scalar", "fisher")
 DEVICES = ("auto", "cpu", "cuda")
+GGUF_TYPES = ("f16", "bf16", "f32", "q8_0")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # What is timed unless it is asked for otherwise: tokens of the prefill, tokens to decode, measurements of each.
 PROMPT, NEW, RUNS = 512, 64, 5

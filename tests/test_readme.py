@@ -10,13 +10,16 @@ import shlex
 import shutil
 import subprocess
 import sys
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 import pytest
 import yaml
 from conftest import copy_tokenizer, paragraphs, save, tiny_opt
 from hub_server import USER, HubServer
+from llama_cpp import ask
 from test_architecture import ROOMS
+from tiny_models import save_tiny
 
 from llm_snp.cli import main
 from llm_snp.dense import readers
@@ -44,7 +47,7 @@ MORE = {
     "quality.py": ["--samples", "8", "--rows", "^best$", "--sparsity", "0.3"],
     "elimination.py": ["--units", "64"],
 }
-COMMAND = re.compile(r"(python|make|torchrun|pip) ")
+COMMAND = re.compile(r"(python|make|torchrun|pip|llama-completion) ")
 
 pytestmark = pytest.mark.documents
 
@@ -70,6 +73,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / "facebook").mkdir(exist_ok=True)
         save(tiny_opt(), folder / "facebook" / name)
         copy_tokenizer(folder / "facebook" / name)
+    save_tiny("llama", folder / "meta-llama" / "Llama-3.2-1B")
     (folder / "text.txt").write_text("\n\n".join(paragraphs(300, seed=1)))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -81,7 +85,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hub: HubServer, models: Path) -> HubServer:
     """A directory with the models and the text, texts for those of the Hub, and a Hub."""
-    shutil.copytree(models / "facebook", tmp_path / "facebook")
+    for owner in ("facebook", "meta-llama"):
+        shutil.copytree(models / owner, tmp_path / owner)
     shutil.copy(models / "text.txt", tmp_path)
     for corpus in ("wikitext2", "c4"):
         text = lambda purpose, corpus=corpus: iter(paragraphs(100, seed=len(corpus + purpose)))  # noqa: E731
@@ -109,12 +114,18 @@ def run(line: str) -> None:
     elif program == "torchrun":
         torchrun = [str(Path(sys.executable).with_name("torchrun")), *arguments, *SHORTER["prune"]]
         subprocess.run([*torchrun, "--calibration", "text.txt", "--no-evaluate"], check=True, capture_output=True)
+    elif program == "llama-completion":  # by its wheel, where that is installed
+        assert arguments[::2] == ["-m", "-p", "-n"], line
+        if PathFinder.find_spec("xllamacpp") is not None:
+            (ids,) = ask(Path(arguments[1]), ["tokenize", arguments[3]])
+            (new,) = ask(Path(arguments[1]), ["greedy", ids.tolist(), int(arguments[5])])
+            assert new.shape == (int(arguments[5]),)
     elif arguments[:2] == ["-m", "pytest"]:
         path, words = arguments[2], arguments[4:]
         assert arguments[3] == "-k", line
         assert re.search(rf"def test_\w*{words[0]}", text_of(path)), line
     elif arguments[:2] == ["-m", "llm_snp"]:
-        name = arguments[2] if arguments[2] in ("push", "report", "bench") else "prune"
+        name = arguments[2] if arguments[2] in ("push", "report", "bench", "export") else "prune"
         assert main([*arguments[2:], *SHORTER.get(name, [])]) == 0, line
     else:
         assert program == "python", line
@@ -157,7 +168,17 @@ def test_what_the_pages_are_for_is_among_the_commands() -> None:
     for page, least in {"README.md": 5, "docs/using.md": 7, "docs/scale.md": 3, "docs/formats.md": 1}.items():
         assert len(commands_of(page)) >= least, page
     everything = "\n".join(line for page in PAGES for line in commands_of(page))
-    for command in ("push ", "report ", "bench ", "--resume", "--dry-run", "torchrun", "harness:", "quality.py"):
+    for command in (
+        "export ",
+        "push ",
+        "report ",
+        "bench ",
+        "--resume",
+        "--dry-run",
+        "torchrun",
+        "harness:",
+        "quality.py",
+    ):
         assert command in everything, command
 
 
@@ -260,7 +281,7 @@ def test_links_lead_somewhere(page: str) -> None:
 
 def test_every_flag_they_name_exists(capsys: pytest.CaptureFixture[str]) -> None:
     known = set()
-    for command in ((), ("push",), ("report",), ("bench",)):
+    for command in ((), ("push",), ("report",), ("bench",), ("export",)):
         with pytest.raises(SystemExit):
             main([*command, "--help"])
         known |= set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out))

@@ -16,6 +16,7 @@ from ..errors import UnsupportedModelError
 from ..modeling.rotary import turn
 from .attention import ATTENTION, FREE, PAIRS, SCORES, WHOLE, Attention
 from .base import Family
+from .gguf import GGUF, Gguf, Heads, Positions, heads_of, positions_of
 from .llama_like import LLAMA_LIKE
 from .sites import MLP, Rows, Site, linear
 
@@ -23,16 +24,22 @@ __all__ = [
     "ATTENTION",
     "FAMILIES",
     "FREE",
+    "GGUF",
     "MLP",
     "PAIRS",
     "SCORES",
     "WHOLE",
     "Attention",
     "Family",
+    "Gguf",
+    "Heads",
+    "Positions",
     "Rows",
     "Site",
     "family_of",
+    "heads_of",
     "linear",
+    "positions_of",
     "turn",
 ]
 

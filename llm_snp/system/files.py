@@ -125,6 +125,14 @@ def disk(path: Path) -> Iterator[None]:
         raise OutputError(f"{path} cannot be written: {reason}; give another directory") from error
 
 
+@contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """For what somebody else writes: the name to write under. At the end it becomes `path`, after an error it goes."""
+    with disk(path), _temporary(path) as aside:
+        yield aside
+        _settle(aside, path)
+
+
 def temporary(path: AnyPath) -> AnyPath:
     """The name that a file has until it is whole."""
     return path.with_name(f".{path.name}")

@@ -1,0 +1,76 @@
+"""`python -m llm_snp export DIR --gguf FILE`: a result as a file for llama.cpp and what stands on it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+from importlib.util import find_spec
+from pathlib import Path
+
+from ..config import GGUF_TYPES
+from ..errors import CheckpointError, OptionError, choose
+from ..system.manifest import is_result, manifest
+
+HELP = "write a result as a GGUF file, for llama.cpp, Ollama and LM Studio"
+
+
+def add_arguments(p: argparse.ArgumentParser) -> None:
+    p.add_argument("directory", metavar="DIR", type=Path, help="the result of a run, perhaps trained on since")
+    p.add_argument("--gguf", metavar="FILE", type=Path, help="the file to write, FILE.gguf")
+    p.add_argument(
+        "--type",
+        default="f16",
+        metavar="TYPE",
+        help=f"of the weights: {', '.join(GGUF_TYPES)} (default: f16); smaller ones llama-quantize makes of the file",
+    )
+    p.add_argument(
+        "--tokenizer-from",
+        metavar="DENSE.gguf",
+        type=Path,
+        help="take the tokenizer of this file as it is, that of the dense model, instead of the one in DIR",
+    )
+    p.add_argument("--overwrite", action="store_true", help="replace FILE if it is there")
+    p.add_argument("--quiet", action="store_true", help="no progress on standard error")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise `SnpError` for what can be told without reading a weight."""
+    from ..dense.hub import find
+
+    if args.gguf is None:
+        raise OptionError("export needs --gguf FILE, the file to write")
+    choose(args.type, GGUF_TYPES, "--type")
+    if not os.path.isdir(args.directory):
+        found = "is a file" if os.path.exists(args.directory) else "does not exist"
+        raise CheckpointError(f"{args.directory} {found}; give the directory that a run of llm_snp has written")
+    find(f"{args.directory.absolute()}")
+    if not args.gguf.name or os.path.isdir(args.gguf):
+        raise OptionError(f"--gguf {args.gguf} is a directory; give the name of a file")
+    if not os.path.isdir(args.gguf.parent):
+        raise OptionError(f"--gguf {args.gguf}: there is no directory {args.gguf.parent}; make it first")
+    if os.path.lexists(args.gguf) and not args.overwrite:
+        raise OptionError(f"--gguf {args.gguf} exists; give another name, or --overwrite")
+    if is_result(args.gguf.parent) and args.gguf.name in manifest(args.gguf.parent):
+        raise OptionError(f"--gguf {args.gguf} is part of a result; give another name")
+    if args.tokenizer_from is not None and not os.path.isfile(args.tokenizer_from):
+        raise OptionError(f"--tokenizer-from {args.tokenizer_from} is no file; give the GGUF file of the dense model")
+    if args.tokenizer_from is not None and os.path.lexists(args.gguf) and args.tokenizer_from.samefile(args.gguf):
+        raise OptionError("--tokenizer-from and --gguf are the same file; give another name to one")
+    if find_spec("gguf") is None:
+        raise OptionError("export needs the package gguf; install it with `pip install gguf`")
+
+
+def main(args: argparse.Namespace) -> None:
+    """Write the file, and print what it is and what to do with it. Raises `SnpError`."""
+    from ..result.gguf.writing import export
+    from ..system.progress import Progress
+
+    written = export(args.directory, args.gguf, args.type, args.tokenizer_from, Progress(args.quiet))
+    file = shlex.quote(str(args.gguf))
+    size = args.gguf.stat().st_size / 1e6
+    print(f"written  {args.gguf}, {size:,.1f} MB, weights in {args.type}, as llama.cpp's {written.architecture.name}")
+    if written.context < written.positions.context:
+        print(f"context  {written.context} tokens, one window of the model: llama.cpp knows no windows in this one")
+    print(f"run it   llama-completion -m {file} -p 'The city of'")
+    print(f"serve    llama-server -m {file}")

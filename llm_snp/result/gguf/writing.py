@@ -1,0 +1,222 @@
+"""The file itself: metadata in front, then tensor by tensor; it is there whole or not at all."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, RopeScalingType
+
+from ...config import GGUF_TYPES
+from ...dense.checkpoint import Checkpoint
+from ...dense.hub import load_config
+from ...dense.skeleton import Skeleton
+from ...documents.shareable import hub_id, shareable
+from ...documents.writing import read_report
+from ...errors import CheckpointError, DiskFullError, UnsupportedModelError
+from ...families import FAMILIES, Family
+from ...system.files import disk, written_aside
+from ...system.manifest import changed, has_report, manifest, some
+from ...system.progress import Progress
+from ...version import __version__
+from .layout import Layout, Output, layout
+from .tokens import add_tokenizer, copy_tokenizer
+
+TYPES = {name: GGMLQuantizationType[name.upper()] for name in GGUF_TYPES}
+FILE_TYPES = {name: LlamaFileType["ALL_F32" if name == "f32" else f"MOSTLY_{name.upper()}"] for name in GGUF_TYPES}
+LARGEST = {GGMLQuantizationType.F16: float(np.finfo(np.float16).max)}
+# Read position by position, or once: what the engine has in 32 bits whatever the others have.
+ALWAYS_F32 = ("position_embd.weight",)
+SCALINGS = {"linear": RopeScalingType.LINEAR, "yarn": RopeScalingType.YARN}
+
+
+def export(directory: Path, path: Path, kind: str, tokenizer_from: Path | None, progress: Progress) -> Layout:
+    """Write the result in `directory` as the GGUF file `path`, over one that is there, with weights of type `kind`.
+
+    One tensor is in memory at a time. The file has another name until it is whole. Raises `CheckpointError` for a
+    directory that is no result or is damaged, `UnsupportedModelError` for what llama.cpp cannot have, `OptionError` for
+    a tokenizer that cannot be taken over, and `OutputError` if the disk does not take it.
+    """
+    report = read_report(directory) if has_report(directory) else None
+    config = load_config(directory)
+    family = _family(directory, config, report is not None)
+    if report is not None:
+        _check_files(directory, report)
+    skeleton = _skeleton(directory, family, config)
+    arranged = layout(family, config, skeleton)
+    writer = GGUFWriter(None, arranged.architecture.name)
+    add_facts(writer, directory, report, kind)
+    add_fields(writer, arranged)
+    if tokenizer_from is None:
+        tokens = add_tokenizer(writer, directory, arranged.vocabulary)
+    else:
+        tokens = copy_tokenizer(writer, tokenizer_from, arranged.vocabulary)
+    if absent := [text for text in arranged.architecture.tokens if text not in tokens]:
+        raise UnsupportedModelError(
+            f"llama.cpp loads models of {arranged.architecture.name} with the token {absent[0]!r} only, which the "
+            "tokenizer of this one does not have"
+        )
+    size = 0
+    for output in arranged.outputs:
+        stored, count = _stored(output, TYPES[kind])
+        writer.add_tensor_info(output.name, output.shape, np.dtype(np.float32), count, stored)
+        size += count
+    _check_room(path, size)
+    with (
+        written_aside(path) as aside,
+        closing(writer),
+        progress.phase("export", len(arranged.outputs), unit="tensor") as step,
+    ):
+        writer.write_header_to_file(aside)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for output in arranged.outputs:
+            writer.write_tensor_data(_data(output, skeleton.checkpoint, TYPES[kind]))
+            step()
+    return arranged
+
+
+def _family(directory: Path, config: Any, reported: bool) -> Family:
+    """Of a result, or of one that was trained on and saved elsewhere, which has no report."""
+    for family in FAMILIES.values():
+        if config.model_type == family.pruned_model_type or (reported and config.model_type == family.model_type):
+            return family
+    raise CheckpointError(
+        f"{directory} has no report.json and its model is not a pruned one ({config.model_type}); give the directory "
+        "that a run of llm_snp has written (for any other model llama.cpp has convert_hf_to_gguf.py)"
+    )
+
+
+def _check_files(directory: Path, report: dict[str, Any]) -> None:
+    """Raise `CheckpointError` if weights or config are not as they were written."""
+    files = manifest(directory, report)
+    missing, other = changed(directory, {name: files[name] for name in files if name.endswith(".safetensors")})
+    wrong = [f"{some(names)} {what}" for names, what in ((missing, "missing"), (other, "changed")) if names]
+    if wrong:
+        raise CheckpointError(
+            f"{directory} is not as it was written: {', '.join(wrong)}; restore that, or prune again (a model that was "
+            "trained on belongs into a directory of its own, without report.json)"
+        )
+
+
+def _skeleton(directory: Path, family: Family, config: Any) -> Skeleton:
+    checkpoint = Checkpoint(directory, family.renames)
+    return Skeleton(config, family.blocks, checkpoint, torch.device("cpu"), torch.float32)
+
+
+def add_facts(writer: GGUFWriter, directory: Path, report: dict[str, Any] | None, kind: str) -> None:
+    """What the file is, for people and for the programs that list models."""
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_file_type(FILE_TYPES[kind])
+    if report is None:
+        writer.add_name(directory.resolve().name)
+        return
+    report = shareable(report)
+    model, sparsity = report["model"], report["sparsity"]
+    writer.add_name(Path(report["output"]).name)
+    writer.add_description(
+        f"{model['name']} with {sparsity['achieved']:.2%} of its blocks' linear parameters removed, by llm_snp "
+        f"{__version__}"
+    )
+    writer.add_float32("llm_snp.sparsity", sparsity["achieved"])
+    writer.add_base_model_count(1)
+    writer.add_base_model_name(0, Path(model["name"]).name)
+    if known := hub_id(model):
+        writer.add_base_model_organization(0, known.rpartition("/")[0])
+        writer.add_base_model_repo_url(0, f"https://huggingface.co/{known}")
+    card = model.get("card") or {}
+    for name, add in (("license", "license"), ("license_name", "license_name"), ("license_link", "license_link")):
+        if isinstance(found := card.get(name), str):
+            getattr(writer, f"add_{add}")(found)
+    writer.add_tags(["llm_snp", "pruned", "text-generation"])
+    languages = card.get("language") or []
+    if languages:
+        writer.add_languages([languages] if isinstance(languages, str) else languages)
+
+
+def add_fields(writer: GGUFWriter, of: Layout) -> None:
+    """Sizes, positions, and what else the architecture asks of a config."""
+    row, config, positions = of.architecture, of.config, of.positions
+
+    def counts(values: tuple[int, ...]) -> int | list[int]:
+        return list(values) if row.blockwise else values[0]
+
+    writer.add_block_count(len(of.neurons))
+    writer.add_context_length(of.context)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(counts(of.neurons))
+    writer.add_head_count(counts(of.queries))
+    writer.add_head_count_kv(counts(of.keys))
+    writer.add_key_length(of.heads.width)
+    writer.add_value_length(of.heads.width)
+    writer.add_vocab_size(of.vocabulary)
+    for name, source in row.fields.items():
+        if (value := getattr(config, source, None)) is not None:
+            getattr(writer, f"add_{name}")(value)
+    for name, value in row.constants.items():
+        getattr(writer, f"add_{name}")(value)
+    if row.period is not None and positions.window is not None:
+        writer.add_sliding_window(positions.window)
+        writer.add_sliding_window_pattern(row.period)
+        writer.add_rope_freq_base_swa(positions.local)
+    if row.rotary != "none":
+        writer.add_rope_dimension_count(of.rotary)
+        writer.add_rope_freq_base(positions.base)
+        _add_scaling(writer, positions.scaling)
+
+
+def _add_scaling(writer: GGUFWriter, scaling: Any) -> None:
+    kind = SCALINGS.get(scaling["rope_type"])
+    if kind is None:  # the factors of Llama 3.1 are a tensor
+        return
+    writer.add_rope_scaling_type(kind)
+    writer.add_rope_scaling_factor(scaling["factor"])
+    adders: dict[str, Callable[[Any], None]] = {
+        "original_max_position_embeddings": writer.add_rope_scaling_orig_ctx_len,
+        "beta_fast": writer.add_rope_scaling_yarn_beta_fast,
+        "beta_slow": writer.add_rope_scaling_yarn_beta_slow,
+    }
+    for name, add in adders.items():
+        if scaling.get(name) is not None:
+            add(scaling[name])
+
+
+def _stored(output: Output, wanted: GGMLQuantizationType) -> tuple[GGMLQuantizationType, int]:
+    """The type a tensor gets, and its bytes: 32 bits for what is no matrix, 16 for rows that groups do not divide."""
+    if len(output.shape) < 2 or output.name in ALWAYS_F32:
+        wanted = GGMLQuantizationType.F32
+    group, size = gguf.GGML_QUANT_SIZES[wanted]
+    if output.shape[-1] % group:
+        wanted = GGMLQuantizationType.F16
+        group, size = gguf.GGML_QUANT_SIZES[wanted]
+    return wanted, int(np.prod(output.shape)) // group * size
+
+
+def _data(output: Output, checkpoint: Checkpoint, wanted: GGMLQuantizationType) -> Any:
+    """A tensor's bytes. Raises `UnsupportedModelError` for numbers that its type does not reach."""
+    read = dict(checkpoint.tensors(output.sources))
+    values = output.make([read[name] for name in output.sources]).float().contiguous().numpy()
+    stored, _ = _stored(output, wanted)
+    if (largest := float(np.abs(values).max(initial=0))) > LARGEST.get(stored, np.inf):
+        raise UnsupportedModelError(
+            f"{output.name} has numbers up to {largest:.0f}, and 16-bit floats end at 65504; give --type bf16"
+        )
+    return gguf.quants.quantize(values, stored)
+
+
+def _check_room(path: Path, size: int) -> None:
+    """Raise `DiskFullError` before anything is written, if that is plain to see."""
+    with disk(path):
+        free = shutil.disk_usage(path.parent).free
+    if size > free:
+        raise DiskFullError(
+            f"{path} needs {size / 1e9:.1f} GB, and its disk has {free / 1e9:.1f} left; free some space or give "
+            "another directory"
+        )
