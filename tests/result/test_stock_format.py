@@ -129,6 +129,14 @@ def test_blockwise_removes_whole_heads_and_neurons(prune: Prune, dense: Path, tm
         assert set(kept) == {"heads", "neurons"}
         assert widths["head_dim"] == HIDDEN // HEADS
     assert len({str(kept) for kept in report["plan"]["kept"]}) > 1
+    odd = any(kept["neurons"] % 32 for kept in report["plan"]["kept"])
+    assert any("--round-to 32" in note for note in report["notes"]) == odd
+
+
+def test_round_blockwise_widths_need_no_advice(prune: Prune, dense: Path, tmp_path: Path) -> None:
+    report = prune(dense, tmp_path / "out", 0.4, format="blockwise", round_to=32)
+    assert not any(kept["neurons"] % 32 for kept in report["plan"]["kept"])
+    assert not any("llama.cpp" in note for note in report["notes"])
 
 
 @pytest.mark.parametrize("mode", ["dims", "both", "queries"])
