@@ -65,7 +65,12 @@ class Gguf:
 
 LLAMA_ROPE = ("default", "linear", "yarn", "llama3")
 GEMMA: dict[str, Any] = {"norm_offset": 1.0, "fields": RMS}
-GEMMA_ACT = {"hidden_activation": (*TANH, None), "tie_word_embeddings": (True,), "attention_bias": (False, None)}
+GEMMA_ACT = {
+    "hidden_activation": (*TANH, None),
+    "hidden_act": (*TANH, "gelu", None),  # the first Gemma's; what it means by "gelu" is the approximation
+    "tie_word_embeddings": (True,),
+    "attention_bias": (False, None),
+}
 NO_BIAS = {"attention_bias": (False, None), "mlp_bias": (False, None)}
 
 DECI = Gguf("deci", blockwise=True, interleaved=True, takes=SILU, fields=RMS, scalings=LLAMA_ROPE)
