@@ -227,8 +227,8 @@ class Positions:
 def positions_of(config: Any) -> Positions:
     found = getattr(config, "rope_parameters", None) or {}  # from transformers 5 on
     everywhere, local = found.get("full_attention", found), found.get("sliding_attention", found)
-    scaling = {key: value for key, value in everywhere.items() if key != "rope_theta"}
-    scaling |= getattr(config, "rope_scaling", None) or {} if not found else {}
+    scaling = dict(everywhere if found else getattr(config, "rope_scaling", None) or {})
+    scaling.pop("rope_theta", None)
     base = everywhere.get("rope_theta") or getattr(config, "rope_theta", None)
     base = base or getattr(config, "rotary_emb_base", None) or 10000.0
     share = scaling.pop("partial_rotary_factor", None) or getattr(config, "partial_rotary_factor", None)
