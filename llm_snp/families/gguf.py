@@ -65,7 +65,12 @@ class Gguf:
 
 LLAMA_ROPE = ("default", "linear", "yarn", "llama3")
 GEMMA: dict[str, Any] = {"norm_offset": 1.0, "fields": RMS}
-GEMMA_ACT = {"hidden_activation": (*TANH, None), "tie_word_embeddings": (True,), "attention_bias": (False, None)}
+GEMMA_ACT = {
+    "hidden_activation": (*TANH, None),
+    "hidden_act": (*TANH, "gelu", None),  # the first Gemma's; what it means by "gelu" is the approximation
+    "tie_word_embeddings": (True,),
+    "attention_bias": (False, None),
+}
 NO_BIAS = {"attention_bias": (False, None), "mlp_bias": (False, None)}
 
 DECI = Gguf("deci", blockwise=True, interleaved=True, takes=SILU, fields=RMS, scalings=LLAMA_ROPE)
@@ -222,8 +227,8 @@ class Positions:
 def positions_of(config: Any) -> Positions:
     found = getattr(config, "rope_parameters", None) or {}  # from transformers 5 on
     everywhere, local = found.get("full_attention", found), found.get("sliding_attention", found)
-    scaling = {key: value for key, value in everywhere.items() if key != "rope_theta"}
-    scaling |= getattr(config, "rope_scaling", None) or {} if not found else {}
+    scaling = dict(everywhere if found else getattr(config, "rope_scaling", None) or {})
+    scaling.pop("rope_theta", None)
     base = everywhere.get("rope_theta") or getattr(config, "rope_theta", None)
     base = base or getattr(config, "rotary_emb_base", None) or 10000.0
     share = scaling.pop("partial_rotary_factor", None) or getattr(config, "partial_rotary_factor", None)

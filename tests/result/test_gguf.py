@@ -85,6 +85,8 @@ def test_widths_of_their_own(
 ) -> None:
     if name not in KNOWN:
         pytest.skip("this transformers does not have it")
+    if YARN in fields.values() and "rope_scaling" in fields:
+        pytest.skip("before transformers 5 it took the stretched length for the one it was stretched from")
     compare(save_pruned(name, kept, tmp_path / "model", **fields), tmp_path / "model", architecture, EXACT)
 
 
@@ -151,6 +153,7 @@ def refusal(name: str, kept: list[dict[str, int]], directory: Path, **fields: An
         ("gemma3", same(neurons=33), {}, ("its gemma3 has windows in all blocks but every 6th",)),
         ("gemma2", same(neurons=33), {"query_pre_attn_scalar": 16}, ("query_pre_attn_scalar 8, not 16",)),
         ("llama", same(neurons=33), {"hidden_act": "relu"}, ("takes hidden_act 'silu', not 'relu'",)),
+        ("gemma", same(neurons=33), {"hidden_act": "relu"}, ("takes hidden_act 'gelu_new', not 'relu'",)),
         ("qwen2", same(neurons=33), rope({"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}), ("'dynamic'",)),
         ("phi3", same(neurons=33), {}, ("with the token '<|endoftext|>' only",)),
     ],

@@ -114,8 +114,10 @@ def _split(step: Mapping[str, Any]) -> str | None:
     return step["pattern"].get("Regex", "?") if isolated else "?"
 
 
-def _sentencepiece(normalizers: Sequence[Mapping[str, Any]], steps: Sequence[Mapping[str, Any]]) -> Any:
-    """Of a SentencePiece model, as Llama 2, Mistral and Gemma have it."""
+def _sentencepiece(
+    normalizers: Sequence[Mapping[str, Any]], steps: Sequence[Mapping[str, Any]]
+) -> tuple[str | None, str, bool]:
+    """The same of a SentencePiece model, as Llama 2, Mistral and Gemma have it."""
     spaces = [one for one in normalizers if one["type"] == "Replace" and one["content"] == SPACE]
     front = [one for one in normalizers if one["type"] == "Prepend" and one["prepend"] == SPACE]
     for step in steps:
