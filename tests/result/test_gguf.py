@@ -142,9 +142,9 @@ def refusal(name: str, kept: list[dict[str, int]], directory: Path, **fields: An
     ("name", "kept", "fields", "parts"),
     [
         ("opt", same(neurons=33), {}, ("no architecture for models of type 'opt'",)),
-        ("llama", same(values=2), {}, ("directions inside its heads", "--attention heads", "--format stock")),
-        ("llama", same(pairs=1), {}, ("directions inside its heads", "--attention heads")),
-        ("llama", same(queries=6), {}, ("single query heads", "--attention heads")),
+        ("llama", same(values=2), {}, ("directions inside its heads", "--format blockwise", "--format stock")),
+        ("llama", same(pairs=1), {}, ("directions inside its heads", "--format blockwise")),
+        ("llama", same(queries=6), {}, ("single query heads", "--format blockwise")),
         ("gemma2", DIFFERENT, {}, ("its gemma2 has one number of heads", "--format stock")),
         ("gpt2", [{"heads": 3}] * 3, {}, ("its gpt2 has as many heads as fill", "--format stock")),
         ("qwen3", DIFFERENT, {}, ("its qwen3 has one number", "its openelm takes tie_word_embeddings true, not false")),
@@ -166,7 +166,7 @@ def test_what_it_cannot_have_is_refused_with_what_helps(
     said = refusal(name, kept, tmp_path, **fields)
     for part in parts:
         assert part in said
-    assert ("--format stock" in said) == ("--format stock" in parts or "--attention heads" in parts or name == "qwen3")
+    assert ("--format stock" in said) == ("--format stock" in parts or "--format blockwise" in parts or name == "qwen3")
 
 
 def test_where_the_engine_knows_no_windows_the_context_is_one(tmp_path: Path) -> None:

@@ -101,8 +101,8 @@ def _widths(family: Family, config: Any) -> list[dict[str, int]]:
     if found:
         what = "single query heads" if found == "queries" else "directions inside its heads"
         raise UnsupportedModelError(
-            f"this model has lost {what}, which llama.cpp cannot express; prune the dense model with --attention "
-            "heads, which takes key/value heads with all their query heads, or with --format stock"
+            f"this model has lost {what}, which llama.cpp cannot express; prune the dense model with --format "
+            "blockwise, which takes key/value heads with all their query heads, or with --format stock"
         )
     return [{unit: block[unit] for unit in ("heads", "neurons")} for block in blocks]
 
