@@ -190,7 +190,7 @@ def test_fewer_heads_in_some_blocks(workplace: Path) -> None:
     check_generate(done.stdout, workplace)
 
 
-@pytest.mark.parametrize("name", ["generate.py", "onnx_export.py", "lora.py", "quantize.py"])
+@pytest.mark.parametrize("name", ["generate.py", "onnx_export.py"])
 @pytest.mark.parametrize("model", ["llama-dims"], indirect=True)
 def test_models_with_tables(name: str, workplace: Path) -> None:
     """Which rotary pairs are left is an integer buffer, with which other tools have to get along."""
