@@ -58,7 +58,7 @@ def write_all(folder: Path) -> list[Path]:
         (folder / name).write_bytes(content)
     table = pa.table({"id": list(range(len(DOCUMENTS))), "text": DOCUMENTS})
     parquet.write_table(table, folder / "a.parquet", row_group_size=7)
-    datasets.Dataset.from_dict({"text": DOCUMENTS}).save_to_disk(folder / "saved")
+    datasets.Dataset.from_dict({"text": DOCUMENTS}).save_to_disk(str(folder / "saved"))
     return [*(folder / name for name in contents), folder / "a.parquet", folder / "saved"]
 
 
