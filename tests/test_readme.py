@@ -39,12 +39,14 @@ INSTEAD = {
     "harness:piqa,arc_easy": f"harness:{TASKS / 'small_choice.yaml'}",
     f"me/{RESULT}": f"{USER}/{RESULT}",
     "MODEL": "facebook/opt-1.3b",
+    "real.py smollm2": "real.py facebook/opt-1.3b",
     "FILE": "text.txt",
     "--nproc-per-node 8": "--nproc-per-node 2",
 }
 SHORTER = {"bench": ["--prompt", "16", "--new", "4", "--runs", "2"], "prune": ["--samples", "8", "--device", "cpu"]}
 MORE = {
     "quality.py": ["--samples", "8", "--rows", "^best$", "--sparsity", "0.3"],
+    "real.py": ["--samples", "8", "--rows", "^best$", "--own-text", "2"],
     "elimination.py": ["--units", "64"],
 }
 COMMAND = re.compile(r"(python|make|torchrun|pip|llama-completion) ")
