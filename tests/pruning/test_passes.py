@@ -17,7 +17,7 @@ from llm_snp.dense.taps import Taps
 from llm_snp.pruning import calibrate, score_costs, sensitivity
 from llm_snp.pruning.executor import decide, prune_blocks
 
-BLOCKS, WINDOWS, LENGTH = 4, 32, 32
+BLOCKS, WINDOWS, LENGTH = 4, 16, 32
 
 
 def passes(tmp_path: Path, **options: Any) -> float:
