@@ -14,9 +14,9 @@ from packaging.version import Version
 
 from ..errors import UnsupportedModelError
 from ..modeling.rotary import turn
-from .attention import ATTENTION, FREE, PAIRS, SCORES, WHOLE, Attention
+from .attention import ATTENTION, FREE, PAIRS, SCORES, WHOLE, Attention, Heads, heads_of
 from .base import Family
-from .gguf import GGUF, Gguf, Heads, Positions, heads_of, positions_of
+from .gguf import GGUF, Gguf, Positions, positions_of
 from .llama_like import LLAMA_LIKE
 from .sites import MLP, Rows, Site, linear
 

@@ -1,9 +1,10 @@
-"""Where the parts of an attention are: for directions inside its heads, and for query heads that go alone."""
+"""How many heads an attention has, and where their parts are: for directions inside, and query heads that go alone."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -13,6 +14,31 @@ from .sites import Rows
 ATTENTION, SCORES = "attention", "scores"
 # What query and key can lose: any directions of their common space, whole rotary pairs, or nothing.
 FREE, PAIRS, WHOLE = "free", "pairs", "whole"
+# How configs name the number of key/value heads; falcon has the second.
+KEY_HEADS = ("num_key_value_heads", "num_kv_heads")
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Query heads, key/value heads and the width of each, as in a dense or stock config."""
+
+    queries: int
+    keys: int
+    width: int
+
+
+def head_width(config: Any) -> int:
+    """w, also where config.json does not name it."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def heads_of(config: Any) -> Heads:
+    """Those of each dense block."""
+    queries = config.num_attention_heads
+    keys = next((getattr(config, name) for name in KEY_HEADS if hasattr(config, name)), None) or queries
+    if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
+        keys = 1  # falcon
+    return Heads(queries, keys, head_width(config))
 
 
 @dataclass(frozen=True)

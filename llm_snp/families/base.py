@@ -10,7 +10,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from ..errors import UnsupportedModelError
-from .attention import ATTENTION, Attention
+from .attention import ATTENTION, KEY_HEADS, Attention, heads_of
 from .sites import Rows, Site, linear
 
 
@@ -51,18 +51,6 @@ Counted = Callable[[Any, int], dict[str, int] | None]
 def field(name: str) -> Counted:
     """For `Family.stock`: one config field that counts the units."""
     return lambda config, count: {name: count}
-
-
-# How configs name the number of key/value heads; falcon has the second.
-KEY_HEADS = ("num_key_value_heads", "num_kv_heads")
-
-
-def key_heads(config: Any) -> int:
-    """Key/value heads of each block."""
-    if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
-        return 1  # falcon
-    found: int = next((getattr(config, name) for name in KEY_HEADS if hasattr(config, name)), 0)
-    return found or config.num_attention_heads
 
 
 def no_directions(config: Any) -> None:
@@ -141,14 +129,13 @@ class Family:
         """
         widths, attention = self.widths(config, kept), self.attention(config)
         site = next(site for site in self.sites(config) if site.name == ATTENTION)
-        queries, keys = config.num_attention_heads, key_heads(config)
-        whole = {"head_dim": site.units * site.group // queries}
-        shared = keys == 1 < site.units  # the heads that go are query heads
-        heads = widths.get("queries", widths["heads"] if shared else widths["heads"] * queries // keys)
+        of = heads_of(config)
+        shared = of.keys == 1 < site.units  # the heads that go are query heads
+        heads = widths.get("queries", widths["heads"] if shared else widths["heads"] * of.queries // of.keys)
         read = widths.get("queries", 1 if shared else widths["heads"])
         name = next((name for name in KEY_HEADS if hasattr(config, name)), None)
         fields = {"num_attention_heads": heads} | ({} if name is None else {name: read})
-        head_dim = whole if attention is None else {"head_dim": attention.kernel_width(widths)}
+        head_dim = {"head_dim": of.width if attention is None else attention.kernel_width(widths)}
         return fields | head_dim | (self.stock["neurons"](config, widths["neurons"]) or {})
 
     def stock_counts(self, config: Any, site: Site) -> tuple[int, ...]:

@@ -188,22 +188,6 @@ GGUF: dict[str, tuple[Gguf, ...]] = {
 
 
 @dataclass(frozen=True)
-class Heads:
-    """Query heads, key/value heads and the width of each, as in a dense or stock config."""
-
-    queries: int
-    keys: int
-    width: int
-
-
-def heads_of(config: Any) -> Heads:
-    queries, keys = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
-    if hasattr(config, "new_decoder_architecture"):  # Falcon
-        keys = config.num_kv_heads if config.new_decoder_architecture or not config.multi_query else 1
-    return Heads(queries, keys or queries, getattr(config, "head_dim", None) or config.hidden_size // queries)
-
-
-@dataclass(frozen=True)
 class Positions:
     """How positions enter, as in a config of any transformers.
 

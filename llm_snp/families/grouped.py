@@ -4,14 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from .attention import ATTENTION, PAIRS, WHOLE, Attention
+from .attention import ATTENTION, PAIRS, WHOLE, Attention, head_width
 from .base import check_config, check_multiple
 from .sites import Rows, Site
-
-
-def head_width(config: Any) -> int:
-    """w, also where config.json does not name it."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def grouped_heads(config: Any, output: str, stream: str | None) -> Site:

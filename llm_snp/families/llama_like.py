@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-from .attention import PAIRS, WHOLE, Attention
+from .attention import PAIRS, WHOLE, Attention, head_width
 from .base import Family, field
-from .grouped import check, grouped_heads, head_width, rotary
+from .grouped import check, grouped_heads, rotary
 from .sites import MLP, Rows, Site
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from ..modeling.phi3 import SnpPhi3ForCausalLM
-from .attention import ATTENTION, PAIRS, WHOLE, Attention
+from .attention import ATTENTION, PAIRS, WHOLE, Attention, head_width
 from .base import Family, field
-from .grouped import check, head_width, partly_rotary
+from .grouped import check, partly_rotary
 from .sites import MLP, Rows, Site
 
 
