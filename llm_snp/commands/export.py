@@ -9,8 +9,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ..config import GGUF_TYPES
-from ..errors import CheckpointError, OptionError, choose
-from ..system.manifest import is_result, manifest
+from ..errors import OptionError, choose
+from ..system.manifest import expect_directory, is_result, manifest
 
 HELP = "write a result as a GGUF file, for llama.cpp, Ollama and LM Studio"
 
@@ -41,9 +41,7 @@ def check(args: argparse.Namespace) -> None:
     if args.gguf is None:
         raise OptionError("export needs --gguf FILE, the file to write")
     choose(args.type, GGUF_TYPES, "--type")
-    if not os.path.isdir(args.directory):
-        found = "is a file" if os.path.exists(args.directory) else "does not exist"
-        raise CheckpointError(f"{args.directory} {found}; give the directory that a run of llm_snp has written")
+    expect_directory(args.directory)
     find(f"{args.directory.absolute()}")
     if not args.gguf.name or os.path.isdir(args.gguf):
         raise OptionError(f"--gguf {args.gguf} is a directory; give the name of a file")

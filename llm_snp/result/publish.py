@@ -19,7 +19,7 @@ from ..documents.shareable import shareable
 from ..documents.writing import CARD, read_report
 from ..errors import CheckpointError, HubError, OptionError
 from ..system.files import digest, digest_of_bytes
-from ..system.manifest import FILES, REPORT, changed, manifest, some, strays
+from ..system.manifest import FILES, REPORT, changed, faults, manifest, strays
 from ..version import __version__
 
 ATTRIBUTES = ".gitattributes"  # the Hub puts it into every new repository
@@ -98,10 +98,9 @@ def _files(directory: Path, report: dict[str, Any]) -> dict[str, Path | bytes]:
     needed = {"config.json", index.name, *map(str, shards)} | ({"modeling_snp.py"} if config.get("auto_map") else set())
     missing, other = changed(directory, dict.fromkeys(sorted(needed)) | files)
     other += [name for name in sorted(needed) if name.endswith(".safetensors") and not _opens(directory / name)]
-    if missing or other:
-        wrong = [f"{some(names)} {what}" for names, what in ((missing, "missing"), (other, "changed")) if names]
+    if wrong := faults(missing, other):
         raise CheckpointError(
-            f"{directory} is not as it was written: {', '.join(wrong)}; restore that, prune again, or, where only "
+            f"{directory} is not as it was written: {wrong}; restore that, prune again, or, where only "
             f"plots or the page are wrong, make them anew with `python -m llm_snp report {shlex.quote(str(directory))}`"
         )
     return {name: directory / name for name in files}

@@ -23,6 +23,7 @@ PRIVATE = ".cache/huggingface"
 MEMORY = f"{PRIVATE}/llm_snp.json"
 IGNORE = f"{PRIVATE}/.gitignore"
 WRITTEN = "written"  # in the journal: the names of what else a run has begun to write beside its shards
+ADVICE = "give the directory that a run of llm_snp has written"
 LISTED = 5  # at most so many names are in an error
 # What runs of versions that kept no list have written, by name.
 EARLIER = re.compile(
@@ -50,14 +51,18 @@ def has_report(directory: Path) -> bool:
     return is_result(directory)
 
 
-def expect_result(directory: Path) -> None:
-    """Raise `CheckpointError` if `directory` can be no result, as there is no report in it."""
-    advice = "give the directory that a run of llm_snp has written"
+def expect_directory(directory: Path) -> None:
+    """Raise `CheckpointError` if `directory` is none."""
     if not os.path.isdir(directory):  # also False for what cannot be a path, such as a name that is too long
         found = "is a file" if os.path.exists(directory) else "does not exist"
-        raise CheckpointError(f"{directory} {found}; {advice}")
+        raise CheckpointError(f"{directory} {found}; {ADVICE}")
+
+
+def expect_result(directory: Path) -> None:
+    """Raise `CheckpointError` if `directory` can be no result, as there is no report in it."""
+    expect_directory(directory)
     if not os.path.isfile(directory / REPORT):
-        raise CheckpointError(f"{directory} has no {REPORT}; {advice}")
+        raise CheckpointError(f"{directory} has no {REPORT}; {ADVICE}")
 
 
 def _report(directory: Path) -> dict[str, Any]:
@@ -194,6 +199,11 @@ def some(names: Sequence[str]) -> str:
     """A few names, and how many more there are."""
     more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
     return ", ".join(names[:LISTED]) + more
+
+
+def faults(missing: Sequence[str], other: Sequence[str]) -> str:
+    """What `changed` has found, for an error; empty if that is nothing."""
+    return ", ".join(f"{some(names)} {what}" for names, what in ((missing, "missing"), (other, "changed")) if names)
 
 
 def remember(directory: Path, facts: Mapping[str, Any]) -> None:

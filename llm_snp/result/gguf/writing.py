@@ -22,7 +22,7 @@ from ...documents.writing import read_report
 from ...errors import CheckpointError, DiskFullError, UnsupportedModelError
 from ...families import FAMILIES, Family
 from ...system.files import disk, written_aside
-from ...system.manifest import changed, has_report, manifest, some
+from ...system.manifest import changed, faults, has_report, manifest
 from ...system.progress import Progress
 from ...version import __version__
 from .layout import Layout, Output, layout
@@ -97,10 +97,9 @@ def _check_files(directory: Path, report: dict[str, Any]) -> None:
     """Raise `CheckpointError` if weights or config are not as they were written."""
     files = manifest(directory, report)
     missing, other = changed(directory, {name: files[name] for name in files if name.endswith(".safetensors")})
-    wrong = [f"{some(names)} {what}" for names, what in ((missing, "missing"), (other, "changed")) if names]
-    if wrong:
+    if wrong := faults(missing, other):
         raise CheckpointError(
-            f"{directory} is not as it was written: {', '.join(wrong)}; restore that, or prune again (a model that was "
+            f"{directory} is not as it was written: {wrong}; restore that, or prune again (a model that was "
             "trained on belongs into a directory of its own, without report.json)"
         )
 
