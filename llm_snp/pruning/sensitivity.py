@@ -36,14 +36,18 @@ def _segment(blocks: int) -> int:
     return max(1, isqrt(blocks))
 
 
+def _segments(blocks: int) -> int:
+    return ceil(blocks / _segment(blocks))
+
+
 def inputs_kept(blocks: int) -> int:
     """To how many blocks inputs are kept at once: to the first of each segment, and to all of the one at work."""
-    return ceil(blocks / _segment(blocks)) - 1 + _segment(blocks)
+    return _segments(blocks) - 1 + _segment(blocks)
 
 
 def gradient_passes(blocks: int) -> float:
     """How often the windows of the gradient go through the model: forwards, on the way back, and again in between."""
-    return 3.0 - ceil(blocks / _segment(blocks)) / blocks
+    return 3.0 - _segments(blocks) / blocks
 
 
 def gradient_windows(samples: int, blocks: int) -> int:
