@@ -29,6 +29,16 @@ PHASE = "phase: "
 COPIES = ("Memcpy", "Memset")
 
 
+def is_read(func: Any) -> bool:
+    """Whether the host has to know the result of an operation."""
+    return func._schema.name.removeprefix("aten::") in READS
+
+
+def is_view(func: Any) -> bool:
+    """Whether an operation only looks at a tensor in another way, and launches nothing."""
+    return any(value.alias_info is not None and not value.alias_info.is_write for value in func._schema.returns)
+
+
 class Launches(TorchDispatchMode, Stopwatch):
     """Kernels, values read back and eliminated units of each phase, while `with` is open; seconds are not to be used.
 
@@ -68,9 +78,9 @@ class Launches(TorchDispatchMode, Stopwatch):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         phase = self._stack[-1] if self._stack else REST
-        if func._schema.name.removeprefix("aten::") in READS:
+        if is_read(func):
             self.reads[phase] += 1
-        elif not any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns):
+        elif not is_view(func):
             self.kernels[phase] += 1
         return func(*args, **(kwargs or {}))
 

@@ -12,8 +12,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import memory
+import perplexity
 import pytest
+import quality
+import quality_results
+import quality_table
+import real
+import shapes
+import speed
 import torch
+import train
 import transformers
 from conftest import load
 from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
@@ -22,17 +31,6 @@ import llm_snp
 from llm_snp.dense.hub import EMBEDDED
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-import memory  # noqa: E402
-import perplexity  # noqa: E402
-import quality  # noqa: E402
-import quality_results  # noqa: E402
-import quality_table  # noqa: E402
-import real  # noqa: E402
-import shapes  # noqa: E402
-import speed  # noqa: E402
-import train  # noqa: E402
 
 WORDS = ("the", "of", "and", "a", "small", "river", "city", "was", "born", "in", "north", "year", "house", "music")
 

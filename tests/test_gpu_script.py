@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-
 import gpu
+import pytest
 
 
 def python(name: str, code: str, limit: int = 60, output: Path | None = None) -> gpu.Step:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from launches import is_view
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -176,8 +177,7 @@ class Dispatched(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        returns = func._schema.returns
-        if any(value.alias_info is not None and not value.alias_info.is_write for value in returns):
+        if is_view(func):
             self.views += 1
         else:
             self.kernels += 1

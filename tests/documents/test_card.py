@@ -11,8 +11,10 @@ import pytest
 from conftest import Prune
 from huggingface_hub import ModelCard
 
-from llm_snp.documents.card import model_card, plots_of
+from llm_snp.documents.card import BLOCKWISE_IN_GGUF, model_card, plots_of
 from llm_snp.documents.shareable import shareable
+from llm_snp.families import GGUF
+from llm_snp.families.gguf import DECI
 
 HUB_ID = "facebook/opt-125m"
 SIDE = {
@@ -303,3 +305,8 @@ def test_limits_and_notes(report: dict[str, Any]) -> None:
     for words in ("nothing was trained afterwards", "modeling_snp.py", "Calibrated on calibration.txt", "biases"):
         assert words in limits
     assert "- windows have 32 tokens" in card
+
+
+def test_llama_cpp_is_named_where_it_has_blocks_of_their_own_widths() -> None:
+    """The card imports no family, so it keeps a list; Qwen3, which has to be tied for it, is not on that."""
+    assert set(BLOCKWISE_IN_GGUF) == {kind for kind, rows in GGUF.items() if DECI in rows}

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import VOCABULARY, save
+from launches import is_read, is_view
 from test_sensitivity import session_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -17,7 +18,6 @@ from llm_snp.core import elimination
 from llm_snp.dense import stream
 from llm_snp.pruning.executor import decide, prune_blocks
 
-READS = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "equal", "_linalg_check_errors")
 BLOCKS, LENGTH = 2, 16
 ELIMINATION, ENTERING = "elimination", "entering"
 
@@ -34,10 +34,9 @@ class Counted(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        returns = func._schema.returns
-        if func._schema.name.removeprefix("aten::") in READS:
+        if is_read(func):
             self.reads[self.part] += 1
-        elif not any(value.alias_info is not None and not value.alias_info.is_write for value in returns):
+        elif not is_view(func):
             self.kernels[self.part] += 1
         return func(*args, **(kwargs or {}))
 
