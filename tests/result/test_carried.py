@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import elsewhere
 import pytest
 import torch
 from conftest import BLOCKS, HIDDEN, NEURONS, Prune, Shell, weight_files
@@ -113,22 +114,20 @@ def test_no_code_but_ours_reaches_the_user_of_a_result(
         assert LOCAL not in path.read_text(), path
     assert json.loads((output / "generation_config.json").read_text())["do_sample"] is False
     assert AutoTokenizer.from_pretrained(output)("den lo")["input_ids"]
-    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
-    done = subprocess.run(
-        [sys.executable, "-c", LOAD, str(output)], env=environment, capture_output=True, text=True, check=False
-    )
+    (tmp_path / "load.py").write_text(LOAD)
+    done = elsewhere.run(tmp_path / "load.py", output, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "Evil" not in done.stdout
     assert not (tmp_path / "mark").exists()
 
 
-@pytest.mark.parametrize("more", [["--dry-run"], ["--calibration", "self", "--measure-speed"]])
-def test_modules_of_the_working_directory_are_not_imported(dense: Path, tmp_path: Path, more: list[str]) -> None:
+def test_modules_of_the_working_directory_are_not_imported(dense: Path, tmp_path: Path) -> None:
     """One works in the directory of a stranger's model, where modules have the names of those that are needed."""
     directory = Path(shutil.copytree(dense, tmp_path / "stranger"))
     for name in ("__future__", "difflib", "numpy", "yaml", "tqdm", "torchao", "kernels", "transformers", "peft"):
         (directory / f"{name}.py").write_text(EVIL.format(mark=tmp_path / "mark"))
     short = ["--samples", "3", "--sequence-length", "8", "--no-evaluate", "--device", "cpu", "--quiet"]
+    more = ["--calibration", "self", "--measure-speed"]
     words = [sys.executable, "-m", "llm_snp", ".", "--output", str(tmp_path / "out"), *short, *more]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment["PYTHONPATH"] = str(Path(llm_snp.__file__).parent.parent)
