@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import memory
+import parts
 import perplexity
 import pytest
 import quality
@@ -107,6 +108,16 @@ def test_perplexity_of_two_models(place: Path, tmp_path: Path, capsys: pytest.Ca
         assert m["evaluation"]["a.txt"]["tokens"] == expected["tokens"]
         assert f"{m['evaluation']['b.txt']['perplexity']:,.2f}" in printed
     assert "have 64 tokens, not 2048" in printed
+
+    both, file = [str(place / "model"), str(tmp_path / "pruned")], tmp_path / "parts.json"
+    assert parts.main([*both, "--evaluate", str(place / "a.txt"), "--json", str(file)]) == 0
+    nats = {row: found["a.txt"] for row, found in read(file)["nats"].items()}
+    dense, pruned = (math.log(m["evaluation"]["a.txt"]["perplexity"]) for m in models)
+    assert nats["dense"] == pytest.approx(dense, rel=1e-5)
+    assert nats["all of it"] == pytest.approx(pruned - dense, abs=1e-4)
+    assert nats["its MLPs"] != nats["its attentions"] != nats["all of it"]
+    assert f"{nats['its MLPs']:.3f}" in capsys.readouterr().out
+    assert parts.main([*reversed(both), "--evaluate", str(place / "a.txt")]) == 2
 
 
 @pytest.mark.parametrize(
