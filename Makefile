@@ -27,7 +27,7 @@ test-oldest:
 	test -x $(VENV)-oldest/bin/python || $(PYTHON) -m venv $(VENV)-oldest
 	$(VENV)-oldest/bin/python -m pip install -q --disable-pip-version-check -c constraints-oldest.txt -e . pytest pytest-xdist
 	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -n auto tests/families tests/result/test_result_loads.py \
-	    tests/running/test_end_to_end.py tests/result/test_stock_format.py
+	    tests/running/test_end_to_end.py tests/running/test_again.py tests/result/test_stock_format.py
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -199,11 +199,6 @@ def test_a_file_is_no_model(shell: Shell, dense: Path) -> None:
     assert message.endswith("model.safetensors is a file; expected a model directory with config.json and weights")
 
 
-def test_a_pruned_model_is_not_pruned_again(shell: Shell, dense: Path) -> None:
-    assert shell.prune(dense, "--output", "once")[0] == 0
-    assert shell.refused("once").startswith("this checkpoint is already pruned (model type 'snp_opt'); prune the dense")
-
-
 @pytest.fixture
 def copy(dense: Path, shell: Shell) -> Path:
     """A copy of the model to be damaged."""

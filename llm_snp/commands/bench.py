@@ -20,7 +20,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--against",
         metavar="MODEL",
-        help="what to compare with: directory or Hub id (default: the dense model that DIR was made of)",
+        help="what to compare with: directory or Hub id (default: the model that DIR was made of)",
     )
     p.add_argument("--batch", type=int, default=1, metavar="N", help="sequences at a time (default: 1)")
     p.add_argument(

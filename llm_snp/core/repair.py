@@ -108,18 +108,20 @@ def subspace_of_units(
     generator: torch.Generator | None = None,
     sensitive_order: bool = False,
     energies: bool = True,
-    parts: int = 1,
+    parts: Tensor | None = None,
 ) -> Subspace:
     """Order the units of a site by a criterion of `ORDERS` and factorise. weight (d, m): refitted, see `refit_all`.
 
     The sensitivity weighs the energies, and with `sensitive_order` what the criterion sees, too. `energies` False
-    leaves them out: pruning to a known count does not need them. parts: of which each keeps a unit (`one_of_each`).
+    leaves them out: pruning to a known count does not need them. parts (u,): of which each keeps a unit, see
+    `one_of_each`; None for one.
     """
     covariance = moments.covariance
     seen = sensitivity if sensitive_order else None
     statistics = UnitStatistics(covariance, moments.mean, weight, group, damping, seen, keep, nonnegative, generator)
     with timed("order"):
-        columns = unit_columns(one_of_each(ORDERS[order](statistics), parts), group)
+        units = ORDERS[order](statistics)
+        columns = unit_columns(units if parts is None else one_of_each(units, parts), group)
     return factorise(covariance, weight if energies else None, columns, damping, sensitivity)
 
 

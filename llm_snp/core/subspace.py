@@ -52,11 +52,15 @@ def unit_columns(order: Tensor, group: int) -> Tensor:
     return order.view(-1, 1) * group + torch.arange(group, device=order.device)
 
 
-def one_of_each(order: Tensor, parts: int) -> Tensor:
-    """An order (u,) of units in `parts` equal runs in which the first of every run come first: one of each stays."""
-    part = order // (len(order) // parts)
+def one_of_each(order: Tensor, parts: Tensor) -> Tensor:
+    """An order (u,) of units in which the first of every part come first: one of each stays.
+
+    parts (u,) long: the part that each unit belongs to.
+    """
+    part = parts.to(order.device)[order]
     first = torch.zeros_like(order, dtype=torch.bool)
-    first[(part == torch.arange(parts, device=order.device).unsqueeze(1)).int().argmax(1)] = True
+    names: Tensor = torch.unique(part)  # type: ignore[no-untyped-call]
+    first[(part == names.unsqueeze(1)).int().argmax(1)] = True
     return torch.cat([order[first], order[~first]])
 
 

@@ -110,11 +110,21 @@ def run_block(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
 class Skeleton:
     """The outer weights and the blocks of a checkpoint, all on meta, loadable to `device` in `dtype` when needed.
 
-    config: a transformers config; blocks_path: path of the decoder blocks in the causal-LM model. `enter` and `leave`
-    need the outer weights: call them inside `with skeleton.outer_weights()`. Between, only blocks are in memory.
+    config: a transformers config; blocks_path: path of the decoder blocks in the causal-LM model; whole: config of the
+    same model with blocks as they were before an earlier pruning, from which `load_block` narrows them (default: they
+    are). `enter` and `leave` need the outer weights: call them inside `with skeleton.outer_weights()`. Between, only
+    blocks are in memory.
     """
 
-    def __init__(self, config: Any, blocks_path: str, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype):
+    def __init__(
+        self,
+        config: Any,
+        blocks_path: str,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        dtype: torch.dtype,
+        whole: Any = None,
+    ):
         self.config, self.device, self.dtype, self.checkpoint = config, device, dtype, checkpoint
         self.blocks_path = blocks_path
         check_blocks(config, checkpoint.names(), checkpoint.directory)
@@ -125,6 +135,7 @@ class Skeleton:
         check_buffers(claimed, checkpoint.files)
         self.model: Any = empty_model(config, buffers=True)
         self.blocks, self._transposed = linear_blocks(self.model, blocks_path)
+        self._whole = self.blocks if whole is None else linear_blocks(empty_model(whole, buffers=True), blocks_path)[0]
         inner = blocks_path + "."
         self.outer = [n for n in checkpoint.names() if n in shapes and n not in self.tied and not n.startswith(inner)]
         self._outer_users = 0
@@ -199,8 +210,8 @@ class Skeleton:
     def load_block(
         self, index: int, state: Mapping[str, Tensor], narrow: Callable[[nn.Module], None] | None = None
     ) -> nn.Module:
-        """A live block on the device with the given weights; `narrow` changes the shapes of the meta block first."""
-        block = copy.deepcopy(self.blocks[index])
+        """A live block on the device with the given weights; `narrow` changes the shapes of the whole block first."""
+        block = copy.deepcopy((self.blocks if narrow is None else self._whole)[index])
         if narrow is not None:
             narrow(block)
         on_device = {

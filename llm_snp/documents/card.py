@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from .shareable import CORPORA, hub_id, shareable, texts_of
+from .shareable import CORPORA, before, hub_id, shareable, texts_of
 
 TAGS = ("llm_snp", "pruned", "structured-pruning")
 CARRIED = ("license", "license_name", "license_link", "language")  # from the dense model's card, as they are
@@ -108,8 +108,18 @@ def _summary(report: dict[str, Any]) -> str:
     return (
         f"`{model['name']}` with {sparsity['achieved']:.2%} of its decoder blocks' linear parameters removed in one "
         f"shot ({sparsity['of_all_parameters']:.2%} of all), by llm_snp {report['versions']['llm_snp']}. "
-        f"No training followed.\n\n{_table(('', 'dense', 'pruned', 'change'), rows)}"
+        f"No training followed.{_lineage(report)}\n\n{_table(('', before(report), 'pruned', 'change'), rows)}"
     )
+
+
+def _lineage(report: dict[str, Any]) -> str:
+    """Of a model that had been pruned before."""
+    if "parents" not in report:
+        return ""
+    chain = [f"`{one['name']}` ({one['removed']:.2%} removed)" for one in report["parents"]]
+    made_of = f", made of {', then '.join(chain)}" if chain else ""
+    gone = f"{report['sparsity']['of_dense']:.2%} of the dense model's blocks are gone in all"
+    return f" It had been pruned before{made_of}: {gone}."
 
 
 def _how_to_load(report: dict[str, Any], name: str) -> str:
@@ -162,8 +172,9 @@ def _perplexity(report: dict[str, Any]) -> str:
         dense, pruned = result["dense"], result["pruned"]
         figures = _change(dense["perplexity"], pruned["perplexity"], "{:.2f}")
         rows.append((source, *figures, f"{pruned['tokens']:,}", str(pruned["sequence_length"])))
+    head = ("text", before(report), "pruned", "change", "predicted tokens", "window")
     return (
-        f"## Perplexity\n\n{_table(('text', 'dense', 'pruned', 'change', 'predicted tokens', 'window'), rows)}\n\n"
+        f"## Perplexity\n\n{_table(head, rows)}\n\n"
         "Consecutive non-overlapping windows, mean over all predicted tokens; lower is better."
     )
 
@@ -175,7 +186,7 @@ def _harness(report: dict[str, Any]) -> str:
         for metric, values in found["metrics"].items():
             figures = (with_error(values[which]) if which in values else "" for which in ("dense", "pruned"))
             rows.append((task, metric, *figures, *facts))
-    head = ("task", "metric", "dense", "pruned", "examples shown", "samples", "version")
+    head = ("task", "metric", before(report), "pruned", "examples shown", "samples", "version")
     about = "Measured with the lm-evaluation-harness; ± is one standard error."
     return f"## Tasks\n\n{_table(head, rows)}\n\n{about}" if rows else ""
 
@@ -206,7 +217,8 @@ def _speed(report: dict[str, Any]) -> str:
             row.insert(1, style.format(dense[key] * scale) if known else "")
             row.append(f"{pruned[key] / dense[key]:.2f}" if known and dense[key] else "")
         rows.append(row)
-    head = ("", "dense", "pruned", "pruned / dense") if dense else ("", "pruned")
+    first = before(report)
+    head = ("", first, "pruned", f"pruned / {first}") if dense else ("", "pruned")
     device = speed["device"]
     threads = f", threads: {device['threads']}" if device["type"] == "cpu" else ""
     return (

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from .comparison import comparisons, duration
 from .report import relative_error
+from .shareable import before
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -195,8 +196,9 @@ def change(report: dict[str, Any]) -> Figure:
     common = max(limit for limit in (*limits, 1.02) if limit <= FAR)
     for axes, limit in zip(panels, limits, strict=True):
         axes.set_xlim(0, max(limit, common))
-    panels[-1].set_xlabel("share of the dense model's")
-    handles = [Patch(label="dense", **DENSE), Patch(label="pruned", color=DARK)]
+    first = before(report)
+    panels[-1].set_xlabel("share of the dense model's" if first == "dense" else "share of what it was before")
+    handles = [Patch(label=first, **DENSE), Patch(label="pruned", color=DARK)]
     panels[0].legend(handles=handles, **BESIDE_TITLE, ncols=2)
     return figure
 

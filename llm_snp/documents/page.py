@@ -15,7 +15,7 @@ from .drawing import site_names
 from .page_template import CSS, TEMPLATE
 from .plots import PLOTS, figures, style
 from .report import relative_error
-from .shareable import hub_id, shareable, texts_of
+from .shareable import before, hub_id, shareable, texts_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -41,6 +41,7 @@ def html_page(report: dict[str, Any]) -> str:
         on_hub=hub_id(report["model"]) is not None,
         css=Markup(CSS),
         percent="{:.2%}".format,
+        before=before(report),
         on_device=_on_device,
         numbers=_numbers(report),
         plots=[
@@ -90,12 +91,15 @@ def _numbers(report: dict[str, Any]) -> list[tuple[str, str, str]]:
     """The headline: label, the pruned model's number, what it was before."""
     sparsity = report["sparsity"]
     shown = [("removed", f"{sparsity['achieved']:.1%}", f"of the blocks; {sparsity['of_all_parameters']:.1%} of all")]
+    if "of_dense" in sparsity:
+        parents = ", ".join(one["name"] for one in report["parents"])
+        shown.append(("removed in all", f"{sparsity['of_dense']:.1%}", f"of the dense model’s blocks; after {parents}"))
     groups = comparisons(report)
     perplexities = [group for group in groups if group.startswith("perplexity")]
     for group, rows in groups.items():
         if group != "tasks":
             prefix = "perplexity, " if group in perplexities else ""
-            shown += [(prefix + row.label, row.pruned, f"dense {row.dense}, {row.change}") for row in rows]
+            shown += [(prefix + row.label, row.pruned, f"{before(report)} {row.dense}, {row.change}") for row in rows]
     return shown
 
 

@@ -115,20 +115,20 @@ No training followed.</p>
 <h2>Quality</h2>
 {%- if perplexity %}
 {{- table("Perplexity: consecutive non-overlapping windows, mean over all predicted tokens; less is better",
-  ("text", "dense", "pruned", "change", "predicted tokens", "windows", "tokens per window"), perplexity) }}
+  ("text", before, "pruned", "change", "predicted tokens", "windows", "tokens per window"), perplexity) }}
 {%- else %}
 <p>Perplexity was not measured.</p>
 {%- endif %}
 {%- if tasks %}
 {{- table("Tasks of the lm-evaluation-harness, ± one standard error",
-  ("task, metric", "dense", "pruned", "change", "samples", "examples shown", "version"), tasks) }}
+  ("task, metric", before, "pruned", "change", "samples", "examples shown", "version"), tasks) }}
 {%- endif %}
 </section>
 {%- if report.speed is defined %}
 <section>
 <h2>Speed</h2>
 {{- table("Batch of %d, %d prompt tokens, %d new ones, %d runs; %s" | format(report.speed.batch, report.speed.prompt,
-  report.speed.new, report.speed.runs, on_device(report.speed.device)), ("", "dense", "pruned", "change"), speed) }}
+  report.speed.new, report.speed.runs, on_device(report.speed.device)), ("", before, "pruned", "change"), speed) }}
 {%- for note in report.speed.notes %}
 <p>{{ note }}</p>
 {%- endfor %}

@@ -91,8 +91,8 @@ def style(salt: str = "") -> Iterator[None]:
 
 PLOTS: dict[str, Plot] = {
     "change": Plot(
-        "Dense against pruned",
-        "Each number of the pruned model as a share of the dense model's, which is the outlined bar.",
+        "Before and after",
+        "Each number of the pruned model as a share of the one before pruning, which is the outlined bar.",
         drawing.change,
     ),
     "kept": Plot(

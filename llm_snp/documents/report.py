@@ -27,7 +27,8 @@ from ..pruning.job import Job
 from ..pruning.plan import Plan
 from ..system.device import device_facts, dtype_name
 from ..version import __version__
-from .shareable import command_line
+from .lineage import dense_base, parents
+from .shareable import before, command_line
 
 FORMAT = 1
 CURVE_POINTS = 33
@@ -48,8 +49,11 @@ class Report:
         dtype: torch.dtype,
         stored: torch.dtype,
         processes: int = 1,
+        before: dict[str, Any] | None = None,
     ):
+        """before: the report of the run that made the model, if one did."""
         self.options = options = job.options
+        self.job, self.before = job, before
         self.data: dict[str, Any] = {
             "format": FORMAT,
             "versions": versions(),
@@ -59,7 +63,7 @@ class Report:
             "model": {
                 "name": options.model if job.from_hub else job.directory.resolve().name,
                 "hub": job.from_hub,
-                "type": job.config.model_type,
+                "type": job.family.model_type,
                 "dtype": dtype_name(stored),
                 "bytes": sum(file.stat().st_size for file in checkpoint.files),
                 "card": card_metadata(job.directory),
@@ -75,7 +79,11 @@ class Report:
             "evaluation": {},
             "notes": [],
         }
-        sites = job.family.prunable(job.config, options.attention)
+        self.again = before is not None or job.whole is not job.config
+        if self.again:
+            self.data["parents"] = [] if before is None else parents(before)
+        blocks = range(job.config.num_hidden_layers)
+        sites = [site for index in blocks for site in job.family.prunable(job.config, options.attention, index)]
         widest = max(site.units * site.group for site in sites)
         if calibration.tokens.numel() < widest:
             self.note(
@@ -95,7 +103,9 @@ class Report:
         self.data["notes"].append(text)
 
     def planned(self, plan: Plan, parameters: int, custom_code: bool) -> None:
-        """The plan; parameters: of the whole dense model; custom_code: whether the result brings a class of its own."""
+        """The plan; parameters: of the whole model before; custom_code: whether the result brings a class of its
+        own.
+        """
         options, model = self.options, self.data["model"]
         model["custom_code"] = custom_code
         model["parameters"] = parameters
@@ -107,6 +117,10 @@ class Report:
             "block_parameters": plan.base,
             "block_parameters_removed": plan.removed,
         }
+        if self.again:
+            whole = dense_base(self.job.family, self.job.whole, self.before, plan.base)
+            left = (plan.base - plan.removed) / whole
+            self.data["sparsity"] |= {"dense_block_parameters": whole, "of_dense": 1 - left}
         self.data["plan"] = {
             "allocation": plan.made_by,
             "why": plan.why,
@@ -238,7 +252,7 @@ def summary(data: dict[str, Any]) -> str:
     """The table at the end of a run."""
     model, sparsity = data["model"], data["sparsity"]
     rows = [
-        ("", "dense", "pruned", "change"),
+        ("", before(data), "pruned", "change"),
         _row("parameters", model["parameters"], model["parameters_pruned"], "{:,.0f}"),
         _row("size on disk, MB", model["bytes"] / 1e6, model["bytes_pruned"] / 1e6, "{:,.1f}"),
     ]
@@ -256,8 +270,9 @@ def summary(data: dict[str, Any]) -> str:
     lines += [
         "",
         f"removed  {sparsity['achieved']:.2%} of the blocks' linear parameters ({sparsity['asked']:.2%} asked), "
-        f"{sparsity['of_all_parameters']:.2%} of all",
-        *_overfit(data.get("overfit", [])),
+        f"{sparsity['of_all_parameters']:.2%} of all"
+        + (f"; {sparsity['of_dense']:.2%} of the dense model's blocks in all" if "of_dense" in sparsity else ""),
+        *_overfit(data),
         "seconds  " + ", ".join(f"{name} {value:.1f}" for name, value in data["seconds"].items()),
         *(f"note     {note}" for note in data["notes"]),
         f"result   {data['output']}",
@@ -266,14 +281,15 @@ def summary(data: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _overfit(measured: list[dict[str, Any]]) -> list[str]:
+def _overfit(data: dict[str, Any]) -> list[str]:
     """By how much more is lost on windows that were not calibrated on."""
+    measured = data.get("overfit", [])
     if len(measured) != 2:
         return []
     fitted, unseen = (one["loss"] for one in measured)
     return [
-        f"over-fit {unseen - fitted:+.3f} nats a token: {fitted:.3f} over dense on windows that were calibrated on, "
-        f"{unseen:.3f} on others of the same text"
+        f"over-fit {unseen - fitted:+.3f} nats a token: {fitted:.3f} over {before(data)} on windows that were "
+        f"calibrated on, {unseen:.3f} on others of the same text"
     ]
 
 

@@ -46,6 +46,13 @@ class Sparsity(_Part):
     asked: Share
     achieved: Share
     of_all_parameters: Share
+    of_dense: Share = MISSING  # where the model had been pruned before
+
+
+class Parent(_Part):
+    name: Name
+    hub: bool
+    removed: Share
 
 
 class Options(_Part):
@@ -209,6 +216,7 @@ class Document(_Part):
     output: Name
     seconds: dict[str, NotNegative]
     peak_memory: PeakMemory
+    parents: list[Parent] = MISSING  # of a model that had been pruned before, as far as they are known
     overfit: list[Overfit] = []  # on windows that were calibrated on, and on others
     harness: dict[str, Task] = {}
     speed: Speed = MISSING

@@ -38,6 +38,8 @@ def shareable(report: dict[str, Any]) -> dict[str, Any]:
     report["options"] = {option: last(value) for option, value in options.items()}
     if options.get("model") is not None:
         report["options"]["model"] = model["name"]
+    if "parents" in report:
+        report["parents"] = [one if one.get("hub") else one | {"name": last(one["name"])} for one in report["parents"]]
     card = model.get("card") or {}
     model["card"] = {field: value for field, value in card.items() if _is_text(value)}
 
@@ -85,6 +87,11 @@ def texts_of(calibration: dict[str, Any]) -> list[dict[str, Any]]:
     """The calibration's texts; a report of an earlier version knows one, which is the whole of it."""
     texts: list[dict[str, Any]] = calibration.get("texts") or [calibration]
     return texts
+
+
+def before(report: Mapping[str, Any]) -> str:
+    """What the model is called that a result is compared with: it need not be dense."""
+    return "before" if "parents" in report else "dense"
 
 
 def hub_id(model: Mapping[str, Any]) -> str | None:

@@ -15,7 +15,7 @@ from packaging.version import Version
 from ..errors import UnsupportedModelError
 from ..modeling.rotary import turn
 from .attention import ATTENTION, FREE, PAIRS, SCORES, WHOLE, Attention, Heads, heads_of
-from .base import Family
+from .base import OF_PRUNED, Family
 from .gguf import GGUF, Gguf, Positions, positions_of
 from .llama_like import LLAMA_LIKE
 from .sites import MLP, Rows, Site, linear
@@ -26,6 +26,7 @@ __all__ = [
     "FREE",
     "GGUF",
     "MLP",
+    "OF_PRUNED",
     "PAIRS",
     "SCORES",
     "WHOLE",
@@ -73,12 +74,17 @@ FAMILIES = {model_type: family for model_type in MODEL_TYPES if (family := _fami
 
 
 def family_of(config: object) -> Family:
-    """The family of a transformers config. Raises `UnsupportedModelError` with the list of families otherwise."""
+    """The family of a transformers config, also of a pruned model's.
+
+    Raises `UnsupportedModelError` with the list of families otherwise, and `CheckpointError` for a pruned model whose
+    blocks cannot have the widths that its config says.
+    """
     model_type = getattr(config, "model_type", "unknown")
-    if model_type in {family.pruned_model_type for family in FAMILIES.values()}:
-        raise UnsupportedModelError(
-            f"this checkpoint is already pruned (model type {model_type!r}); prune the dense model to another size"
-        )
+    pruned = {family.pruned_model_type: family for family in FAMILIES.values()}
+    if model_type in pruned:
+        pruned[model_type].check(config)
+        pruned[model_type].check_widths(config)
+        return pruned[model_type]
     if model_type not in FAMILIES:
         reason = f": {REASONS[model_type]}" if model_type in REASONS else ""
         if model_type in MODEL_TYPES:

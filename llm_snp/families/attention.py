@@ -16,6 +16,8 @@ ATTENTION, SCORES = "attention", "scores"
 FREE, PAIRS, WHOLE = "free", "pairs", "whole"
 # How configs name the number of key/value heads; falcon has the second.
 KEY_HEADS = ("num_key_value_heads", "num_kv_heads")
+# And that of neurons; where GPT-2 has none it is four times the width.
+NEURONS = ("ffn_dim", "ffn_hidden_size", "n_inner", "intermediate_size")
 
 
 @dataclass(frozen=True)
@@ -42,13 +44,38 @@ def heads_of(config: Any) -> Heads:
 
 
 @dataclass(frozen=True)
+class Shape:
+    """The sizes of a decoder block: the dense model's, or what an earlier pruning has left of it.
+
+    keys     key/value heads; queries: query heads that read each of them
+    scores   width of query and key in each head; values: that of the value
+    neurons  of the MLP
+    alone    query heads in all, where some of them went alone; None where as many read each key/value head
+    """
+
+    keys: int
+    queries: int
+    scores: int
+    values: int
+    neurons: int
+    alone: int | None = None
+
+
+def shape_of(config: Any) -> Shape:
+    """That of each dense block."""
+    of = heads_of(config)
+    neurons = next((getattr(config, name) for name in NEURONS if getattr(config, name, None)), 4 * config.hidden_size)
+    return Shape(of.keys, of.queries // of.keys, of.width, of.width, neurons)
+
+
+@dataclass(frozen=True)
 class Attention:
     """Where the parts of the attention are, for subspaces inside the heads.
 
     query, key, value  the rows of each key/value head; the query heads that read it lie side by side
     heads              key/value heads
     queries            query heads for each of them
-    head_dim           w, of query, key and value
+    head_dim           w, of query and key; value_dim: of the value
     scores             what query and key can lose: `FREE`, `PAIRS` or `WHOLE`
     module             the attention itself, which has a table of the rotary pairs that are left
     """
@@ -59,8 +86,14 @@ class Attention:
     heads: int
     queries: int
     head_dim: int
+    value_dim: int
     scores: str
     module: str
+
+    @property
+    def pair_table(self) -> str:
+        """The buffer of a pruned model that says which rotary pairs are left, a row for each key/value head."""
+        return f"{self.module}.pair_table"
 
     @property
     def directions(self) -> dict[str, tuple[str, int]]:
@@ -70,13 +103,13 @@ class Attention:
         stock attention has one width for all three. Otherwise `values` and rotary `pairs` go apart.
         """
         if self.scores == FREE:
-            return {"dims": (ATTENTION, self.head_dim)}
+            return {"dims": (ATTENTION, self.value_dim)}
         pairs = {"pairs": (SCORES, self.head_dim // 2)} if self.scores == PAIRS else {}
-        return {"values": (ATTENTION, self.head_dim)} | pairs
+        return {"values": (ATTENTION, self.value_dim)} | pairs
 
     def value_rank(self, kept: Mapping[str, int]) -> int:
         """Directions that are left of each head's value path."""
-        return kept.get("dims", kept.get("values", self.head_dim))
+        return kept.get("dims", kept.get("values", self.value_dim))
 
     def score_rank(self, kept: Mapping[str, int]) -> int:
         """Directions, or rotary pairs, that are left between query and key."""

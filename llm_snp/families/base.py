@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 from transformers.activations import ACT2FN
 
-from ..errors import UnsupportedModelError
-from .attention import ATTENTION, KEY_HEADS, Attention, heads_of
+from ..errors import CheckpointError, UnsupportedModelError
+from .attention import ATTENTION, KEY_HEADS, Attention, Shape, heads_of, shape_of
 from .sites import Rows, Site, linear
 
 
@@ -44,6 +44,14 @@ def check_multiple(config: Any, whole: str, part: str) -> None:
         )
 
 
+# What the config of a pruned model has of its own (`result.assembly.result_config`), and what names its class.
+OF_PRUNED = (
+    *("model_type", "architectures", "auto_map"),
+    *("block_widths", "per_layer_config", "allow_global_per_layer_attribute_access"),
+)
+
+SHOWN = 80  # characters at most that an error quotes
+
 # The config fields with which a stock class has so many units, or None if it cannot have them.
 Counted = Callable[[Any, int], dict[str, int] | None]
 
@@ -53,8 +61,8 @@ def field(name: str) -> Counted:
     return lambda config, count: {name: count}
 
 
-def no_directions(config: Any) -> None:
-    """For `Family.attention`: heads can go as a whole only."""
+def no_directions(config: Any, shape: Shape) -> None:
+    """For `Family.inside`: heads can go as a whole only."""
     return None
 
 
@@ -62,10 +70,13 @@ def no_directions(config: Any) -> None:
 class Family:
     """A model family as data.
 
+    A `config` is that of a dense model, or of one that was pruned, whose `block_widths` say what is left of each block;
+    `index` is a block of it, None the dense model's, which its other fields describe.
+
     model_type   of the dense config
     blocks       path of the decoder blocks in the causal-LM model
-    sites        config -> the sites of a block, in the order in which they are pruned
-    attention    config -> where the parts of the heads are, or None where heads can only go as a whole
+    layout       config, shape -> the sites of a block, in the order in which they are pruned
+    inside       config, shape -> where the parts of the heads are, or None where heads can only go as a whole
     whole_heads  whether heads can go as a whole
     pruned_class of `llm_snp.modeling`: its `config_class` has the widths, its `base_class` is the model without the
                  head, its `narrow` narrows a live block in place
@@ -76,11 +87,11 @@ class Family:
 
     model_type: str
     blocks: str
-    sites: Callable[[Any], tuple[Site, ...]]
+    layout: Callable[[Any, Shape], tuple[Site, ...]]
     pruned_class: Any
     stock: Mapping[str, Counted]
     check: Callable[[Any], None]
-    attention: Callable[[Any], Attention | None] = no_directions
+    inside: Callable[[Any, Shape], Attention | None] = no_directions
     whole_heads: bool = True
     renames: tuple[tuple[str, str], ...] = ()
 
@@ -88,46 +99,123 @@ class Family:
     def pruned_model_type(self) -> str:
         return str(self.pruned_class.config_class.model_type)
 
-    def prunable(self, config: Any, attention: str | None) -> tuple[Site, ...]:
+    def dense_config(self, config: Any) -> Any:
+        """Of a pruned model's config that of the dense model, for the stock class."""
+        fields = {name: value for name, value in config.to_dict().items() if name not in OF_PRUNED}
+        found = self.pruned_class.config_class.__base__(**fields)
+        found.architectures = [self.pruned_class.__bases__[-1].__name__]
+        return found
+
+    def left(self, config: Any, index: int | None) -> Mapping[str, int]:
+        """What an earlier pruning has left of a block, an entry of `block_widths`; empty where nothing went."""
+        widths = getattr(config, "block_widths", None)
+        return {} if index is None or widths is None else widths[index]
+
+    def check_widths(self, config: Any) -> None:
+        """Raise `CheckpointError` unless `block_widths` says of every block what can be left of it."""
+        widths, dense = config.block_widths, self.widths(config, {})
+        whole = dense | ({} if (queries := self.queries(config)) is None else {"queries": queries.units})
+        blocks, advice = (
+            config.num_hidden_layers,
+            "the config.json of another model? Put back the one it was saved with",
+        )
+        if not isinstance(widths, list) or len(widths) != blocks:
+            found = len(widths) if isinstance(widths, list) else "no"
+            raise CheckpointError(
+                f"block_widths in config.json has {found} entries for {blocks} blocks; is it {advice}"
+            )
+        for index, block in enumerate(widths):
+            if not isinstance(block, dict) or not {"heads", "neurons"} <= set(block) <= set(whole):
+                expected = ", ".join(dense)
+                raise CheckpointError(
+                    f"block_widths of block {index} in config.json is {str(block)[:SHOWN]}, expected {expected}; is it "
+                    f"{advice}"
+                )
+            for unit, left in block.items():
+                if not isinstance(left, int) or isinstance(left, bool) or not 1 <= left <= whole[unit]:
+                    raise CheckpointError(
+                        f"block_widths of block {index} in config.json has {str(left)[:SHOWN]} {unit}, expected 1 to "
+                        f"{whole[unit]}; is it {advice}"
+                    )
+            alone, shape = block.get("queries"), self.shape(config, index)
+            if alone is not None and not shape.keys <= alone <= shape.keys * shape.queries:
+                raise CheckpointError(
+                    f"block_widths of block {index} in config.json has {alone} queries for {shape.keys} heads, "
+                    f"expected {shape.keys} to {shape.keys * shape.queries}; is it {advice}"
+                )
+
+    def shape(self, config: Any, index: int | None = None) -> Shape:
+        """The sizes of a block."""
+        dense, left = shape_of(config), self.left(config, index)
+        heads = left.get("heads")
+        if heads is not None:
+            shared = dense.keys == 1 < self.layout(config, dense)[0].units  # the heads that went are query heads
+            dense = replace(dense, **{"queries" if shared else "keys": heads})
+        return replace(
+            dense,
+            scores=left.get("head_dim", 2 * left["pairs"] if "pairs" in left else dense.scores),
+            values=left.get("head_dim", left.get("values", dense.values)),
+            neurons=left.get("neurons", dense.neurons),
+            alone=left.get("queries"),
+        )
+
+    def sites(self, config: Any, index: int | None = None) -> tuple[Site, ...]:
+        """The sites of a block. Where query heads went alone, no key/value head can, and the former are the units."""
+        found = self.layout(config, self.shape(config, index))
+        if self.shape(config, index).alone is None:
+            return found
+        queries = self.queries(config, index)
+        assert queries is not None
+        return tuple(queries if site.name == ATTENTION else site for site in found)
+
+    def attention(self, config: Any, index: int | None = None) -> Attention | None:
+        """Where the parts of the heads of a block are; None where no directions inside them can go."""
+        shape = self.shape(config, index)
+        return None if shape.alone is not None else self.inside(config, shape)
+
+    def prunable(self, config: Any, attention: str | None, index: int | None = None) -> tuple[Site, ...]:
         """The sites of a block that `--attention` lets be pruned; `queries` counts the attention in query heads."""
-        queries = self.queries(config) if attention == "queries" else None
-        sites = (queries if queries and site.name == ATTENTION else site for site in self.sites(config))
+        queries = self.queries(config, index) if attention == "queries" else None
+        sites = (queries if queries and site.name == ATTENTION else site for site in self.sites(config, index))
         return tuple(site for site in sites if attention != "none" or site.name != ATTENTION)
 
-    def queries(self, config: Any) -> Site | None:
+    def queries(self, config: Any, index: int | None = None) -> Site | None:
         """The attention counted in single query heads; None where no key/value head has several, or all have one."""
-        attention = self.attention(config)
+        shape = self.shape(config, index)
+        attention = self.inside(config, shape)
         if attention is None or 1 in (attention.queries, attention.heads) or not self.whole_heads:
             return None
-        heads = next(site for site in self.sites(config) if site.name == ATTENTION)
+        heads = next(site for site in self.layout(config, shape) if site.name == ATTENTION)
         query = attention.query
         return replace(
             heads,
             unit="queries",
-            units=attention.heads * attention.queries,
-            group=attention.head_dim,
+            units=attention.heads * attention.queries if shape.alone is None else shape.alone,
+            group=attention.value_dim,
             producers=(Rows(query.layer, attention.head_dim, query.start),),
             shared=tuple(rows.layer for rows in heads.producers if rows.layer != query.layer),
             parts=attention.heads,
             table=f"{attention.module}.readers",
+            tables=(),
         )
 
-    def widths(self, config: Any, kept: dict[str, int]) -> dict[str, int]:
+    def widths(self, config: Any, kept: Mapping[str, int], index: int | None = None) -> dict[str, int]:
         """Keyword arguments of `pruned_class.narrow`, an entry of `block_widths`: `kept`, and the rest as it was."""
-        attention = self.attention(config)
-        whole = {site.unit: site.units for site in self.sites(config)}
+        shape = self.shape(config, index)
+        attention = self.inside(config, shape)
+        whole = {site.unit: site.units for site in self.layout(config, shape)}
         directions = {} if attention is None else attention.widths(kept)
-        queries = self.queries(config)
-        fewer = queries is not None and kept.get("queries", queries.units) < queries.units
-        alone = {"queries": kept["queries"]} if fewer else {}
+        queries = kept.get("queries", shape.alone)
+        fewer = queries is not None and queries < shape.keys * shape.queries
+        alone = {"queries": queries} if queries is not None and fewer else {}
         return {unit: kept.get(unit, units) for unit, units in whole.items()} | directions | alone
 
-    def layer_fields(self, config: Any, kept: dict[str, int]) -> dict[str, int]:
+    def layer_fields(self, config: Any, kept: Mapping[str, int], index: int | None = None) -> dict[str, int]:
         """A block with what is `kept` in the fields of a stock config: one entry of `per_layer_config`.
 
         Where query heads went alone, each of those that are left has a copy of its keys and values when it attends.
         """
-        widths, attention = self.widths(config, kept), self.attention(config)
+        widths, attention = self.widths(config, kept, index), self.attention(config)
         site = next(site for site in self.sites(config) if site.name == ATTENTION)
         of = heads_of(config)
         shared = of.keys == 1 < site.units  # the heads that go are query heads
@@ -144,13 +232,13 @@ class Family:
         possible = (count for count in range(site.units - 1, 0, -1) if counted and counted(config, count) is not None)
         return (site.units, *possible)
 
-    def stock_fields(self, config: Any, kept: Sequence[dict[str, int]]) -> dict[str, int] | None:
+    def stock_fields(self, config: Any, kept: Sequence[Mapping[str, int]]) -> dict[str, int] | None:
         """The config fields with which the stock class has the units that are `kept` in each block, or None.
 
         A stock config has one number for all blocks.
         """
         whole = self.widths(config, {})
-        found = [self.widths(config, block) for block in kept]
+        found = [self.widths(config, block, index) for index, block in enumerate(kept)]
         changed = {name for widths in found for name in widths if widths[name] != whole.get(name)}
         if any(widths != found[0] for widths in found) or not changed <= set(self.stock):
             return None
@@ -163,7 +251,7 @@ class Family:
         return fields
 
     def linear_parameters(self, block: nn.Module, config: Any) -> int:
-        """Parameters of the linear layers of one block, the base of `--sparsity` (METHOD, section 6)."""
+        """Parameters of the linear layers of one block as it is, the base of `--sparsity` (METHOD, section 6)."""
         names = {name for site in self.sites(config) for name in site.layers}
         return sum(p.numel() for name in names for p in linear(block, name).parameters())
 

@@ -6,21 +6,18 @@ from typing import Any
 
 from ..errors import UnsupportedModelError
 from ..modeling.falcon import SnpFalconForCausalLM
-from .attention import ATTENTION
+from .attention import ATTENTION, Shape
 from .base import Family, check_multiple, field, whole_heads
 from .sites import MLP, Rows, Site
 
 FUSED = "self_attention.query_key_value"
 
 
-def _sites(config: Any) -> tuple[Site, ...]:
-    heads, width = config.num_attention_heads, config.hidden_size // config.num_attention_heads
-    group, per_unit = width, 3 * width
-    if config.new_decoder_architecture:
-        queries = heads // config.num_kv_heads
-        heads, group, per_unit = config.num_kv_heads, queries * width, (queries + 2) * width
-    elif config.multi_query:  # one key/value head, which stays
-        per_unit = width
+def _sites(config: Any, shape: Shape) -> tuple[Site, ...]:
+    heads, group = shape.keys, shape.queries * shape.values
+    per_unit = group + 2 * shape.values
+    if config.multi_query and not config.new_decoder_architecture:  # one key/value head, which stays
+        heads, group, per_unit = shape.queries, shape.values, shape.values
     attention = mlp = "input_layernorm"
     if config.new_decoder_architecture and getattr(config, "num_ln_in_parallel_attn", None) != 1:
         attention, mlp = "ln_attn", "ln_mlp"
@@ -29,7 +26,7 @@ def _sites(config: Any) -> tuple[Site, ...]:
     inner, down = (Rows("mlp.dense_h_to_4h"),), "mlp.dense_4h_to_h"
     return (
         Site(ATTENTION, "heads", heads, group, (Rows(FUSED, per_unit),), "self_attention.dense", attention),
-        Site(MLP, "neurons", config.ffn_hidden_size, 1, inner, down, mlp, config.activation == "relu"),
+        Site(MLP, "neurons", shape.neurons, 1, inner, down, mlp, config.activation == "relu"),
     )
 
 
@@ -44,7 +41,7 @@ def _check(config: Any) -> None:
 FALCON = Family(
     model_type="falcon",
     blocks="transformer.h",
-    sites=_sites,
+    layout=_sites,
     pruned_class=SnpFalconForCausalLM,
     stock={"neurons": field("ffn_hidden_size")},
     check=_check,

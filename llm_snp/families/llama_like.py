@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-from .attention import PAIRS, WHOLE, Attention, head_width
+from .attention import PAIRS, WHOLE, Attention, Shape, head_width
 from .base import Family, field
 from .grouped import check, grouped_heads, rotary
 from .sites import MLP, Rows, Site
@@ -63,8 +63,8 @@ class LlamaLike:
         return Family(
             model_type=self.model_type,
             blocks="model.layers",
-            sites=partial(_sites, output_normed=self.output_normed),
-            attention=partial(_attention, scores=PAIRS if self.normed is None else WHOLE),
+            layout=partial(_sites, output_normed=self.output_normed),
+            inside=partial(_attention, scores=PAIRS if self.normed is None else WHOLE),
             whole_heads=self.normed != "all heads",
             pruned_class=getattr(modeling, f"Snp{self.classes}ForCausalLM"),
             stock=neurons | heads,
@@ -72,18 +72,18 @@ class LlamaLike:
         )
 
 
-def _sites(config: Any, output_normed: bool) -> tuple[Site, ...]:
+def _sites(config: Any, shape: Shape, output_normed: bool) -> tuple[Site, ...]:
     streams = (None, None) if output_normed else ("input_layernorm", "post_attention_layernorm")
     gated = (Rows("mlp.gate_proj"), Rows("mlp.up_proj"))
     return (
-        grouped_heads(config, "o_proj", streams[0]),
-        Site(MLP, "neurons", config.intermediate_size, 1, gated, "mlp.down_proj", streams[1]),
+        grouped_heads(config, shape, "o_proj", streams[0]),
+        Site(MLP, "neurons", shape.neurons, 1, gated, "mlp.down_proj", streams[1]),
     )
 
 
-def _attention(config: Any, scores: str) -> Attention | None:
+def _attention(config: Any, shape: Shape, scores: str) -> Attention | None:
     # Clipped queries, keys and values (OLMo) are tied to their dimensions.
-    return None if getattr(config, "clip_qkv", None) is not None else rotary(config, scores)
+    return None if getattr(config, "clip_qkv", None) is not None else rotary(config, shape, scores)
 
 
 def _fewer_heads(config: Any, heads: int, divide: bool) -> dict[str, int] | None:

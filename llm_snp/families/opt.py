@@ -5,29 +5,28 @@ from __future__ import annotations
 from typing import Any
 
 from ..modeling.opt import SnpOPTForCausalLM
-from .attention import ATTENTION, FREE, Attention
+from .attention import ATTENTION, FREE, Attention, Shape
 from .base import Family, field, whole_heads
 from .sites import MLP, Rows, Site
 
 
-def _sites(config: Any) -> tuple[Site, ...]:
+def _sites(config: Any, shape: Shape) -> tuple[Site, ...]:
     # Before its first layer norm (opt-350m puts it after) the residual stream is what the attention itself reads.
     before = config.do_layer_norm_before
-    heads, width = config.num_attention_heads, config.hidden_size // config.num_attention_heads
     return (
         Site(
             ATTENTION,
             "heads",
-            heads,
-            width,
-            tuple(Rows(f"self_attn.{name}_proj", width) for name in "qkv"),
+            shape.keys,
+            shape.values,
+            tuple(Rows(f"self_attn.{name}_proj", shape.values) for name in "qkv"),
             "self_attn.out_proj",
             stream="self_attn_layer_norm" if before else "self_attn.q_proj",
         ),
         Site(
             MLP,
             "neurons",
-            config.ffn_dim,
+            shape.neurons,
             1,
             (Rows("fc1"),),
             "fc2",
@@ -37,17 +36,16 @@ def _sites(config: Any) -> tuple[Site, ...]:
     )
 
 
-def _attention(config: Any) -> Attention:
-    heads, width = config.num_attention_heads, config.hidden_size // config.num_attention_heads
-    query, key, value = (Rows(f"self_attn.{name}_proj", width) for name in "qkv")
-    return Attention(query, key, value, heads, 1, width, FREE, "self_attn")
+def _attention(config: Any, shape: Shape) -> Attention:
+    query, key, value = (Rows(f"self_attn.{name}_proj", shape.values) for name in "qkv")
+    return Attention(query, key, value, shape.keys, 1, shape.scores, shape.values, FREE, "self_attn")
 
 
 OPT = Family(
     model_type="opt",
     blocks="model.decoder.layers",
-    sites=_sites,
-    attention=_attention,
+    layout=_sites,
+    inside=_attention,
     pruned_class=SnpOPTForCausalLM,
     stock={"neurons": field("ffn_dim")},
     # Several facebook/opt-*.bin were saved from the base model, without "model."; older conversions named the final

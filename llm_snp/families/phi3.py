@@ -5,26 +5,26 @@ from __future__ import annotations
 from typing import Any
 
 from ..modeling.phi3 import SnpPhi3ForCausalLM
-from .attention import ATTENTION, PAIRS, WHOLE, Attention, head_width
+from .attention import ATTENTION, PAIRS, WHOLE, Attention, Shape
 from .base import Family, field
 from .grouped import check, partly_rotary
 from .sites import MLP, Rows, Site
 
 
-def _attention(config: Any) -> Attention:
-    heads, width = config.num_key_value_heads, head_width(config)
-    fused, wide = "self_attn.qkv_proj", config.num_attention_heads * width
-    queries = config.num_attention_heads // heads
-    parts = (Rows(fused, queries * width), Rows(fused, width, wide), Rows(fused, width, wide + heads * width))
-    return Attention(*parts, heads, queries, width, WHOLE if partly_rotary(config) else PAIRS, "self_attn")
+def _attention(config: Any, shape: Shape) -> Attention:
+    fused, keys, queries, width = "self_attn.qkv_proj", shape.keys, shape.queries, shape.scores
+    wide = keys * queries * width
+    parts = (Rows(fused, queries * width), Rows(fused, width, wide), Rows(fused, shape.values, wide + keys * width))
+    scores = WHOLE if partly_rotary(config) else PAIRS
+    return Attention(*parts, keys, queries, width, shape.values, scores, "self_attn")
 
 
-def _sites(config: Any) -> tuple[Site, ...]:
-    neurons, of = config.intermediate_size, _attention(config)
-    parts, columns = (of.query, of.key, of.value), of.queries * of.head_dim
+def _sites(config: Any, shape: Shape) -> tuple[Site, ...]:
+    neurons, of = shape.neurons, _attention(config, shape)
+    parts, columns, tables = (of.query, of.key, of.value), of.queries * of.value_dim, (of.pair_table,)
     gate_up = (Rows("mlp.gate_up_proj"), Rows("mlp.gate_up_proj", start=neurons))
     return (
-        Site(ATTENTION, "heads", of.heads, columns, parts, "self_attn.o_proj", "input_layernorm"),
+        Site(ATTENTION, "heads", of.heads, columns, parts, "self_attn.o_proj", "input_layernorm", tables=tables),
         Site(MLP, "neurons", neurons, 1, gate_up, "mlp.down_proj", "post_attention_layernorm"),
     )
 
@@ -32,8 +32,8 @@ def _sites(config: Any) -> tuple[Site, ...]:
 PHI3 = Family(
     model_type="phi3",
     blocks="model.layers",
-    sites=_sites,
-    attention=_attention,
+    layout=_sites,
+    inside=_attention,
     pruned_class=SnpPhi3ForCausalLM,
     stock={"neurons": field("intermediate_size")},
     check=check,

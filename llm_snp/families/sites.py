@@ -6,6 +6,7 @@ linear layer that reads it. A *site* is one consumer with its producers in one d
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -42,15 +43,17 @@ class Site:
     name         `attention` or `mlp`
     unit         what is counted: `heads`, `queries` or `neurons`. With grouped queries a head is a key/value head with
                  the query heads that read it, and these alone are `queries`
-    units        how many there are in the dense model
+    units        how many there are
     group        g, columns of the consumer per unit
     producers    the rows that make the units; consumer: the linear layer that reads them
     stream       the module whose input is the residual stream that the consumer's output is added to, as it is; None
                  where a norm lies between
     nonnegative  whether the consumer's input is ≥ 0 by construction
     shared       linear layers that all units have in common, which stay whole
-    parts        runs of units, equally long, of which each keeps at least one: the query heads of a key/value head
-    table        the buffer of a pruned model that says to which part each unit belongs that is left
+    parts        how many parts the units have, each of which keeps at least one: the query heads of a key/value head
+    table        the buffer of a pruned model that says to which part each unit belongs that is left; without it the
+                 parts are runs of units, equally long
+    tables       buffers that may be there, with a row for each unit
     """
 
     name: str
@@ -64,11 +67,18 @@ class Site:
     shared: tuple[str, ...] = ()
     parts: int = 1
     table: str | None = None
+    tables: tuple[str, ...] = ()
 
     @property
     def layers(self) -> tuple[str, ...]:
         """Every linear layer of the site once: the producers, what they share, then the consumer."""
         return (*dict.fromkeys(rows.layer for rows in self.producers), *self.shared, self.consumer)
+
+    def part_of(self, state: Mapping[str, Tensor]) -> Tensor:
+        """(units,) long: the part that each unit belongs to; state: the tensors of the block."""
+        if self.table is not None and self.table in state:
+            return state[self.table]
+        return torch.arange(self.units) // (self.units // self.parts)
 
     def rows_left(self, layer: str, count: int, columns: Tensor) -> Tensor:
         """Of `count` rows of a producer those that stay, ascending, if of the consumer's `columns` (k·g,) are left."""

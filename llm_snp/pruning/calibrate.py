@@ -156,7 +156,8 @@ def calibrate_block(
                 x = x[:, heads.flatten().to(x.device)]
             assert attention is not None
             if attention.scores == PAIRS:
-                x = _turned(x, len(heads), hidden.shape[1], call)
+                table = getattr(block.get_submodule(attention.module), "pair_table", None)
+                x = _turned(x, len(heads), hidden.shape[1], call, table)
             if name not in found:
                 found[name] = Moments.like(x, groups=len(heads))
                 stream.processes.same(found[name].shift)
@@ -171,9 +172,15 @@ def calibrate_block(
     return found
 
 
-def _turned(x: Tensor, heads: int, length: int, call: Call) -> Tensor:
-    """Queries or keys (n, heads · w) of windows of `length` tokens, turned by position as the block does."""
+def _turned(x: Tensor, heads: int, length: int, call: Call, left: Tensor | None) -> Tensor:
+    """Queries or keys (n, heads · w) of windows of `length` tokens, turned by position as the block does.
+
+    left (key/value heads, pairs) long: the pairs that an earlier pruning has left; None: all.
+    """
     cos, sin = (table[..., : table.shape[-1] // 2].unsqueeze(2) for table in call.kwargs["position_embeddings"])
+    if left is not None:
+        left = left.repeat_interleave(heads // len(left), 0)
+        cos, sin = (table[:, :, 0, left] for table in (cos, sin))  # (B, T, heads, pairs left)
     return turn(x.view(-1, length, heads, x.shape[1] // heads), cos, sin).flatten(2).flatten(0, 1)
 
 

@@ -35,7 +35,7 @@ def narrow_heads(
     # layer -> rows of its heads (h, w), and what they become (h, r, w)
     cuts: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
     rank = attention.value_rank(kept)
-    if rank < attention.head_dim:
+    if rank < attention.value_dim:
         weight, bias = linear_weights(state, site.consumer, device)
         basis, in_basis, subspace = order_values(
             values.covariance, weight, attention, damping, sensitivity, options.sensitive_order
@@ -53,7 +53,8 @@ def narrow_heads(
             cuts[layer].append((rows, transform))
         table = scores.table(rank)
         if table is not None:
-            new[f"{attention.module}.pair_table"] = table.cpu()
+            table, before = table.cpu(), state.get(attention.pair_table)
+            new[attention.pair_table] = table if before is None else before.gather(1, table)
     for layer, parts in cuts.items():
         weight, bias = linear_weights(state, layer, device)
         store(new, layer, *cut_rows(weight, bias, parts))

@@ -86,7 +86,7 @@ def prune_blocks(
                 block = pruner.block
                 del pruner
             else:
-                widths = family.widths(config, plan.kept[i])
+                widths = family.widths(config, plan.kept[i], i)
                 block = skeleton.load_block(i, done[0], partial(family.pruned_class.narrow, **widths))
                 if dense_stream is not None and not last:
                     dense_stream.advance(i, skeleton.load_block(i, dense_state))
@@ -118,7 +118,7 @@ class _BlockPruner:
         self._take(state)
         losses: BlockLoss = {}
         mode = "queries" if "queries" in self.kept else self.session.options.attention
-        sites = self.session.family.prunable(self.session.config, mode)
+        sites = self.session.family.prunable(self.session.config, mode, self.index)
         for site in sites:
             whole = site.unit in self.kept  # units go as a whole
             narrowed = False if whole else self._narrow_heads(site)
@@ -128,7 +128,7 @@ class _BlockPruner:
 
     def _narrow_heads(self, site: Site) -> bool:
         """Cut the heads to the directions that are kept, ordered on the pruned stream; False if all of them are."""
-        attention = self.session.family.attention(self.session.config)
+        attention = self.session.family.attention(self.session.config, self.index)
         assert attention is not None
         kept = {unit: self.kept[unit] for unit in attention.directions}
         if all(kept[unit] == units for unit, (_, units) in attention.directions.items()):
@@ -183,7 +183,7 @@ class _BlockPruner:
         """Take new tensors, and a live block with the widths that are done so far."""
         self.state = state
         family = self.session.family
-        widths = family.widths(self.session.config, self.done)
+        widths = family.widths(self.session.config, self.done, self.index)
         self.block = self.session.skeleton.load_block(self.index, state, partial(family.pruned_class.narrow, **widths))
 
     def _from_main(self, state: State | None) -> State:

@@ -20,11 +20,14 @@ from .plan import check_order
 
 @dataclass(frozen=True)
 class Job:
-    """options: resolved; directory: of the dense model; config: its transformers config; length: tokens per window."""
+    """options: resolved; directory: of the model; config: its transformers config; whole: that of the dense model whose
+    blocks have widths of their own by now, or the same; length: tokens per window.
+    """
 
     options: PruneConfig
     directory: Path
     config: Any
+    whole: Any
     family: Family
     output: Path
     device: torch.device
@@ -48,12 +51,15 @@ def open_job(options: PruneConfig, weights: bool, local_index: int = 0) -> Job:
     directory = locate(options.model, options.revision, weights)
     config = load_config(directory)
     family = family_of(config)
+    pruned = getattr(config, "block_widths", None) is not None
+    whole = family.dense_config(config) if pruned else config
     options = fit_for_format(options, family)
+    check_format(options, family, config)
     options = fit_for_heads(options.resolved(), family, config)
     check_order(family, config, options)
     output = output_of(options)
     device = resolve_device(options.device, local_index)
-    return Job(options, directory, config, family, output, device, window_length(options, config))
+    return Job(options, directory, config, whole, family, output, device, window_length(options, config))
 
 
 def fit_for_format(options: PruneConfig, family: Family) -> PruneConfig:
@@ -83,6 +89,25 @@ def fit_for_format(options: PruneConfig, family: Family) -> PruneConfig:
             "number of neurons in every block that goes; leave one of them out, or give --allocation uniform"
         )
     return dataclasses.replace(options, attention=attention, allocation="uniform")
+
+
+def check_format(options: PruneConfig, family: Family, config: Any) -> None:
+    """Raise `OptionError` where a pruned model has already what --format blockwise or stock cannot express."""
+    blocks = range(len(getattr(config, "block_widths", None) or ()))
+    if options.format == "stock" and blocks:
+        raise OptionError(
+            "--format stock is for models whose blocks are alike, and those of this one, which is pruned already, are "
+            "not: leave it out, or prune the dense model"
+        )
+    inside = set(family.widths(config, {})) - {"heads", "neurons"}
+    whole = family.widths(config, {})
+    for index in blocks if options.format == "blockwise" else ():
+        widths = family.widths(config, {}, index)
+        if any(widths[unit] < whole[unit] for unit in inside) or "queries" in widths:
+            raise OptionError(
+                "--format blockwise is for whole heads and neurons, and this model, which is pruned already, has lost "
+                "parts of heads: leave it out, or prune the dense model"
+            )
 
 
 def fit_for_heads(options: PruneConfig, family: Family, config: Any) -> PruneConfig:

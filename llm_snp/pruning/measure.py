@@ -58,7 +58,7 @@ def measured_curves(session: Session) -> list[SiteCurve]:
                 step()
                 continue
             seen = _calibrate(session, i, block, state, stream)
-            for site in session.sites:
+            for site in session.sites(i):
                 if site.name == ATTENTION:
                     mine += _order_attention(session, seen, site)
                 elif processes.index == len(together):
@@ -95,21 +95,22 @@ class _Seen:
 
 def _calibrate(session: Session, index: int, block: nn.Module, state: State, stream: Stream) -> _Seen:
     """Collect the moments of a block; the stream advances in the same pass."""
-    attention = _attention(session)
+    attention = _attention(session, index)
     sample = None if attention is None or attention.scores == WHOLE else Sample.of_stream(stream, index)
-    moments = calibrate_block(index, block, stream, session.sites, attention, advance=True)
+    moments = calibrate_block(index, block, stream, session.sites(index), attention, advance=True)
     return _Seen(index, block, state, moments, read_sensitivity(session, index), sample)
 
 
-def _attention(session: Session) -> Attention | None:
-    """Where the parts of the heads are, if directions inside them may go."""
-    return session.family.attention(session.config) if session.options.directions else None
+def _attention(session: Session, index: int) -> Attention | None:
+    """Where the parts of a block's heads are, if directions inside them may go."""
+    return session.family.attention(session.config, index) if session.options.directions else None
 
 
 def _order_attention(session: Session, seen: _Seen, site: Site) -> list[SiteCurve]:
     """Curves of what can go of an attention, on the main process: of the cheapest kind, where there are several."""
     options, processes, family = session.options, session.processes, session.family
-    attention, g, dense = _attention(session), seen.sensitivity.get(site.name), session.skeleton.blocks[seen.index]
+    attention, g = _attention(session, seen.index), seen.sensitivity.get(site.name)
+    dense = session.skeleton.blocks[seen.index]
     weight, _ = linear_weights(seen.state, site.consumer, session.skeleton.device)
     scores, costs = None, None
     if seen.sample is not None and attention is not None:
@@ -118,9 +119,9 @@ def _order_attention(session: Session, seen: _Seen, site: Site) -> list[SiteCurv
     if not processes.main:
         return []
     choices = []
-    for kind in _whole_units(session):
-        empty = unit_curve(family, session.config, seen.index, dense, kind, options)
-        choices.append([_unit_curve(empty, weight, kind, seen.moments[site.name], options, g)])
+    for kind in _whole_units(session, seen.index, site):
+        empty, parts = unit_curve(family, session.config, seen.index, dense, kind, options), kind.part_of(seen.state)
+        choices.append([_unit_curve(empty, weight, kind, seen.moments[site.name], options, g, parts)])
     if attention is not None:
         whole = direction_curves(family, seen.index, dense, site, attention, options)
         values = seen.moments[site.name].covariance
@@ -134,22 +135,30 @@ def _order_later(session: Session, seen: _Seen, site: Site) -> Callable[[], Site
     empty = unit_curve(session.family, session.config, seen.index, dense, site, session.options)
     weight, _ = linear_weights(seen.state, site.consumer, session.skeleton.device)
     moments, g = seen.moments[site.name], seen.sensitivity.get(site.name)  # and nothing else of the block is kept
-    return partial(_unit_curve, empty, weight, site, moments, session.options, g)
+    return partial(_unit_curve, empty, weight, site, moments, session.options, g, site.part_of(seen.state))
 
 
-def _whole_units(session: Session) -> list[Site]:
-    """What can go of an attention as a whole: its heads, single query heads, or either."""
-    heads = [site for site in session.sites if site.name == ATTENTION and session.options.attention != "dims"]
-    queries = session.family.queries(session.config) if session.options.attention == "both" else None
-    return heads if queries is None else [*heads, queries]
+def _whole_units(session: Session, index: int, site: Site) -> list[Site]:
+    """What can go of an attention `site` as a whole: its heads, single query heads, or either."""
+    if session.options.attention == "dims" and _attention(session, index) is not None:
+        return []
+    queries = session.family.queries(session.config, index) if session.options.attention == "both" else None
+    return [site] if queries is None or site.unit == queries.unit else [site, queries]
 
 
 def _unit_curve(
-    curve: SiteCurve, weight: Tensor, site: Site, moments: Moments, options: PruneConfig, g: Tensor | None
+    curve: SiteCurve,
+    weight: Tensor,
+    site: Site,
+    moments: Moments,
+    options: PruneConfig,
+    g: Tensor | None,
+    parts: Tensor,
 ) -> SiteCurve:
+    """parts: which each unit belongs to, see `Site.part_of`."""
     keep = max(1, round(site.units * (1 - options.sparsity)))
     seed = torch.Generator().manual_seed(options.seed)
-    subspace = order_units(moments, weight, site, options, options.curve_damping, keep, seed, g)
+    subspace = order_units(moments, weight, site, options, options.curve_damping, keep, seed, g, parts)
     return _with_curves(curve, subspace.variance_curve, subspace.loss_curve, subspace.loss_curve[0], options)
 
 

@@ -27,12 +27,14 @@ def order_units(
     damping: float,
     keep: int,
     generator: torch.Generator,
-    sensitivity: Tensor | None = None,
+    sensitivity: Tensor | None,
+    parts: Tensor,
     energies: bool = True,
 ) -> Subspace:
     """The units of a site by the criterion of `--order`, for a consumer weight (d, m).
 
-    keep: how many will stay, for orders that want to know; energies False: no loss curve is needed.
+    keep: how many will stay, for orders that want to know; parts: which each unit belongs to, see `Site.part_of`;
+    energies False: no loss curve is needed.
     """
     assert options.order is not None
     return subspace_of_units(
@@ -47,7 +49,7 @@ def order_units(
         generator,
         options.sensitive_order,
         energies,
-        site.parts,
+        parts,
     )
 
 

@@ -68,8 +68,9 @@ class Plan:
 
 def check_order(family: Family, config: Any, options: PruneConfig) -> None:
     """Raise `OptionError` if the order cannot rank the units of some site, before anything is loaded."""
-    for site in family.prunable(config, options.attention):
-        by_direction = site.name == ATTENTION and options.attention == "dims"
+    sites = {site for index in _blocks(config) for site in family.prunable(config, options.attention, index)}
+    for site in sorted(sites, key=lambda site: site.name):
+        by_direction = site.name == ATTENTION and site.unit == "heads" and options.attention == "dims"
         if options.order in NEEDS_NONNEGATIVE and not (site.nonnegative or by_direction):
             directions = site.name == ATTENTION and family.attention(config) is not None
             remedy = "--attention dims" if directions else "another order, such as greedy"
@@ -79,16 +80,25 @@ def check_order(family: Family, config: Any, options: PruneConfig) -> None:
             )
 
 
+def _blocks(config: Any) -> range:
+    """The blocks that have to be looked at to see all that differ: of a dense model one."""
+    return range(1 if getattr(config, "block_widths", None) is None else config.num_hidden_layers)
+
+
 def empty_curves(family: Family, config: Any, blocks: Sequence[nn.Module], options: PruneConfig) -> list[SiteCurve]:
     """Sites with their costs but nothing measured; blocks may be on meta. `both` counts heads here."""
-    attention = family.attention(config) if options.attention == "dims" else None
+    return [curve for i, block in enumerate(blocks) for curve in block_curves(family, config, i, block, options)]
+
+
+def block_curves(family: Family, config: Any, index: int, block: nn.Module, options: PruneConfig) -> list[SiteCurve]:
+    """Those of one block."""
+    attention = family.attention(config, index) if options.attention == "dims" else None
     curves = []
-    for i, block in enumerate(blocks):
-        for site in family.prunable(config, options.attention):
-            if site.name == ATTENTION and attention is not None:
-                curves += direction_curves(family, i, block, site, attention, options)
-                continue
-            curves.append(unit_curve(family, config, i, block, site, options))
+    for site in family.prunable(config, options.attention, index):
+        if site.name == ATTENTION and attention is not None:
+            curves += direction_curves(family, index, block, site, attention, options)
+            continue
+        curves.append(unit_curve(family, config, index, block, site, options))
     return curves
 
 
@@ -106,7 +116,7 @@ def direction_curves(
     family: Family, index: int, block: nn.Module, site: Site, attention: Attention, options: PruneConfig
 ) -> list[SiteCurve]:
     """The attention site of a block counted in directions of all its heads instead of heads."""
-    multiple = min(options.round_to, HEAD_DIM_MULTIPLE, attention.head_dim)
+    multiple = min(options.round_to, HEAD_DIM_MULTIPLE)
     return [
         SiteCurve(
             index,
@@ -114,7 +124,7 @@ def direction_curves(
             unit,
             units,
             family.direction_cost(block, site, attention, unit),
-            max(1, multiple // 2) if unit == "pairs" else multiple,
+            min(units, max(1, multiple // 2) if unit == "pairs" else multiple),
         )
         for unit, (where, units) in attention.directions.items()
     ]
@@ -126,9 +136,9 @@ def check_budget(family: Family, config: Any, blocks: Sequence[nn.Module], optio
         check_budget(family, config, blocks, dataclasses.replace(options, round_to=1))
     modes = ("heads", "dims") if options.attention == "both" else (options.attention,)
     most = 0
-    for block in blocks:
+    for index, block in enumerate(blocks):
         choices = (
-            empty_curves(family, config, [block], dataclasses.replace(options, attention=mode)) for mode in modes
+            block_curves(family, config, index, block, dataclasses.replace(options, attention=mode)) for mode in modes
         )
         most += max(sum(curve.removable for curve in curves) for curves in choices)
     _check_removable(options, most, sum(family.linear_parameters(block, config) for block in blocks))

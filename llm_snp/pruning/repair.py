@@ -52,12 +52,14 @@ def repair_units(
     share: float = 1.0,
 ) -> SiteResult:
     """Keep `keep` whole units of a site of a block and repair its consumer. share: see `Session.share`."""
-    device = moments.fit.first.device
+    device, parts = moments.fit.first.device, site.part_of(state)
 
     def solve(moments: Moments, damping: float) -> Pruned:
         refitted, damping = refit_all(moments, linear_weights(state, site.consumer, device)[0], damping, share)
         generator = torch.Generator().manual_seed(seed)
-        subspace = order_units(moments, refitted, site, options, damping, keep, generator, sensitivity, energies=False)
+        subspace = order_units(
+            moments, refitted, site, options, damping, keep, generator, sensitivity, parts, energies=False
+        )
         if options.target == "none":
             return without_repair(moments, subspace, *linear_weights(state, site.consumer, device), keep)
         columns, refit = truncate(subspace, refitted, keep)
@@ -74,9 +76,12 @@ def repair_units(
         for suffix in ("weight", "bias"):
             if f"{name}.{suffix}" in new:
                 new[f"{name}.{suffix}"] = new[f"{name}.{suffix}"][rows].contiguous()
+    units = columns[:: site.group] // site.group
     if site.table is not None and keep < site.units:
-        units = columns[:: site.group] // site.group
-        new[site.table] = units // (site.units // site.parts)
+        new[site.table] = parts[units]
+    for table in site.tables:
+        if table in new:
+            new[table] = new[table][units]
     store(new, site.consumer, pruned.weight, pruned.bias if f"{site.consumer}.bias" in state else None)
     return SiteResult(new, pruned.lost, pruned.total, pruned.damping)
 

@@ -65,7 +65,7 @@ def read_sensitivity(session: Session, index: int) -> dict[str, Tensor]:
     device, block = session.skeleton.device, session.skeleton.blocks[index]
     stored = session.journal.read_tensors(_name(index), device)
     found = {}
-    for site in session.sites:
+    for site in session.sites(index):
         mean, d = stored[site.name].to(device, torch.float64), linear(block, site.consumer).out_features
         if session.options.sensitivity == "scalar":
             mean = torch.eye(d, dtype=torch.float64, device=device) * (mean / d)
@@ -98,9 +98,9 @@ def measure_sensitivity(session: Session) -> None:
             step()
         _begin_backward(stream, options.seed)
         gradients = stream
-        sites = session.sites
-        consumers = [site.consumer for site in sites]
         for i, block, inputs in _backwards(skeleton, kept):
+            sites = session.sites(i)
+            consumers = [site.consumer for site in sites]
             sums: dict[str, Tensor] = {}
             for name in consumers:
                 d = linear(block, name).out_features

@@ -25,7 +25,9 @@ CHANCE = 0.5
 
 @dataclass(frozen=True)
 class Session:
-    """skeleton: the dense model; tokens: all calibration windows (N, T), of which each process streams its share."""
+    """skeleton: the model that is pruned; tokens: all calibration windows (N, T), of which each process streams its
+    share.
+    """
 
     skeleton: Skeleton
     family: Family
@@ -37,10 +39,9 @@ class Session:
     journal: Journal
     progress: Progress
 
-    @property
-    def sites(self) -> tuple[Site, ...]:
-        """What is pruned in each block, in this order."""
-        return self.family.prunable(self.config, self.options.attention)
+    def sites(self, index: int) -> tuple[Site, ...]:
+        """What is pruned in a block, in this order."""
+        return self.family.prunable(self.config, self.options.attention, index)
 
     def stream(self, windows: int | None = None) -> Stream:
         """The hidden states of this process's share of the first `windows` windows (all), before the first block."""
@@ -56,6 +57,10 @@ class Session:
         """
         if self.options.target != "residual" or site.stream is None:
             return 1.0
-        block = self.skeleton.blocks[0]
-        inputs = sum(linear(block, other.consumer).in_features for other in self.sites if other.stream is not None)
-        return 1.0 / (1.0 + CHANCE * len(self.skeleton) * inputs / self.tokens.numel())
+        inputs = sum(
+            linear(block, other.consumer).in_features
+            for index, block in enumerate(self.skeleton.blocks)
+            for other in self.sites(index)
+            if other.stream is not None
+        )
+        return 1.0 / (1.0 + CHANCE * inputs / self.tokens.numel())

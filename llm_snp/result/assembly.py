@@ -14,6 +14,7 @@ from ..dense.checkpoint import Checkpoint
 from ..dense.hub import load_config
 from ..dense.skeleton import Skeleton
 from ..documents.report import Report, block_line
+from ..families import OF_PRUNED
 from ..pruning.executor import BlockLoss, SiteLoss
 from ..pruning.job import Job
 from ..pruning.plan import Plan
@@ -108,21 +109,20 @@ def result_config(job: Job, kept: Sequence[dict[str, int]], tokenizer: Any) -> t
     """The result's config, and whether it needs a class of its own. kept: of each block, what stays."""
     family, config = job.family, job.config
     stock = family.stock_fields(config, kept)
-    own = ("model_type", "architectures")  # what the result has of its own
-    fields = {key: value for key, value in without_code(config.to_dict()).items() if key not in own}
+    fields = {key: value for key, value in without_code(job.whole.to_dict()).items() if key not in OF_PRUNED}
     # Without it AutoTokenizer would look for the tokenizer of a model type that stock transformers does not know.
     # (TokenizersBackend is what transformers 5 calls PreTrainedTokenizerFast, which both major versions know.)
     fields["tokenizer_class"] = type(tokenizer).__name__.replace("TokenizersBackend", "PreTrainedTokenizerFast")
     if stock is not None:
-        result = type(config)(**(fields | stock))
-        result.architectures = config.architectures
+        result = type(job.whole)(**(fields | stock))
+        result.architectures = job.whole.architectures
         return result, False
     config_class = family.pruned_class.config_class
     # Beside `block_widths`, in the fields that other tools read (vLLM, caches of transformers from 5.14): each block's
     # own, and the dense model's where one number is asked for.
-    fields["per_layer_config"] = {str(i): family.layer_fields(config, block) for i, block in enumerate(kept)}
+    fields["per_layer_config"] = {str(i): family.layer_fields(config, block, i) for i, block in enumerate(kept)}
     fields["allow_global_per_layer_attribute_access"] = True
-    result = config_class(**fields, block_widths=[family.widths(config, block) for block in kept])
+    result = config_class(**fields, block_widths=[family.widths(config, block, i) for i, block in enumerate(kept)])
     result.architectures = [family.pruned_class.__name__]
     module = MODELING.removesuffix(".py")
     result.auto_map = {

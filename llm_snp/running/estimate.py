@@ -78,13 +78,16 @@ def estimate(
     kept_share: float,
 ) -> Estimate:
     """Estimate peaks and work. model: on meta; length: tokens per window; kept_share: of all parameters."""
-    sites = family.prunable(config, options.attention)
     blocks = model.get_submodule(family.blocks)
     size, stored = dtype.itemsize, 2
-    per_block = sum(p.numel() for p in blocks[0].parameters())
+    sizes_of = [sum(p.numel() for p in block.parameters()) for block in blocks]
+    # The largest, which stands for all: in a pruned model they differ.
+    index = max(range(len(blocks)), key=sizes_of.__getitem__)
+    block, per_block = blocks[index], sizes_of[index]
+    sites = family.prunable(config, options.attention, index)
     total = sum(p.numel() for p in model.parameters())
-    outer = total - per_block * len(blocks)
-    outputs = {site.name: linear(blocks[0], site.consumer).out_features for site in sites}
+    outer = total - sum(sizes_of)
+    outputs = {site.name: linear(block, site.consumer).out_features for site in sites}
     widest = max(sites, key=lambda site: site.units * site.group)
     m, d = widest.units * widest.group, outputs[widest.name]
     working = working_dtype(m).itemsize
@@ -120,12 +123,12 @@ def estimate(
         sites,
         outputs,
         len(blocks),
-        family.linear_parameters(blocks[0], config),
-        _run_until(blocks[0], family.sites(config)),
+        family.linear_parameters(block, config),
+        _run_until(block, family.sites(config, index)),
         options.samples * length,
         length,
         d,
-        _score_moments(family.attention(config)),
+        _score_moments(family.attention(config, index)),
     )
     return Estimate(on_device, on_host, on_disk, operations(sizes, options))
 

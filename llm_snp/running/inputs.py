@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ..config import shares
+from ..documents.writing import read_report
+from ..errors import CheckpointError
 from ..evaluation.harness import tasks_of, texts_of
 from ..pruning.job import Job
+from ..system.manifest import is_result
 
 
 def inputs_of(job: Job) -> dict[Path, bool]:
@@ -26,6 +30,13 @@ def inputs_of(job: Job) -> dict[Path, bool]:
             if name and os.path.exists(path := os.path.expanduser(name)):
                 found.setdefault(Path(path), closed)
     return found
+
+
+def report_of(directory: Path) -> dict[str, Any] | None:
+    """The report of the run that made a model that is pruned again, as far as there is one that can be read."""
+    with suppress(CheckpointError):
+        return read_report(directory) if is_result(directory) else None
+    return None
 
 
 def memory_of(job: Job) -> dict[str, Any]:

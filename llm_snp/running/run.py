@@ -35,7 +35,7 @@ from ..system.processes import Processes
 from ..system.progress import Progress
 from ..system.workspace import Workspace, check_space
 from .afterwards import afterwards, check_afterwards
-from .inputs import inputs_of, memory_of
+from .inputs import inputs_of, memory_of, report_of
 from .rehearsal import rehearse
 from .resume import again, calibration_identity, finished_before, kept_for_resume, model_identity, settings
 
@@ -116,7 +116,8 @@ class _Run:
             self.tokenizer = load_tokenizer(job.directory)
             processes.on_main(lambda: carried.check(self.tokenizer))
             processes.on_main(self._check_space)
-            self.skeleton = Skeleton(job.config, job.family.blocks, self.checkpoint, job.device, self.dtype)
+            whole = None if job.whole is job.config else job.whole
+            self.skeleton = Skeleton(job.config, job.family.blocks, self.checkpoint, job.device, self.dtype, whole)
             # Nothing is measured yet, but whether the budget can be met at all is known already.
             check_budget(job.family, job.config, self.skeleton.blocks, job.options)
         with progress.phase("text"):
@@ -139,7 +140,8 @@ class _Run:
 
     def prune(self) -> dict[str, Any]:
         job, skeleton, progress = self.job, self.skeleton, self.progress
-        report = Report(job, self.checkpoint, self.calibration, self.dtype, self.stored, self.processes.count)
+        before = self.processes.from_main(lambda: report_of(job.directory))
+        report = Report(job, self.checkpoint, self.calibration, self.dtype, self.stored, self.processes.count, before)
         self.processes.on_main(lambda: rehearse(job, skeleton, report, self.tokenizer, self.evaluation))
         for source, windows in self.evaluation.items():
             report.evaluated(source, "dense", self._dense_perplexity(windows))

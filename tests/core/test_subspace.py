@@ -174,7 +174,7 @@ def test_curves_of_a_site_without_signal() -> None:
 
 def test_one_of_each_part_comes_first_and_the_order_stays() -> None:
     order = torch.tensor([5, 4, 1, 0, 2, 3, 7, 6])
-    assert one_of_each(order, 4).tolist() == [5, 1, 2, 7, 4, 0, 3, 6]
-    assert one_of_each(order, 2).tolist() == [5, 1, 4, 0, 2, 3, 7, 6]
-    assert torch.equal(one_of_each(order, 1), order)
-    assert torch.equal(one_of_each(order, 8), order)
+    assert one_of_each(order, torch.arange(8) // (8 // 4)).tolist() == [5, 1, 2, 7, 4, 0, 3, 6]
+    assert one_of_each(order, torch.arange(8) // (8 // 2)).tolist() == [5, 1, 4, 0, 2, 3, 7, 6]
+    assert torch.equal(one_of_each(order, torch.arange(8) // (8 // 1)), order)
+    assert torch.equal(one_of_each(order, torch.arange(8) // (8 // 8)), order)

@@ -202,7 +202,7 @@ def test_slicing_single_query_heads_equals_masking(name: str, ids: torch.Tensor)
     masked = tiny_model(name).double()
     state = {key: value.clone() for key, value in masked.state_dict().items()}
     generator = torch.Generator().manual_seed(4)
-    order = one_of_each(torch.randperm(site.units, generator=generator), site.parts)
+    order = one_of_each(torch.randperm(site.units, generator=generator), site.part_of({}))
     assert order[: site.parts].div(attention.queries, rounding_mode="floor").unique().numel() == site.parts
     kept_of = [{}, {"queries": site.parts + 1}, {"queries": site.parts}]
     for i, kept in enumerate(kept_of):
@@ -380,8 +380,11 @@ def duplicated(model: Any, family: Family) -> Any:
     model = copy.deepcopy(model)
     _, transposed = linear_blocks(empty_model(model.config), family.blocks)
     with torch.no_grad():
-        for block in model.get_submodule(family.blocks):
-            for site in family.sites(model.config):
+        for index, block in enumerate(model.get_submodule(family.blocks)):
+            for site in family.sites(model.config, index):
+                for name, table in block.named_buffers():
+                    if name in site.tables:
+                        table[site.units // 2 : site.units // 2 * 2] = table[: site.units // 2].clone()
                 for rows in site.producers:
                     layer = block.get_submodule(rows.layer)
                     weight = layer.weight.mT if f"{rows.layer}.weight" in transposed else layer.weight
@@ -404,16 +407,23 @@ def test_duplicated_units_go_without_loss(name: str, prune: Prune, tmp_path: Pat
     assert (after - before).square().mean() < 1e-6 * before.square().mean()
 
 
-def half_of_no_use(model: Any, name: str) -> Any:
+def half_of_no_use(model: Any) -> Any:
     """Of every head: half of the values are copies, and half of the query is zero, pair by pair. Neurons are twice."""
-    family, attention = family_of(model.config), attention_of(name)
-    model, w = duplicated(model, family), attention.head_dim
-    period = w // 2 if attention.scores == PAIRS else w
-    zero = torch.arange(w) % period >= period // 2
-    copied, of = attention.value.of(attention.heads)[:, w // 2 :], attention.value.of(attention.heads)[:, : w // 2]
-    queries = attention.query.of(attention.heads).view(-1, w)[:, zero]
+    family = family_of(model.config)
+    model = duplicated(model, family)
     with torch.no_grad():
-        for block in model.get_submodule(family.blocks):
+        for index, block in enumerate(model.get_submodule(family.blocks)):
+            attention = family.attention(model.config, index)
+            if attention is None:
+                continue
+            w, v = attention.head_dim, attention.value_dim
+            period = w // 2 if attention.scores == PAIRS else w
+            zero = torch.arange(w) % period >= (period + 1) // 2
+            copied, of = (
+                attention.value.of(attention.heads)[:, v // 2 :],
+                attention.value.of(attention.heads)[:, : v // 2],
+            )
+            queries = attention.query.of(attention.heads).view(-1, w)[:, zero]
             for values in block.get_submodule(attention.value.layer).parameters():
                 values[copied] = values[of].clone()
             for values in block.get_submodule(attention.query.layer).parameters():
@@ -424,7 +434,7 @@ def half_of_no_use(model: Any, name: str) -> Any:
 
 @with_directions
 def test_directions_without_use_go_without_loss(name: str, prune: Prune, tmp_path: Path, ids: torch.Tensor) -> None:
-    model = half_of_no_use(tiny_model(name), name)
+    model = half_of_no_use(tiny_model(name))
     directory = save_tiny(name, tmp_path / "dense")
     model.save_pretrained(directory)
     exact = {"target": "self", "allocation": "uniform", "attention": "dims", "damping": 1e-8, "samples": 48}

@@ -34,13 +34,15 @@ def session(dense: Path, tmp_path: Path) -> Session:
 
 def test_share_follows_the_inputs_of_all_repairs(session: Session, dense: Path) -> None:
     blocks = load(dense).model.decoder.layers
-    inputs = sum(linear(block, site.consumer).in_features for block in blocks for site in session.sites)
+    inputs = sum(
+        linear(block, site.consumer).in_features for i, block in enumerate(blocks) for site in session.sites(i)
+    )
     expected = 1 / (1 + CHANCE * inputs / (8 * 32))
-    assert [session.share(site) for site in session.sites] == pytest.approx([expected] * len(session.sites))
+    assert [session.share(site) for site in session.sites(0)] == pytest.approx([expected] * len(session.sites(0)))
 
 
 def test_share_grows_to_all_with_the_text(session: Session) -> None:
-    site = session.sites[0]
+    site = session.sites(0)[0]
     shares = [
         dataclasses.replace(session, tokens=torch.zeros(n, 32, dtype=torch.long)).share(site) for n in (1, 8, 10**6)
     ]
@@ -50,7 +52,7 @@ def test_share_grows_to_all_with_the_text(session: Session) -> None:
 
 
 def test_targets_that_do_not_add_up_are_fitted_whole(session: Session) -> None:
-    site = session.sites[0]
+    site = session.sites(0)[0]
     for target in ("self", "dense"):
         other = dataclasses.replace(session, options=dataclasses.replace(session.options, target=target))
         assert other.share(site) == 1.0
