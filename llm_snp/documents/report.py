@@ -27,6 +27,7 @@ from ..pruning.job import Job
 from ..pruning.plan import Plan
 from ..system.device import device_facts, dtype_name
 from ..version import __version__
+from .healing import healing_line
 from .shareable import command_line
 
 FORMAT = 1
@@ -258,6 +259,7 @@ def summary(data: dict[str, Any]) -> str:
         f"removed  {sparsity['achieved']:.2%} of the blocks' linear parameters ({sparsity['asked']:.2%} asked), "
         f"{sparsity['of_all_parameters']:.2%} of all",
         *_overfit(data.get("overfit", [])),
+        *(f"healed   {healing_line(step)}" for step in data.get("healing", [])),
         "seconds  " + ", ".join(f"{name} {value:.1f}" for name, value in data["seconds"].items()),
         *(f"note     {note}" for note in data["notes"]),
         f"result   {data['output']}",
