@@ -27,7 +27,7 @@ from .system.signals import ended_by_signals, exit_code
 BAD_INPUT = 2
 PRUNE = "prune"
 # What else can be done; a first argument that is none of these is a model to prune.
-COMMANDS = ("push", "report", "bench", "export")
+COMMANDS = ("heal", "push", "report", "bench", "export")
 EXAMPLE = ("example: python -m llm_snp facebook/opt-1.3b --sparsity 0.3", "", "with the result:")
 
 

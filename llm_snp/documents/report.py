@@ -27,6 +27,7 @@ from ..pruning.job import Job
 from ..pruning.plan import Plan
 from ..system.device import device_facts, dtype_name
 from ..version import __version__
+from .healing import healing_line
 from .lineage import dense_base, parents
 from .shareable import before, command_line
 
@@ -273,6 +274,7 @@ def summary(data: dict[str, Any]) -> str:
         f"{sparsity['of_all_parameters']:.2%} of all"
         + (f"; {sparsity['of_dense']:.2%} of the dense model's blocks in all" if "of_dense" in sparsity else ""),
         *_overfit(data),
+        *(f"healed   {healing_line(step)}" for step in data.get("healing", [])),
         "seconds  " + ", ".join(f"{name} {value:.1f}" for name, value in data["seconds"].items()),
         *(f"note     {note}" for note in data["notes"]),
         f"result   {data['output']}",

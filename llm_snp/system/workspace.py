@@ -22,6 +22,7 @@ PARTIAL = ".partial"
 LOCK = "lock"
 OWNER = "owner"
 BLOCKS = "block-*.json"
+STATES = "state-*.json"  # of a training
 
 
 class Workspace:
@@ -75,10 +76,12 @@ class Workspace:
             # That run was killed while the result was about to take the place of an earlier one.
             os.rename(_aside(self.output), self.output)
             check_output(self.output, self._overwrite)
-        if self.finished_blocks and not (resume or self._overwrite):
+        blocks, states = self.finished_blocks, len(list(self.journal.glob(STATES)))
+        if (blocks or states) and not (resume or self._overwrite):
+            what = f"{blocks} finished blocks" if blocks else "the state"
             raise OutputError(
-                f"{self.directory} holds {self.finished_blocks} finished blocks of an interrupted run; add --resume "
-                "to go on with it, or --overwrite to start anew"
+                f"{self.directory} holds {what} of an interrupted run; add --resume to go on with it, or --overwrite "
+                "to start anew"
             )
         self.resumed = resume and any(self.journal.glob("*.json"))
         (self.journal / OWNER).write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
@@ -98,7 +101,9 @@ class Workspace:
     def _empty(self) -> None:
         empty_partial(self.directory)
         for path in self.journal.iterdir():
-            if path.name not in (LOCK, OWNER):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name not in (LOCK, OWNER):
                 path.unlink()
 
     def finish(self) -> None:

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 from conftest import LENGTH, SAMPLES, Prune, Shell
 
-from llm_snp.commands.bench import dense_of
 from llm_snp.config import PruneConfig
 from llm_snp.documents.writing import read_report, write_documents
 from llm_snp.pruning.job import open_job
+from llm_snp.result.origin import dense_of
 from llm_snp.running.resume import again, finished_before
 from llm_snp.system.manifest import MEMORY, recall
 
