@@ -118,7 +118,10 @@ def _lineage(report: dict[str, Any]) -> str:
     """Of a model that had been pruned before."""
     if "parents" not in report:
         return ""
-    chain = [f"`{one['name']}` ({one['removed']:.2%} removed)" for one in report["parents"]]
+    chain = []
+    for one in report["parents"]:
+        trained = f", then trained for {one['healed']:,} tokens" if one.get("healed") else ""
+        chain.append(f"`{one['name']}` ({one['removed']:.2%} removed{trained})")
     made_of = f", made of {', then '.join(chain)}" if chain else ""
     gone = f"{report['sparsity']['of_dense']:.2%} of the dense model's blocks are gone in all"
     return f" It had been pruned before{made_of}: {gone}."

@@ -53,6 +53,7 @@ class Parent(_Part):
     name: Name
     hub: bool
     removed: Share
+    healed: Count = 0  # tokens that it was trained for since
 
 
 class Options(_Part):

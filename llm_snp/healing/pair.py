@@ -22,7 +22,7 @@ from ..documents.writing import read_report
 from ..errors import CheckpointError, OptionError, SnpError
 from ..families import FAMILIES
 from ..result.origin import dense_of, is_dense_of
-from ..system.manifest import changed, faults, manifest
+from ..system.manifest import changed, faults, has_report, manifest
 from .options import HealConfig
 
 
@@ -103,7 +103,17 @@ def _teacher(given: str | None, directory: Path, report: dict[str, Any]) -> tupl
             f"the dense model of {directory} is not there to learn from ({' '.join(str(error).split())}); give it with "
             "--teacher"
         ) from error
-    return found, report["model"]["name"], hub_id(report["model"]) is not None, True
+    its_own, seen = True, {directory.resolve()}
+    # A result that was pruned more than once: the model before knows more, if it is there. A report may name its own.
+    while has_report(found) and found.resolve() not in seen:
+        seen.add(found.resolve())
+        earlier = read_report(found)
+        try:
+            before = locate(dense_of(found, earlier), earlier["options"].get("revision"))
+        except SnpError:
+            break
+        found, report, its_own = before, earlier, False
+    return found, report["model"]["name"], hub_id(report["model"]) is not None, its_own
 
 
 def open_model(directory: Path, name: str = "", hub: bool = False) -> Model:

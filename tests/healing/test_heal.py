@@ -16,12 +16,14 @@ from torch import Tensor
 from llm_snp import cli
 from llm_snp.dense.data import evaluation_windows
 from llm_snp.dense.hub import load_tokenizer
+from llm_snp.documents.card import model_card
 from llm_snp.documents.page import html_page
 from llm_snp.documents.plots import PLOTS
 from llm_snp.documents.schema import fault
 from llm_snp.documents.writing import read_report
 from llm_snp.healing import training
 from llm_snp.healing.options import HealConfig, command_line
+from llm_snp.healing.pair import find_pair
 from llm_snp.healing.training import Watch, adapted
 from llm_snp.system.manifest import changed, manifest
 
@@ -90,6 +92,22 @@ def kl(student: Path, teacher: Path, text: Path) -> float:
     ids = evaluation_windows(str(text), load_tokenizer(teacher), LENGTH).tokens
     found, wanted = (logits(load(directory), ids).double().log_softmax(-1) for directory in (student, teacher))
     return ((wanted.exp() * (wanted - found)).sum(-1)).mean().item()
+
+
+def test_pruning_and_healing_alternate(
+    heal: Healer, pruned: Path, prune: Prune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is learned from is the dense model at the beginning of the chain, or what is still there of it."""
+    assert heal(pruned)[0] == 0
+    report = prune(tmp_path / "healed", tmp_path / "again", 0.2)
+    assert [(parent["name"], parent["healed"]) for parent in report["parents"]] == [("tiny", TOKENS)]
+    assert f"then trained for {TOKENS:,} tokens): " in model_card(report)
+    pair = find_pair(HealConfig(str(tmp_path / "again"), (), 1))
+    assert (pair.teacher.name, pair.its_own) == ("tiny", False)
+    for there, teacher in (("nowhere", "healed"), ("healed", "healed"), ("again", "again")):
+        found = {"again": str(tmp_path / "healed"), "healed": str(tmp_path / there)}
+        monkeypatch.setattr("llm_snp.healing.pair.dense_of", lambda place, _, found=found: found[place.name])
+        assert find_pair(HealConfig(str(tmp_path / "again"), (), 1)).teacher.directory.name == teacher
 
 
 def test_the_held_out_loss_falls_and_the_format_stays(heal: Healer, pruned: Path, dense: Path, held_out: Path) -> None:
