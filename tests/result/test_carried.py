@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 import llm_snp
+from llm_snp.dense.hub import card_metadata
 from llm_snp.errors import CheckpointError
 from llm_snp.evaluation.speed import load_model
 from llm_snp.result.carried import CODE, Carried, check_tokenizer_class, without_code
@@ -245,14 +246,13 @@ def test_terms_and_templates_travel(prune: Prune, dense: Path, tmp_path: Path) -
         (directory / "additional_chat_templates" / f"{name}.jinja").write_text(text)
     for name in TERMS:
         (directory / name).write_text(f"as in {name}")
-    for name in ("license.py", "LICENSE.sh", "notes.txt", "policy.safetensors"):
+    for name in ("license.py", "LICENSE.sh", "notes.txt", "policy.safetensors", "license_key.txt"):
         (directory / name).write_text("no terms")
     output = tmp_path / "out"
     prune(directory, output)
     assert {name: (output / name).read_text() for name in TERMS} == {name: f"as in {name}" for name in TERMS}
-    assert not {"license.py", "LICENSE.sh", "notes.txt", "policy.safetensors"} & {
-        path.name for path in output.iterdir()
-    }
+    others = {"license.py", "LICENSE.sh", "notes.txt", "policy.safetensors", "license_key.txt"}
+    assert not others & {path.name for path in output.iterdir()}
     dense_templates = AutoTokenizer.from_pretrained(directory).chat_template
     assert set(dense_templates) == {"default", *templates}
     assert AutoTokenizer.from_pretrained(output).chat_template == dense_templates
@@ -284,3 +284,44 @@ def test_fields_without_code() -> None:
     }
     assert without_code(kept) == kept
     assert without_code(kept | named) == kept | {"c": {}, "f": []}
+
+
+TOKEN = "hf_" + "aB3" * 11
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "/home/ann lee/my models/x",
+        "C:\\Users\\ann lee\\x",
+        "~ann/x",
+        "../ann/models",
+        "file:///home/ann/a b",
+        "\\\\server\\ann lee",
+        "saved at /home/ann",
+        "run by \\Users\\ann",
+        "https://ann:password@host/x",
+        f"token={TOKEN}",
+        TOKEN,
+    ],
+)
+def test_places_people_and_tokens_do_not_travel(text: str, dense: Path, tmp_path: Path) -> None:
+    """As a setting, in a list, as its name, and in the card's metadata; a vocabulary may have all of it."""
+    assert without_code({"a": text, "b": [text], "c": {text: 1}}) == {"b": [], "c": {}}
+    assert without_code({"content": text, "chat_template": text}) == {"content": text, "chat_template": text}
+    directory = Path(shutil.copytree(dense, tmp_path / "model"))
+    card = {"license": "other", "license_link": text, "tags": [text, "good"], "datasets": text}
+    (directory / "README.md").write_text(f"---\n{json.dumps(card)}\n---\n")
+    assert card_metadata(directory) == {"license": "other", "tags": ["good"]}
+
+
+@pytest.mark.parametrize("text", ["/think /no_think", "/ a / b", "</s>", "a/b", "https://a.b/c:d@e", "hf_short"])
+def test_what_only_looks_like_a_place_travels(text: str) -> None:
+    assert without_code({"a": text}) == {"a": text}
+
+
+def test_a_card_that_is_a_link_out_of_the_directory_is_not_read(dense: Path, tmp_path: Path) -> None:
+    directory = Path(shutil.copytree(dense, tmp_path / "model"))
+    (tmp_path / "mine.md").write_text("---\ntags: [secret]\n---\n")
+    (directory / "README.md").symlink_to("../mine.md")
+    assert card_metadata(directory) == {}
