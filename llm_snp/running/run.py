@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from ..dense.storage import Storage, check_offload
 from ..dense.text import Text
 from ..documents.report import Report
 from ..documents.writing import write_documents, write_report
-from ..errors import OptionError
+from ..errors import OptionError, OutputError
 from ..evaluation.harness import texts_of
 from ..evaluation.perplexity import Perplexity, perplexity_streamed
 from ..pruning.executor import decide, prune_blocks
@@ -30,6 +31,7 @@ from ..result.carried import Carried
 from ..result.writer import Writer
 from ..system.device import as_at_start, resolve_dtype
 from ..system.journal import Journal
+from ..system.libraries import explained
 from ..system.manifest import FILES, REPORT, remember
 from ..system.processes import Processes
 from ..system.progress import Progress
@@ -188,8 +190,10 @@ class _Run:
     def _finish(self, writer: Writer, report: Report) -> dict[str, Any]:
         workspace = _known(self.workspace)
         report.data[FILES] = writer.files
+        anew = f"`python -m llm_snp report {shlex.quote(str(self.job.output))}` makes them anew"
         try:
-            write_documents(self.directory, report.data)
+            with explained(lambda why: OutputError(f"the documents of the result cannot be made ({why}); {anew}")):
+                write_documents(self.directory, report.data)
         finally:  # whatever the documents have met, the result is whole, and `report DIR` makes them anew
             if not (self.directory / REPORT).exists():
                 write_report(self.directory, report.data)

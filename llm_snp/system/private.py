@@ -7,7 +7,8 @@ from pathlib import Path
 
 # A text that is a path as a whole; words that begin with "/", as some tokens do, are none.
 PLACE = re.compile(
-    r"(/[^/\s<>{}]([^/\n<>{}]*[^/\s<>{}])?){2,}/?|~[\w.-]*/.*|\.\./.+|[A-Za-z]:[\\/].+|\\\\.+|file:/.+", re.DOTALL
+    r"(/[^/\s<>{}]([^/\n<>{}]*[^/\s<>{}])?){2,}/?|~[\w.-]*/.*|\.\./.+|[A-Za-z]:[\\/].+|\\\\.+|(file|s3|gs|hdfs|dbfs|abfss?|smb|s?ftp|ssh):/.+",
+    re.DOTALL,
 )
 # Anywhere in a line: homes of people, a name and password of a URL, tokens of the Hub.
 SECRET = re.compile(r"(/|\\)(home|Users)\1[^/\\\s]|(^|[\s\"'=:])/root/\S|\w://[^/\s@]*:[^/\s@]+@|\bhf_[A-Za-z0-9]{30,}")

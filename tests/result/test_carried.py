@@ -129,12 +129,14 @@ def test_modules_of_the_working_directory_are_not_imported(dense: Path, tmp_path
     directory = Path(shutil.copytree(dense, tmp_path / "stranger"))
     for name in ("__future__", "difflib", "numpy", "yaml", "tqdm", "torchao", "kernels", "transformers", "peft"):
         (directory / f"{name}.py").write_text(EVIL.format(mark=tmp_path / "mark"))
+    (directory / "matplotlibrc").write_bytes(b"\xff no settings")
     short = ["--samples", "3", "--sequence-length", "8", "--no-evaluate", "--device", "cpu", "--quiet"]
     words = [sys.executable, "-m", "llm_snp", ".", "--output", str(tmp_path / "out"), *short, *more]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment["PYTHONPATH"] = str(Path(llm_snp.__file__).parent.parent)
+    environment |= {"PYTHONPATH": str(Path(llm_snp.__file__).parent.parent), "MPLBACKEND": "none of matplotlib's"}
     done = subprocess.run(words, cwd=directory, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    assert "matplotlib" not in done.stderr
     assert not (tmp_path / "mark").exists()
 
 
@@ -297,6 +299,7 @@ TOKEN = "hf_" + "aB3" * 11
         "~ann/x",
         "../ann/models",
         "file:///home/ann/a b",
+        "s3://ann/texts",
         "\\\\server\\ann lee",
         "saved at /home/ann",
         "run by \\Users\\ann",
