@@ -26,6 +26,7 @@ from ..pruning.executor import BlockLoss
 from ..pruning.job import Job
 from ..pruning.plan import Plan
 from ..system.device import device_facts, dtype_name
+from ..system.private import public_name
 from ..version import __version__
 from .healing import healing_line
 from .lineage import dense_base, parents
@@ -62,7 +63,7 @@ class Report:
             "options": dataclasses.asdict(options),
             "seed": options.seed,
             "model": {
-                "name": options.model if job.from_hub else job.directory.resolve().name,
+                "name": options.model if job.from_hub else public_name(job.directory.resolve()),
                 "hub": job.from_hub,
                 "type": job.family.model_type,
                 "dtype": dtype_name(stored),

@@ -15,7 +15,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ..errors import OutputError
-from .files import disk
+from .files import disk, size
 from .manifest import JOURNAL, REPORT, empty_partial, has_report, is_result, remove_own, some, strays, strays_of_partial
 
 PARTIAL = ".partial"
@@ -254,7 +254,7 @@ def check_space(directory: Path, needed: int) -> None:
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise OutputError(
-            f"the result needs up to {_size(needed)}, but the disk of {existing} has {_size(free)} free; give --output "
+            f"the result needs up to {size(needed)}, but the disk of {existing} has {size(free)} free; give --output "
             "on another disk"
         )
 
@@ -269,11 +269,3 @@ def _owner(journal: Path) -> str:
         return f" ({(journal / OWNER).read_text(encoding='utf-8')})"
     except OSError:
         return ""
-
-
-def _size(count: int) -> str:
-    """Bytes as a person reads them: `2.61 GB`, `3.1 MB`, `12 kB`."""
-    for scale, style, unit in ((1e9, ".2f", "GB"), (1e6, ".1f", "MB")):
-        if count >= scale:
-            return f"{count / scale:{style}} {unit}"
-    return f"{count / 1e3:.0f} kB" if count >= 1e3 else f"{count} bytes"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 import re
 import shutil
 from html.parser import HTMLParser
@@ -580,6 +581,25 @@ def test_the_command_writes_only_the_page_where_it_is_asked_to(shell: Shell, tmp
     assert out.startswith(f"written  {file}\n\n")
     assert file.read_text() == html_page(read_report(result))
     assert {path: path.stat().st_mtime_ns for path in result.rglob("*")} == before
+
+
+@pytest.mark.parametrize("found", ["link", "pipe", "folder", "mine"])
+def test_the_command_writes_a_page_over_nothing_else(found: str, shell: Shell, result: Path) -> None:
+    path = Path("page.html")
+    make = {"link": lambda: path.symlink_to("nowhere"), "pipe": lambda: os.mkfifo(path), "folder": path.mkdir}
+    make.get(found, lambda: path.write_text("mine"))()
+    before = path.lstat()
+    code, out, err = shell.run("report", result, "--output", path)
+    assert (code, out) == (2, "")
+    assert err == "llm_snp: --output page.html is there, and no page of llm_snp; give another name, or move it\n"
+    assert path.lstat() == before
+
+
+def test_a_hidden_file_of_that_name_stays(shell: Shell, result: Path) -> None:
+    """The page is written under another name until it is whole: one that nobody else has."""
+    Path(".page.html").write_text("mine")
+    assert shell.run("report", result, "--output", "page.html")[0] == 0
+    assert Path(".page.html").read_text() == "mine"
 
 
 def test_the_command_refuses_what_is_no_result_or_no_place(shell: Shell, tmp_path: Path, result: Path) -> None:
