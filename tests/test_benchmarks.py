@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import heal
 import memory
 import parts
 import perplexity
@@ -398,6 +399,27 @@ def test_memory_compares_the_dry_run_with_a_real_one(
     assert row["cpu"]["device"] == 0 < row["cuda"]["device"]
     assert "| tiny | " in (tmp_path / "memory.md").read_text()
     assert "tiny" in capsys.readouterr().out
+
+
+def test_healing_measures_each_number_of_tokens_once(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [place / "model", "--calibration", place / "calibration.txt", "--text", place / "calibration.txt"]
+    arguments += ["--evaluate", place / "a.txt", "--samples", 8, "--max-windows", 4, "--batch", 2, "--device", "cpu"]
+    arguments += ["--learning-rate", 1e-3, "--work", tmp_path / "work", "--json", tmp_path / "heal.json"]
+    arguments += ["--markdown", tmp_path / "heal.md", "--tokens", 512]
+    for time in range(2):
+        assert heal.main([str(argument) for argument in arguments]) == 0
+        said = capsys.readouterr().err
+        assert (time == 0) == ("model, all weights, 512: " in said)
+    found = read(tmp_path / "heal.json")["models"]["model"]
+    assert set(found["rows"]) == {"all weights", "LoRA, rank 16"}
+    table = (tmp_path / "heal.md").read_text()
+    assert f"| dense |  | {found['dense']['a.txt']:.2f} |" in table
+    for how, row in found["rows"].items():
+        one = row["512"]
+        assert (one["tokens"], one["steps"]) == (512, 4)
+        assert f"| {how} | 512 | {one['perplexity']['a.txt']:.2f} |" in table
 
 
 def test_a_checkpoint_of_a_shape_is_one_that_transformers_loads(tmp_path: Path) -> None:

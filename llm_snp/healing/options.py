@@ -65,7 +65,10 @@ class HealConfig:
     def destination(self) -> Path:
         """--output, or the directory's name with -healed behind it, beside it."""
         given = Path(os.path.expanduser(self.output or self.directory))
-        return given if self.output else given.with_name(f"{given.resolve().name}-healed")
+        if self.output:
+            return given
+        named = given if given.name not in ("", "..") else given.resolve()
+        return named.with_name(f"{named.name}-healed")
 
     def validate(self) -> None:
         """Raise `OptionError` for a value that cannot be used, before anything is loaded."""
@@ -87,7 +90,7 @@ class HealConfig:
                 "teacher's predictions there is no teacher"
             )
         choose(self.device, DEVICES, "--device")
-        for flag, texts in (("--text", tuple(shares(self.text))), ("--evaluate", self.evaluate or ())):
+        for flag, texts in (("--text", tuple(shares(self.text, "--text"))), ("--evaluate", self.evaluate or ())):
             if SELF in texts:
                 raise OptionError(f"{flag} self is for pruning only, which needs little text; give a file or a corpus")
 

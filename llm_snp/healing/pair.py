@@ -63,7 +63,7 @@ class Pair:
         """Tokens of a window: `asked`, capped by the positions that both models have."""
         configs = (model.config.get_text_config() for model in (self.student, self.teacher))
         limits = (getattr(config, "max_position_embeddings", None) for config in configs)
-        return min(asked, *(limit for limit in limits if limit is not None))
+        return min([asked, *(limit for limit in limits if limit is not None)])
 
 
 def find_pair(options: HealConfig) -> Pair:

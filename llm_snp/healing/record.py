@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +65,8 @@ def healed(
         },
         "curve": [_held_out(entry) for entry in curve],
         "evaluation": {
-            label(source): {which: found.perplexity for which, found in results.items()}
-            for source, results in measured.items()
+            name: {which: found.perplexity for which, found in results.items()}
+            for name, results in zip(labels(measured), measured.values(), strict=True)
         },
         "peak_memory": {
             "host_bytes": peak_host_bytes(),
@@ -84,9 +84,9 @@ def with_healing(
     """
     own, earlier = section["teacher"]["its_own"], report["evaluation"]
     evaluation: dict[str, Any] = {}
-    for source, results in measured.items():
+    for (source, results), name in zip(measured.items(), labels(measured), strict=True):
         after = dataclasses.asdict(results["after"])
-        dense = dataclasses.asdict(results["teacher"]) if own else earlier.get(label(source), {}).get("dense")
+        dense = dataclasses.asdict(results["teacher"]) if own else earlier.get(name, {}).get("dense")
         if dense and all(dense[name] == after[name] for name in ("tokens", "windows", "sequence_length")):
             evaluation[source] = {"dense": dense, "pruned": after}
     gone = [f"perplexity on {name}" for name in missing] + [STALE[name] for name in STALE if report.get(name)]
@@ -102,6 +102,15 @@ def with_healing(
 def label(source: str) -> str:
     """A text as others may see it: a corpus by its name, a file by the last component of its path."""
     return Path(source).name
+
+
+def labels(sources: Iterable[str]) -> list[str]:
+    """The same for several, of which no two are called alike: the second gets "(2)", and so on."""
+    taken: list[str] = []
+    for source in sources:
+        names = (label(source), *(f"{label(source)} ({i})" for i in range(2, len(taken) + 3)))
+        taken.append(next(name for name in names if name not in taken))
+    return taken
 
 
 def _held_out(entry: Mapping[str, float]) -> dict[str, float]:

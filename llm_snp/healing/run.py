@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..config import PruneConfig
 from ..dense.data import Windows, evaluation_windows
 from ..dense.readers import HUB_CORPORA
 from ..documents.report import nodes, summary
 from ..errors import CorpusError, HubError, OptionError, OutputError, first_line
 from ..evaluation.harness import texts_of
 from ..evaluation.perplexity import Perplexity, perplexity_loaded
+from ..pruning.job import output_of
 from ..result.carried import Carried
 from ..result.finishing import finish
 from ..result.rewriting import rewrite, shards
@@ -34,7 +36,7 @@ from ..system.workspace import Workspace, check_space
 from ..version import __version__
 from .options import SELF, HealConfig, command_line
 from .pair import Pair, find_pair, open_model, stored
-from .record import healed, with_healing
+from .record import healed, label, labels, with_healing
 from .resume import States, finished_before, inputs_of, left, memory_of
 from .text import material
 from .training import Heal, Schedule, Watch, adapted, computing
@@ -55,9 +57,9 @@ def heal(options: HealConfig) -> list[str]:
         with progress.phase("load", title=f"look for {options.directory} and its teacher"):
             device = resolve_device(options.device, processes.local_index)
             pair = find_pair(options)
+            output = output_of(PruneConfig(output=str(options.destination)))
             if processes.from_main(lambda: finished_before(options, pair)):
-                return [f"{options.destination} is finished already"]
-            output = options.destination
+                return [f"{output} is finished already"]
             workspace = processes.on_main(
                 lambda: Workspace(output, options.overwrite, options.resume, inputs_of(options, pair))
             )
@@ -133,17 +135,16 @@ class _Healing:
         known = texts_of(memory.get("evaluate") or ()) if isinstance(memory, dict) else ()
         found: dict[str, Windows] = {}
         for source in known if asked is None else asked:
-            earlier = report["evaluation"].get(Path(source).name)
+            earlier = report["evaluation"].get(label(source))
             length = earlier["pruned"]["sequence_length"] if earlier else report["calibration"]["sequence_length"]
-            if asked is None and (source == SELF or not (source in HUB_CORPORA or os.path.exists(source))):
+            if asked is None and (source == SELF or not _is_there(source)):
                 continue
             try:
                 found[source] = evaluation_windows(source, self.pair.student.tokenizer, self.pair.length(length))
             except (CorpusError, HubError):
                 if asked is not None:  # nobody asked for those of the pruning
                     raise
-        names = {Path(source).name for source in found}
-        return found, [name for name in report["evaluation"] if name not in names]
+        return found, [name for name in report["evaluation"] if name not in labels(found)]
 
     def run(self) -> list[str]:
         options, pair = self.options, self.pair
@@ -158,6 +159,7 @@ class _Healing:
         trainer = Heal(model, self.teacher, *windows, options, self.schedule, folder, self.processes, watch)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self._train(trainer, watch)
+        seconds = watch.seconds
         if options.lora:
             trainer.model = model = model.merge_and_unload()
         tensors = stored(pair.student, model.state_dict())
@@ -179,7 +181,7 @@ class _Healing:
             "trained": trained,
             "steps": int(watch.curve[-1]["step"]),
             "steps_planned": self.schedule.steps,
-            "seconds": round(watch.seconds, 3),
+            "seconds": round(seconds, 3),
         }
         section = healed(
             options, pair, self.material, watch.curve, after, facts, measured, self.device, self.processes.count
@@ -235,6 +237,10 @@ class _Healing:
         if workspace.left:
             self.progress.say(f"kept {workspace.left}: someone put files into the result while it was replaced")
         return summary(report).splitlines()
+
+
+def _is_there(source: str) -> bool:
+    return source in HUB_CORPORA or os.path.exists(os.path.expanduser(source))
 
 
 @contextmanager

@@ -77,6 +77,10 @@ def heal(shell: Shell, corpus: Path) -> Healer:
     return Healer(shell, corpus)
 
 
+def interrupted(*arguments: Any, **options: Any) -> None:
+    raise KeyboardInterrupt
+
+
 def report_of(directory: Path) -> dict[str, Any]:
     return json.loads((directory / "report.json").read_text())  # type: ignore[no-any-return]
 
@@ -141,6 +145,8 @@ def test_the_held_out_loss_falls_and_the_format_stays(heal: Healer, pruned: Path
     assert step["evaluation"][source]["before"] == pytest.approx(earlier["pruned"]["perplexity"], rel=1e-4)
     assert both["pruned"]["perplexity"] == step["evaluation"][source]["after"]
     assert both["pruned"]["perplexity"] != earlier["pruned"]["perplexity"]
+    said = heal.shell.run(str(dense), "--output", "healed", "--resume", "--calibration", str(heal.corpus))[2]
+    assert "healed is finished and was healed since; give another --output" in said
     # And it can be healed again: sections add up.
     code, out, err = heal(Path("healed"), "--output", "twice", "--lora", 2, "--no-evaluate")
     assert code == 0, err
@@ -179,14 +185,14 @@ def test_an_interruption_changes_nothing(
     saved: list[int] = []
     on_save = Watch.on_save
 
-    def interrupted(self: Watch, args: Any, state: Any, control: Any, **options: Any) -> None:
+    def at_the_second(self: Watch, args: Any, state: Any, control: Any, **options: Any) -> None:
         on_save(self, args, state, control, **options)
         saved.append(state.global_step)
         if len(saved) == 2:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Watch, "on_save", interrupted)
+        patch.setattr(Watch, "on_save", at_the_second)
         code, out, err = heal(pruned, *flags, "--no-evaluate")
     assert (code, out) == (130, "")
     assert f"after step {saved[-1]} is kept in {Path('healed.partial').absolute()}; go on with: python -m" in err
@@ -216,7 +222,7 @@ def test_a_damaged_state_is_not_gone_on_with(heal: Healer, pruned: Path, monkeyp
     assert not list(Path().iterdir())
     with monkeypatch.context() as patch:
         patch.setattr(training, "EVALUATIONS", 3)
-        patch.setattr(training.Heal, "_load_best_model", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(training.Heal, "_load_best_model", interrupted)
         assert heal(pruned, "--no-evaluate")[0] == 130
         states = sorted(Path("healed.partial/.llm_snp/training").iterdir())
         (states[-1] / "optimizer.pt").write_bytes(b"damaged")
@@ -245,9 +251,13 @@ def test_merged_matrices_are_what_was_trained(pruned: Path, ids: Tensor) -> None
     assert merged.state_dict().keys() == load(pruned).state_dict().keys()
 
 
-def test_never_worse_than_before(heal: Healer, pruned: Path) -> None:
-    """A learning rate that harms: the run ends early, says so, and writes nothing."""
-    code, out, err = heal(pruned, "--learning-rate", "10", "--no-evaluate")
+def test_never_worse_than_before(heal: Healer, pruned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A learning rate that harms: the run ends early, says so, and writes nothing. What was interrupted goes, too."""
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Heal, "_load_best_model", interrupted)
+        assert heal(pruned, "--no-evaluate")[0] == 130
+    assert list(Path("healed.partial/.llm_snp/training").iterdir())
+    code, out, err = heal(pruned, "--learning-rate", "10", "--no-evaluate", "--overwrite")
     assert code == 0, err
     assert out.startswith(f"kept     {pruned} as it is, and nothing is written: on held-out windows the loss was ")
     assert not list(Path().iterdir())
@@ -307,9 +317,11 @@ def test_bad_input(heal: Healer, pruned: Path, dense: Path, tmp_path: Path, monk
         (pruned, ("--lora", "0"), "--lora is 0; it must be at least 1"),
         (pruned, ("--text-loss", "1"), "--text-loss is 1; it is a share"),
         (pruned, ("--learning-rate", "0"), "--learning-rate is 0; it must be above 0"),
+        (pruned, ("--text", "a:0"), "--text a:0: the share after the colon"),
         (pruned, ("--device", "tpu"), "--device 'tpu' is not known"),
         (pruned, ("--output", pruned / "in"), "lies inside"),
         (pruned, ("--learning-rate", "1e30"), "the loss is not finite after"),
+        (pruned, ("--output", "/"), "--output / is the root of the file system"),
         (damaged, (), "is not as it was written: config.json changed; restore that, or prune again"),
         (dense, (), "has no report.json; give the directory that a run of llm_snp has written"),
         (moved, (), "is not there to learn from (tiny does not exist"),
