@@ -94,7 +94,7 @@ def test_errors_need_nothing() -> None:
 def test_the_card_reads_only_the_report() -> None:
     assert own("documents/card") == {"documents/shareable", "documents/healing"}
     assert not own("documents/healing") | foreign("documents/healing")
-    assert own("documents/shareable") == {"config"}
+    assert own("documents/shareable") == {"config", "system/private"}
     assert foreign("documents/card") <= {"huggingface_hub"}
 
 
