@@ -28,7 +28,7 @@ LISTED = 5  # at most so many names are in an error
 # What runs of versions that kept no list have written, by name.
 EARLIER = re.compile(
     r"config\.json|model-\d{5}-of-\d{5}\.safetensors|model\.safetensors\.index\.json|modeling_\w+\.py|README\.md|"
-    r"report\.html|plots/(change|kept|errors|curves|seconds)\.png|tokenizer(_config)?\.json|tokenizer\.model|"
+    r"report\.html|plots/(change|kept|errors|curves|healing|seconds)\.png|tokenizer(_config)?\.json|tokenizer\.model|"
     r"vocab\.(json|txt)|merges\.txt|special_tokens_map\.json|added_tokens\.json|chat_template\.jinja|"
     r"generation_config\.json"
 )

@@ -561,9 +561,11 @@ def test_healing_in_two_processes_is_that_of_one(
     prune(dense, tmp_path / "pruned", 0.5, target="none")
     flags = ["heal", tmp_path / "pruned", "--text", text, "--tokens", 4 * 4 * LENGTH, "--sequence-length", LENGTH]
     flags += ["--no-evaluate", "--device", "cpu", "--learning-rate", "1e-3"]
-    (alone,) = group.run(1, nothing, *flags, "--batch", 2, "--accumulate", 2, "--output", "one")
+    patience = 3 * PATIENCE  # the Trainer is a large import
+    one = group.start(1, nothing, *flags, "--batch", 2, "--accumulate", 2, "--output", "one")
+    (alone,) = group.wait(one, patience)
     assert alone.code == 0, alone
-    ended = group.run(2, nothing, *flags, "--batch", 2, "--output", "two")
+    ended = group.wait(group.start(2, nothing, *flags, "--batch", 2, "--output", "two"), patience)
     assert [process.code for process in ended] == [0, 0], ended
     assert ended[1].out == ended[1].err == ""
     found, wanted = (report_of(tmp_path / name)["healing"][0] for name in ("two", "one"))
