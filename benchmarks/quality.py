@@ -39,14 +39,14 @@ from llm_snp.dense.checkpoint import Checkpoint
 from llm_snp.dense.data import Windows, as_windows, calibration_windows, evaluation_windows
 from llm_snp.dense.hub import config_dtype, load_config, load_tokenizer, locate
 from llm_snp.dense.mixture import mix, turns
-from llm_snp.dense.skeleton import Skeleton
+from llm_snp.dense.skeleton import Skeleton, run_block
 from llm_snp.dense.storage import Storage
 from llm_snp.errors import NumericalError, OptionError
 from llm_snp.evaluation.perplexity import perplexity_streamed
 from llm_snp.families import family_of
 from llm_snp.pruning.executor import decide, prune_blocks
-from llm_snp.pruning.job import fit_for_format, fit_for_heads, window_length
-from llm_snp.pruning.plan import check_order
+from llm_snp.pruning.job import check_structures, fit_for_format, fit_for_heads, for_layers, window_length
+from llm_snp.pruning.plan import Plan, check_order
 from llm_snp.pruning.session import Session
 from llm_snp.result.writer import Writer
 from llm_snp.system.device import device_facts, resolve_device, resolve_dtype
@@ -93,43 +93,52 @@ class Bench:
         }
 
     def options(self, row: Row, sparsity: float) -> PruneConfig:
-        given = PruneConfig(sparsity=sparsity, samples=self.args.samples, seed=self.args.seed, **row.options)
+        given = PruneConfig(sparsity=sparsity, samples=self.args.samples, seed=self.args.seed, **row.given)
         return fit_for_format(given, self.family).resolved()
 
     def possible(self, row: Row) -> bool:
         """Whether a row's choices can be made for this model."""
         try:
-            check_order(self.family, self.config, fit_for_heads(self.options(row, 0.1), self.family, self.config))
+            options = fit_for_heads(self.options(row, 0.1), self.family, self.config)
+            check_structures(options, self.config)
+            check_order(self.family, self.config, options)
         except OptionError:
             return False
         return True
 
     @contextmanager
-    def pruned(self, options: PruneConfig, windows: int) -> Iterator[tuple[Skeleton, dict[str, Any]]]:
+    def pruned(
+        self, options: PruneConfig, windows: int, least_influence: bool = False
+    ) -> Iterator[tuple[Skeleton, dict[str, Any]]]:
         """Prune on the first calibration windows; gives the result, which lasts as long as the context, and facts."""
-        options = fit_for_heads(options, self.family, self.config)
+        options = for_layers(fit_for_heads(options, self.family, self.config))
         timer, tokens, blocks = Progress(quiet=True), self.calibration.tokens[:windows], self.family.blocks
         with TemporaryDirectory(prefix="llm-snp-quality-") as temporary:
             writer, processes = Writer(Path(temporary), len(self.skeleton) + 1), Processes()
+            left: list[int] = []
             journal = Journal(Path(temporary), processes)
 
-            def save(index: int, state: dict[str, torch.Tensor], _: object) -> None:
-                stored = self.skeleton.turn(state)
-                writer.shard(index, {f"{blocks}.{index}.{name}": tensor for name, tensor in stored.items()})
+            def save(index: int, state: dict[str, torch.Tensor] | None, _: object) -> None:
+                if state is None:
+                    return
+                path = f"{blocks}.{len(left)}"
+                left.append(index)
+                writer.shard(index, {f"{path}.{name}": tensor for name, tensor in self.skeleton.turn(state).items()})
 
             session = Session(
                 self.skeleton, self.family, self.config, options, tokens, processes, Storage(), journal, timer
             )
-            plan = decide(session)
+            plan = least_influential(session) if least_influence else decide(session)
             prune_blocks(session, plan, save)
             writer.shard(len(self.skeleton), dict(self.skeleton.checkpoint.tensors(self.skeleton.outer)))
             writer.index()
             # The skeleton with the blocks that were written in place of its own.
             result = copy.copy(self.skeleton)
             result.checkpoint = Checkpoint(writer.directory)
-            result.blocks = copy.deepcopy(self.skeleton.blocks)
-            for block, kept in zip(result.blocks, plan.kept, strict=True):
-                self.family.pruned_class.narrow(block, **self.family.widths(self.config, kept))
+            result.blocks = copy.deepcopy([self.skeleton.blocks[index] for index in left])
+            result.recorders = [self.skeleton.recorders[index] for index in left]
+            for block, index in zip(result.blocks, left, strict=True):
+                self.family.pruned_class.narrow(block, **self.family.widths(self.config, plan.kept[index]))
             yield result, {"achieved": plan.achieved, "seconds": {n: round(s, 3) for n, s in timer.seconds.items()}}
 
     def perplexity(self, skeleton: Skeleton) -> dict[str, Any]:
@@ -140,10 +149,10 @@ class Bench:
             raise NumericalError("the perplexity is infinite")
         return {"perplexity": found, "evaluation": round(time.perf_counter() - began, 3)}
 
-    def measure(self, options: PruneConfig) -> dict[str, Any]:
+    def measure(self, options: PruneConfig, least_influence: bool) -> dict[str, Any]:
         """The facts of one result, or the error that there is instead."""
         try:
-            with self.pruned(options, self.args.samples) as (skeleton, facts):
+            with self.pruned(options, self.args.samples, least_influence) as (skeleton, facts):
                 return facts | self.perplexity(skeleton)
         except (OptionError, NumericalError) as error:
             return {"error": str(error)}
@@ -152,6 +161,27 @@ class Bench:
         """What only the first run pays for (kernels, libraries) belongs into nobody's seconds."""
         with self.pruned(self.options(Row("", "", {"method": "best"}), 0.1), windows=2):
             pass
+
+
+def least_influential(session: Session) -> Plan:
+    """Without the blocks whose output is most like their input: 1 - cosine, mean over tokens (arXiv 2403.03853)."""
+    skeleton, stream, influence = session.skeleton, session.stream(), []
+    for index, state in skeleton.block_states(range(len(skeleton))):
+        block, total = skeleton.load_block(index, state), 0.0
+        for rows, hidden, call in stream.batches(index):
+            hidden = hidden.clone()  # which may be a view of what is overwritten
+            output = run_block(block, hidden, call)
+            total += (1 - torch.cosine_similarity(hidden.float(), output.float(), dim=-1)).sum().item()
+            stream.put(rows, output)
+        influence.append(total)
+    order = sorted(range(1, len(influence)), key=influence.__getitem__)  # the first one stays, as in llm_snp
+    blocks = skeleton.blocks
+    base = [session.family.linear_parameters(block, session.config) for block in blocks]
+    count = min(len(order), round(session.options.sparsity * sum(base) / base[0]))
+    whole = {site.unit: site.units for site in session.sites(0)}
+    kept = tuple(dict.fromkeys(whole, 0) if index in order[:count] else whole for index in range(len(blocks)))
+    removed = sum(base[index] for index in order[:count])
+    return Plan(kept, (), "loss", session.options.sparsity * sum(base), removed, sum(base), structures="layers")
 
 
 def drawn(args: argparse.Namespace, tokenizer: Any, length: int) -> tuple[Windows, Windows]:
@@ -199,7 +229,7 @@ def fill(bench: Bench, results: Results, rows: Sequence[Row], progress: Progress
     if todo:
         bench.warm_up()
     for number, (row, sparsity) in enumerate(todo, 1):
-        result = bench.measure(bench.options(row, sparsity))
+        result = bench.measure(bench.options(row, sparsity), row.least_influence)
         results.add(row, sparsity, result)
         shown = result.get("error") or " / ".join(f"{value:,.2f}" for value in result["perplexity"].values())
         progress.say(f"{number:>{len(str(len(todo)))}}/{len(todo)}  {row.name}, {sparsity:g}: {shown}")

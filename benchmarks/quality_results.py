@@ -23,6 +23,8 @@ GREEDY: Options = {"order": "greedy", **UNIFORM}
 RESIDUAL: Options = {**GREEDY, "target": "residual"}
 DIMS: Options = {**RESIDUAL, "attention": "dims"}
 LOSS: Options = {**RESIDUAL, "allocation": "loss", "sensitivity": "fisher"}
+# Not an option of llm_snp: the floor that removing layers is measured against, as in ShortGPT (arXiv 2403.03853).
+INFLUENCE: Options = {"method": "best", "structures": "layers", "format": "stock", "least_influence": True}
 
 # group -> (name, options) of each row. Rows with equal choices are measured once.
 ROWS: dict[str, list[tuple[str, Options]]] = {
@@ -56,6 +58,13 @@ ROWS: dict[str, list[tuple[str, Options]]] = {
         ("fisher in the order, too, both", {**LOSS, "attention": "both", "sensitive_order": True}),
         ("variance, dims", {**DIMS, "allocation": "variance"}),
     ],
+    "layers as a whole (target residual)": [
+        ("whole blocks, least influence, no repair", {**INFLUENCE, "target": "none"}),
+        ("whole blocks, least influence, repaired", INFLUENCE),
+        ("whole blocks", {"method": "best", "structures": "layers", "format": "stock"}),
+        ("layers", {"method": "best", "structures": "layers"}),
+        ("layers and units", {"method": "best", "structures": "both"}),
+    ],
     "presets": [
         *((method, {"method": method}) for method in METHODS),
         ("best, damping auto", {"method": "best", "damping": "auto"}),
@@ -83,9 +92,21 @@ class Row:
 
     @property
     def choices(self) -> Options:
-        resolved = PruneConfig(**self.options).resolved()
+        resolved = PruneConfig(**self.given).resolved()
         found = {name: getattr(resolved, name) for name in CHOICES}
-        return found if resolved.format == "auto" else found | {"format": resolved.format}
+        usual = {"format": "auto", "structures": "units"}
+        found |= {name: value for name in usual if (value := getattr(resolved, name)) != usual[name]}
+        return found | ({"least_influence": True} if self.least_influence else {})
+
+    @property
+    def given(self) -> Options:
+        """What `PruneConfig` takes."""
+        return {name: value for name, value in self.options.items() if name != "least_influence"}
+
+    @property
+    def least_influence(self) -> bool:
+        """Whether the blocks that go are those that change the hidden states least."""
+        return "least_influence" in self.options
 
 
 def all_rows() -> list[Row]:

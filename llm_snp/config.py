@@ -26,6 +26,7 @@ ALLOCATIONS = ("uniform", "variance", "loss")
 TARGETS = ("self", "dense", "residual", "none")
 ATTENTION_MODES = ("heads", "queries", "dims", "both", "none")
 FORMATS = ("auto", "blockwise", "stock")
+STRUCTURES = ("units", "layers", "both")
 SENSITIVITIES = ("relative", "scalar", "fisher")
 DEVICES = ("auto", "cpu", "cuda")
 GGUF_TYPES = ("f16", "bf16", "f32", "q8_0")
@@ -139,6 +140,12 @@ class PruneConfig:
         "let the sensitivity weigh the order of the units within a layer, too, not only how much each layer gives "
         "(over-fits small calibration sets)",
     )
+    structures: str = option(
+        "units",
+        "units (neurons, and what --attention says), layers (attention or MLP layers as a whole, and blocks of which "
+        "both go), or both; which layers go the measured loss decides, the first attention stays",
+        STRUCTURES,
+    )
     round_to: int = option(
         1, "keep neurons in multiples of N, and head dimensions in multiples of N up to 8 (attention kernels want 8)"
     )
@@ -219,10 +226,20 @@ class PruneConfig:
                 raise OptionError(f"--damping is {self.damping!r}; give a number of at least 0, or auto")
         elif not 0.0 <= self.damping <= MOST_DAMPING:
             raise OptionError(f"--damping is {self.damping:g}; give a number from 0 to {MOST_DAMPING:g}, or auto")
+        if self.structures == "both" and self.format != "auto":
+            raise OptionError(
+                f"--structures both and --format {self.format} exclude each other: what is left are layers of "
+                "all kinds of widths; leave one of them out, or give --structures layers"
+            )
         if self.private and not self.push_to_hub:
             raise OptionError("--private is for the repository that --push-to-hub makes; give that, too")
         if self.damping == "auto" and self.samples < 2:
             raise OptionError("--damping auto holds out part of the windows; give --samples of at least 2")
+
+    @property
+    def whole_blocks(self) -> bool:
+        """Whether layers go two by two only, so that what is left are whole blocks."""
+        return self.structures == "layers" and self.format != "auto"
 
     @property
     def curve_damping(self) -> float:

@@ -30,6 +30,8 @@ class SiteCurve:
     units         u, how many units there are; cost: parameters per unit
     multiple      kept counts are multiples of this, or u itself; least: and no fewer than this
     only          the kept counts that there are, from u down, whatever `multiple` and `least` say; None: all of those
+    whole         parameters that go where nothing is kept, if that is not u times `cost`
+    total         loss of keeping nothing, comparable between sites, or None; `loss` of directions has more there
     variance      (u+1,) or None: share of the input variance in the tail after k units (`Subspace.variance_curve`)
     loss          (u+1,) or None: loss of keeping k units, comparable between sites
     """
@@ -44,6 +46,12 @@ class SiteCurve:
     loss: Tensor | None = None
     least: int = 1
     only: tuple[int, ...] | None = None
+    whole: int | None = None
+    total: float | None = None
+
+    def gone(self, kept: int) -> int:
+        """Parameters that go if so many units are kept."""
+        return self.whole if kept == 0 and self.whole is not None else (self.units - kept) * self.cost
 
     @property
     def kept_counts(self) -> list[int]:
@@ -56,7 +64,7 @@ class SiteCurve:
     @property
     def removable(self) -> int:
         """Parameters that can go at most."""
-        return (self.units - self.kept_counts[-1]) * self.cost
+        return self.gone(self.kept_counts[-1])
 
 
 def _by_step(curve: SiteCurve, values: Tensor) -> list[float]:
@@ -105,10 +113,10 @@ def allocate_loss(curves: Sequence[SiteCurve]) -> list[list[float]]:
         at = [curve.loss[curve.units].item(), *_by_step(curve, curve.loss)]
         rates: list[tuple[float, int]] = []  # pooled (loss per parameter, steps), rising
         for j in range(1, len(counts)):
-            rate, steps = (at[j] - at[j - 1]) / ((counts[j - 1] - counts[j]) * curve.cost), 1
+            rate, steps = (at[j] - at[j - 1]) / (curve.gone(counts[j]) - curve.gone(counts[j - 1])), 1
             while rates and rates[-1][0] >= rate:
                 steps += rates.pop()[1]
-                rate = (at[j] - at[j - steps]) / ((counts[j - steps] - counts[j]) * curve.cost)
+                rate = (at[j] - at[j - steps]) / (curve.gone(counts[j]) - curve.gone(counts[j - steps]))
             rates.append((rate, steps))
         priorities.append([rate for rate, steps in rates for _ in range(steps)])
     return priorities
@@ -137,7 +145,7 @@ def allocate(name: str, curves: Sequence[SiteCurve], budget: float) -> list[int]
     taken = [0] * len(curves)
     left = budget
     for _, _, i, j in steps:
-        cost = (counts[i][j] - counts[i][j + 1]) * curves[i].cost
+        cost = curves[i].gone(counts[i][j + 1]) - curves[i].gone(counts[i][j])
         if cost <= left:  # later steps of a site are no cheaper, so none is taken behind one that was not
             taken[i], left = j + 1, left - cost
     kept = [counts[i][j] for i, j in enumerate(taken)]
@@ -145,7 +153,8 @@ def allocate(name: str, curves: Sequence[SiteCurve], budget: float) -> list[int]
     for i, j in enumerate(taken):
         if j < len(priorities[i]):
             after = counts[i][j + 1]
-            candidates.append(((kept[i] - after) * curves[i].cost - left, priorities[i][j], i, after))
+            cost = curves[i].gone(after) - curves[i].gone(kept[i])
+            candidates.append((cost - left, priorities[i][j], i, after))
     over, _, i, after = min(candidates, default=(left, 0.0, 0, 0))
     if over < left:
         kept[i] = after

@@ -152,12 +152,12 @@ tokenizer = AutoTokenizer.from_pretrained("{name}"{trust})
 def _how_to_serve(report: dict[str, Any], name: str) -> str:
     """The engines that can load it, with what to type."""
     kind, own = report["model"]["type"], report["model"].get("custom_code", True)
-    sites = (site for block in report["blocks"] for site in block.values() if isinstance(site, dict))
+    sites = [site for block in report["blocks"] for site in block.values() if isinstance(site, dict)]
     fewer = {site["unit"] for site in sites if site["kept"] < site["units"]}
     backend = own or (kind in NO_HEAD_WIDTH and "heads" in fewer)
     quoted, file = shlex.quote(name), shlex.quote(name.rstrip("/").rsplit("/", 1)[-1] + ".gguf")
     rows = []
-    if not (own and kind in NOT_IN_VLLM):
+    if not (own and (kind in NOT_IN_VLLM or any(site["kept"] == 0 for site in sites))):
         flags = " --trust-remote-code" * own + " --model-impl transformers" * backend
         rows.append(("vLLM", f"`vllm serve {quoted}{flags}`"))
     if kind in BLOCKWISE_IN_GGUF and fewer <= {"heads", "neurons"}:

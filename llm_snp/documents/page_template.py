@@ -147,7 +147,7 @@ parameters removed in one shot ({{ percent(report.sparsity.asked) }} asked), by 
 <section>
 <h2>Blocks</h2>
 <p>The plan: {{ report.plan.why }}.</p>
-<p>Blocks are numbered as in the checkpoint. Error: share of the output energy that is lost after the repair; damping:
+<p>Blocks are numbered as before pruning. Error: share of the output energy that is lost after the repair; damping:
 ridge of the repair, as a share of the mean variance.</p>
 <div class="scroll" role="region" aria-label="What is left of each block" tabindex="0">
 <table>

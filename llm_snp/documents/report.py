@@ -21,7 +21,7 @@ from ..dense.hub import card_metadata
 from ..evaluation.harness import harness_rows
 from ..evaluation.perplexity import Perplexity
 from ..evaluation.speed_table import speed_table
-from ..families import SCORES
+from ..families import SCORES, dropped
 from ..pruning.executor import BlockLoss
 from ..pruning.job import Job
 from ..pruning.plan import Plan
@@ -111,11 +111,11 @@ class Report:
         options, model = self.options, self.data["model"]
         model["custom_code"] = custom_code
         model["parameters"] = parameters
-        model["parameters_pruned"] = parameters - plan.removed
+        model["parameters_pruned"] = parameters - plan.removed - plan.beside
         self.data["sparsity"] = {
             "asked": options.sparsity,
             "achieved": plan.achieved,
-            "of_all_parameters": plan.removed / parameters,
+            "of_all_parameters": (plan.removed + plan.beside) / parameters,
             "block_parameters": plan.base,
             "block_parameters_removed": plan.removed,
         }
@@ -146,7 +146,8 @@ class Report:
         kept = self.data["plan"]["kept"][index]
         entry: dict[str, Any] = {"block": index}
         for site, curve in curves.items():
-            result, whole = losses.get(site), None if site == SCORES else 0.0
+            gone = dropped(kept)  # without a look at what it gave
+            result, whole = losses.get(site), None if site == SCORES or gone else 0.0
             entry[site] = {
                 "unit": curve["unit"],
                 "units": curve["units"],

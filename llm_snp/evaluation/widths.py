@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..families import FAMILIES, Family
@@ -64,6 +64,9 @@ def mlp_of(model: Any) -> Mlp | None:
         return None
     site = next(site for site in family.sites(model.config) if site.unit == "neurons")
     consumers = [block.get_submodule(site.consumer) for block in model.get_submodule(family.blocks)]
+    consumers = [c for c in consumers if isinstance(c, (nn.Linear, Conv1D))]  # not where an MLP is gone
+    if not consumers:
+        return None
     # (in, out) of linear layers; GPT-2 has Conv1D.
     sizes = [(c.nx, c.nf) if isinstance(c, Conv1D) else (c.in_features, c.out_features) for c in consumers]
     return Mlp(tuple(neurons for neurons, _ in sizes), sizes[0][1], len(site.producers))
@@ -73,7 +76,7 @@ def head_dims(model: Any) -> list[int]:
     """The different widths in which attention kernels see a pruned model's heads, ascending; none for a stock one."""
     family, widths = _family(model), getattr(model.config, "block_widths", None) or []
     attention = family.attention(model.config) if family else None
-    return [] if attention is None else sorted({attention.kernel_width(width) for width in widths})
+    return [] if attention is None else sorted({attention.kernel_width(width) for width in widths if width["heads"]})
 
 
 def _family(model: Any) -> Family | None:

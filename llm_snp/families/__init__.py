@@ -17,6 +17,7 @@ from ..modeling.rotary import turn
 from .attention import ATTENTION, FREE, PAIRS, SCORES, WHOLE, Attention, Heads, heads_of
 from .base import OF_PRUNED, Family
 from .gguf import GGUF, Gguf, Positions, positions_of
+from .left import check_widths, dropped, fewer_blocks, first_attentions
 from .llama_like import LLAMA_LIKE
 from .sites import MLP, Rows, Site, linear
 
@@ -37,7 +38,10 @@ __all__ = [
     "Positions",
     "Rows",
     "Site",
+    "dropped",
     "family_of",
+    "fewer_blocks",
+    "first_attentions",
     "heads_of",
     "linear",
     "positions_of",
@@ -83,7 +87,7 @@ def family_of(config: object) -> Family:
     pruned = {family.pruned_model_type: family for family in FAMILIES.values()}
     if model_type in pruned:
         pruned[model_type].check(config)
-        pruned[model_type].check_widths(config)
+        check_widths(pruned[model_type], config)
         return pruned[model_type]
     if model_type not in FAMILIES:
         reason = f": {REASONS[model_type]}" if model_type in REASONS else ""

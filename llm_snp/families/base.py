@@ -9,8 +9,9 @@ from typing import Any
 from torch import nn
 from transformers.activations import ACT2FN
 
-from ..errors import CheckpointError, UnsupportedModelError
+from ..errors import UnsupportedModelError
 from .attention import ATTENTION, KEY_HEADS, Attention, Shape, heads_of, shape_of
+from .left import dropped
 from .sites import Rows, Site, linear
 
 
@@ -49,8 +50,6 @@ OF_PRUNED = (
     *("model_type", "architectures", "auto_map"),
     *("block_widths", "per_layer_config", "allow_global_per_layer_attribute_access"),
 )
-
-SHOWN = 80  # characters at most that an error quotes
 
 # The config fields with which a stock class has so many units, or None if it cannot have them.
 Counted = Callable[[Any, int], dict[str, int] | None]
@@ -111,39 +110,6 @@ class Family:
         widths = getattr(config, "block_widths", None)
         return {} if index is None or widths is None else widths[index]
 
-    def check_widths(self, config: Any) -> None:
-        """Raise `CheckpointError` unless `block_widths` says of every block what can be left of it."""
-        widths, dense = config.block_widths, self.widths(config, {})
-        whole = dense | ({} if (queries := self.queries(config)) is None else {"queries": queries.units})
-        blocks, advice = (
-            config.num_hidden_layers,
-            "the config.json of another model? Put back the one it was saved with",
-        )
-        if not isinstance(widths, list) or len(widths) != blocks:
-            found = len(widths) if isinstance(widths, list) else "no"
-            raise CheckpointError(
-                f"block_widths in config.json has {found} entries for {blocks} blocks; is it {advice}"
-            )
-        for index, block in enumerate(widths):
-            if not isinstance(block, dict) or not {"heads", "neurons"} <= set(block) <= set(whole):
-                expected = ", ".join(dense)
-                raise CheckpointError(
-                    f"block_widths of block {index} in config.json is {str(block)[:SHOWN]}, expected {expected}; is it "
-                    f"{advice}"
-                )
-            for unit, left in block.items():
-                if not isinstance(left, int) or isinstance(left, bool) or not 1 <= left <= whole[unit]:
-                    raise CheckpointError(
-                        f"block_widths of block {index} in config.json has {str(left)[:SHOWN]} {unit}, expected 1 to "
-                        f"{whole[unit]}; is it {advice}"
-                    )
-            alone, shape = block.get("queries"), self.shape(config, index)
-            if alone is not None and not shape.keys <= alone <= shape.keys * shape.queries:
-                raise CheckpointError(
-                    f"block_widths of block {index} in config.json has {alone} queries for {shape.keys} heads, "
-                    f"expected {shape.keys} to {shape.keys * shape.queries}; is it {advice}"
-                )
-
     def shape(self, config: Any, index: int | None = None) -> Shape:
         """The sizes of a block."""
         dense, left = shape_of(config), self.left(config, index)
@@ -160,18 +126,20 @@ class Family:
         )
 
     def sites(self, config: Any, index: int | None = None) -> tuple[Site, ...]:
-        """The sites of a block. Where query heads went alone, no key/value head can, and the former are the units."""
-        found = self.layout(config, self.shape(config, index))
-        if self.shape(config, index).alone is None:
+        """The sites of a block, but those of which nothing is left.
+
+        Where query heads went alone, no key/value head can, and the former are the units.
+        """
+        shape, queries = self.shape(config, index), self.queries(config, index)
+        found = tuple(site for site in self.layout(config, shape) if site.units)
+        if shape.alone is None or queries is None:
             return found
-        queries = self.queries(config, index)
-        assert queries is not None
         return tuple(queries if site.name == ATTENTION else site for site in found)
 
     def attention(self, config: Any, index: int | None = None) -> Attention | None:
         """Where the parts of the heads of a block are; None where no directions inside them can go."""
         shape = self.shape(config, index)
-        return None if shape.alone is not None else self.inside(config, shape)
+        return None if shape.alone is not None or not shape.keys * shape.queries else self.inside(config, shape)
 
     def prunable(self, config: Any, attention: str | None, index: int | None = None) -> tuple[Site, ...]:
         """The sites of a block that `--attention` lets be pruned; `queries` counts the attention in query heads."""
@@ -183,7 +151,7 @@ class Family:
         """The attention counted in single query heads; None where no key/value head has several, or all have one."""
         shape = self.shape(config, index)
         attention = self.inside(config, shape)
-        if attention is None or 1 in (attention.queries, attention.heads) or not self.whole_heads:
+        if attention is None or min(attention.queries, attention.heads) <= 1 or not self.whole_heads:
             return None
         heads = next(site for site in self.layout(config, shape) if site.name == ATTENTION)
         query = attention.query
@@ -207,8 +175,9 @@ class Family:
         directions = {} if attention is None else attention.widths(kept)
         queries = kept.get("queries", shape.alone)
         fewer = queries is not None and queries < shape.keys * shape.queries
-        alone = {"queries": queries} if queries is not None and fewer else {}
-        return {unit: kept.get(unit, units) for unit, units in whole.items()} | directions | alone
+        alone = {"queries": queries} if queries and fewer else {}
+        none = {"heads": 0} if queries == 0 else {}  # of an attention counted in query heads
+        return {unit: kept.get(unit, units) for unit, units in whole.items()} | directions | alone | none
 
     def layer_fields(self, config: Any, kept: Mapping[str, int], index: int | None = None) -> dict[str, int]:
         """A block with what is `kept` in the fields of a stock config: one entry of `per_layer_config`.
@@ -216,6 +185,8 @@ class Family:
         Where query heads went alone, each of those that are left has a copy of its keys and values when it attends.
         """
         widths, attention = self.widths(config, kept, index), self.attention(config)
+        if not widths["heads"]:  # nobody reads what it has, and some divide by it
+            widths = self.widths(config, {}) | {"neurons": widths["neurons"]}
         site = next(site for site in self.sites(config) if site.name == ATTENTION)
         of = heads_of(config)
         shared = of.keys == 1 < site.units  # the heads that go are query heads
@@ -235,10 +206,10 @@ class Family:
     def stock_fields(self, config: Any, kept: Sequence[Mapping[str, int]]) -> dict[str, int] | None:
         """The config fields with which the stock class has the units that are `kept` in each block, or None.
 
-        A stock config has one number for all blocks.
+        A stock config has one number for all blocks; those of which nothing is left are not there.
         """
         whole = self.widths(config, {})
-        found = [self.widths(config, block, index) for index, block in enumerate(kept)]
+        found = [self.widths(config, block, index) for index, block in enumerate(kept) if not dropped(block)]
         changed = {name for widths in found for name in widths if widths[name] != whole.get(name)}
         if any(widths != found[0] for widths in found) or not changed <= set(self.stock):
             return None
@@ -252,8 +223,19 @@ class Family:
 
     def linear_parameters(self, block: nn.Module, config: Any) -> int:
         """Parameters of the linear layers of one block as it is, the base of `--sparsity` (METHOD, section 6)."""
-        names = {name for site in self.sites(config) for name in site.layers}
-        return sum(p.numel() for name in names for p in linear(block, name).parameters())
+        layers = {
+            name: block.get_submodule(name) for site in self.sites(config) for name in site.layers if _has(block, name)
+        }
+        return sum(p.numel() for layer in layers.values() for p in layer.parameters())
+
+    def site_cost(self, block: nn.Module, site: Site, with_block: bool = False) -> int:
+        """Parameters that go with a site as a whole: all of its layers, but for the bias that it leaves.
+
+        with_block: the block goes, and the bias with it.
+        """
+        bias = linear(block, site.consumer).bias
+        every = sum(p.numel() for name in site.layers for p in linear(block, name).parameters())
+        return every - (0 if bias is None or with_block else bias.numel())
 
     def unit_cost(self, block: nn.Module, site: Site) -> int:
         """Parameters that go with one unit: its rows (and biases) of each producer, g columns of the consumer."""
@@ -267,6 +249,11 @@ class Family:
         columns = linear(block, site.consumer).out_features * attention.heads * attention.queries
         values = attention.heads * value + columns
         return {"dims": scores + values, "values": values, "pairs": 2 * scores}[unit]
+
+
+def _has(block: nn.Module, name: str) -> bool:
+    """Whether a block has a layer: where nothing is left of an MLP or an attention, its producers are gone."""
+    return name in dict(block.named_modules())
 
 
 def _row_cost(block: nn.Module, name: str) -> int:

@@ -46,7 +46,8 @@ class SnpFalconModel(Narrowed, FalconModel):  # type: ignore[misc]
 
     config_class = SnpFalconConfig
     blocks_path = "h"
-    narrow = staticmethod(narrow_falcon_block)
+    cut = staticmethod(narrow_falcon_block)
+    consumers = ("self_attention.dense", "mlp.dense_4h_to_h")
 
 
 class SnpFalconForCausalLM(Narrowed, FalconForCausalLM):  # type: ignore[misc]
@@ -55,4 +56,5 @@ class SnpFalconForCausalLM(Narrowed, FalconForCausalLM):  # type: ignore[misc]
     config_class = SnpFalconConfig
     base_class = SnpFalconModel
     blocks_path = "transformer.h"
-    narrow = staticmethod(narrow_falcon_block)
+    cut = staticmethod(narrow_falcon_block)
+    consumers = ("self_attention.dense", "mlp.dense_4h_to_h")

@@ -37,7 +37,7 @@ class SnpGemmaModel(Narrowed, GemmaModel):  # type: ignore[misc]
 
     config_class = SnpGemmaConfig
     blocks_path = "layers"
-    narrow = staticmethod(_narrow)
+    cut = staticmethod(_narrow)
 
 
 class SnpGemmaForCausalLM(Narrowed, GemmaForCausalLM):  # type: ignore[misc]
@@ -46,4 +46,4 @@ class SnpGemmaForCausalLM(Narrowed, GemmaForCausalLM):  # type: ignore[misc]
     config_class = SnpGemmaConfig
     base_class = SnpGemmaModel
     blocks_path = "model.layers"
-    narrow = staticmethod(_narrow)
+    cut = staticmethod(_narrow)

@@ -41,7 +41,7 @@ class SnpGemma2Model(Narrowed, Gemma2Model):  # type: ignore[misc]
 
     config_class = SnpGemma2Config
     blocks_path = "layers"
-    narrow = staticmethod(_narrow)
+    cut = staticmethod(_narrow)
 
 
 class SnpGemma2ForCausalLM(Narrowed, Gemma2ForCausalLM):  # type: ignore[misc]
@@ -50,4 +50,4 @@ class SnpGemma2ForCausalLM(Narrowed, Gemma2ForCausalLM):  # type: ignore[misc]
     config_class = SnpGemma2Config
     base_class = SnpGemma2Model
     blocks_path = "model.layers"
-    narrow = staticmethod(_narrow)
+    cut = staticmethod(_narrow)

@@ -41,7 +41,7 @@ class SnpGemma3TextModel(Narrowed, Gemma3TextModel):  # type: ignore[misc]
 
     config_class = SnpGemma3TextConfig
     blocks_path = "layers"
-    narrow = staticmethod(_narrow)
+    cut = staticmethod(_narrow)
 
 
 class SnpGemma3ForCausalLM(Narrowed, Gemma3ForCausalLM):  # type: ignore[misc]
@@ -50,4 +50,4 @@ class SnpGemma3ForCausalLM(Narrowed, Gemma3ForCausalLM):  # type: ignore[misc]
     config_class = SnpGemma3TextConfig
     base_class = SnpGemma3TextModel
     blocks_path = "model.layers"
-    narrow = staticmethod(_narrow)
+    cut = staticmethod(_narrow)

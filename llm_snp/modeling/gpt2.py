@@ -35,7 +35,8 @@ class SnpGPT2Model(Narrowed, GPT2Model):  # type: ignore[misc]
 
     config_class = SnpGPT2Config
     blocks_path = "h"
-    narrow = staticmethod(narrow_gpt2_block)
+    cut = staticmethod(narrow_gpt2_block)
+    consumers = ("attn.c_proj", "mlp.c_proj")
 
 
 class SnpGPT2LMHeadModel(Narrowed, GPT2LMHeadModel):  # type: ignore[misc]
@@ -44,4 +45,5 @@ class SnpGPT2LMHeadModel(Narrowed, GPT2LMHeadModel):  # type: ignore[misc]
     config_class = SnpGPT2Config
     base_class = SnpGPT2Model
     blocks_path = "transformer.h"
-    narrow = staticmethod(narrow_gpt2_block)
+    cut = staticmethod(narrow_gpt2_block)
+    consumers = ("attn.c_proj", "mlp.c_proj")

@@ -51,7 +51,8 @@ class SnpGPTNeoXModel(Narrowed, GPTNeoXModel):  # type: ignore[misc]
 
     config_class = SnpGPTNeoXConfig
     blocks_path = "layers"
-    narrow = staticmethod(narrow_gpt_neox_block)
+    cut = staticmethod(narrow_gpt_neox_block)
+    consumers = ("attention.dense", "mlp.dense_4h_to_h")
 
 
 class SnpGPTNeoXForCausalLM(Narrowed, GPTNeoXForCausalLM):  # type: ignore[misc]
@@ -60,4 +61,5 @@ class SnpGPTNeoXForCausalLM(Narrowed, GPTNeoXForCausalLM):  # type: ignore[misc]
     config_class = SnpGPTNeoXConfig
     base_class = SnpGPTNeoXModel
     blocks_path = "gpt_neox.layers"
-    narrow = staticmethod(narrow_gpt_neox_block)
+    cut = staticmethod(narrow_gpt_neox_block)
+    consumers = ("attention.dense", "mlp.dense_4h_to_h")

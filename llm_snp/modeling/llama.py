@@ -36,7 +36,7 @@ class SnpLlamaModel(Narrowed, LlamaModel):  # type: ignore[misc]
 
     config_class = SnpLlamaConfig
     blocks_path = "layers"
-    narrow = staticmethod(_narrow)
+    cut = staticmethod(_narrow)
 
 
 class SnpLlamaForCausalLM(Narrowed, LlamaForCausalLM):  # type: ignore[misc]
@@ -45,4 +45,4 @@ class SnpLlamaForCausalLM(Narrowed, LlamaForCausalLM):  # type: ignore[misc]
     config_class = SnpLlamaConfig
     base_class = SnpLlamaModel
     blocks_path = "model.layers"
-    narrow = staticmethod(_narrow)
+    cut = staticmethod(_narrow)

@@ -41,7 +41,7 @@ class SnpMistralModel(Narrowed, MistralModel):  # type: ignore[misc]
 
     config_class = SnpMistralConfig
     blocks_path = "layers"
-    narrow = staticmethod(_narrow)
+    cut = staticmethod(_narrow)
 
 
 class SnpMistralForCausalLM(Narrowed, MistralForCausalLM):  # type: ignore[misc]
@@ -50,4 +50,4 @@ class SnpMistralForCausalLM(Narrowed, MistralForCausalLM):  # type: ignore[misc]
     config_class = SnpMistralConfig
     base_class = SnpMistralModel
     blocks_path = "model.layers"
-    narrow = staticmethod(_narrow)
+    cut = staticmethod(_narrow)

@@ -18,11 +18,13 @@ from transformers.pytorch_utils import Conv1D
 class Narrowed:
     """In front of a stock model class: its blocks get the widths of `config.block_widths`.
 
-    A class says where its blocks are (`blocks_path`) and how one is narrowed (`narrow`).
+    A class says where its blocks are (`blocks_path`), how one is narrowed of which something is left (`cut`), and where
+    in it the last layers of attention and MLP are (`consumers`).
     """
 
     blocks_path: str
-    narrow: Any
+    cut: Any
+    consumers: tuple[str, str] = ("self_attn.o_proj", "mlp.down_proj")
     # Before transformers 4.56 a static cache took its shape from the config, the same for every block.
     _supports_static_cache = False
 
@@ -38,6 +40,17 @@ class Narrowed:
         for block, width in zip(blocks, widths, strict=True):
             self.narrow(block, **width)
         self.other_caches = whole != [_attention_shapes(block) for block in blocks]
+
+    @classmethod
+    def narrow(cls, block: Any, heads: int, neurons: int, **left: int) -> None:
+        """Narrow a block in place; of no heads, or no neurons, a `Nothing` is left in the place of attention or MLP."""
+        cls.cut(block, heads=heads or 1, neurons=neurons, **left)
+        for count, path in zip((heads, neurons), cls.consumers, strict=True):
+            if not count:
+                module, _, name = path.rpartition(".")
+                constant = Constant(block.get_submodule(path).bias)
+                nothing = Nothing(name, constant, attends=path == cls.consumers[0]) if module else constant
+                setattr(block, module or name, nothing)
 
     def init_continuous_batching(self, *args: Any, **options: Any) -> Any:
         """As of the stock model, where keys and values still have its shape. Raises `ValueError` where not.
@@ -67,6 +80,37 @@ def _whole(config: Any) -> Iterator[None]:
     finally:
         if layers is not None:
             config.per_layer_config = layers
+
+
+class Constant(nn.Module):
+    """In the place of a linear layer whose inputs are all gone: its bias, or zeros, for every position."""
+
+    bias: nn.Parameter | None
+
+    def __init__(self, bias: nn.Parameter | None):
+        super().__init__()
+        self.register_parameter("bias", bias)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        # In training the norm in front, which nothing else reads, gets a gradient of zero: several processes want one.
+        found = hidden_states * 0 if hidden_states.requires_grad else torch.zeros_like(hidden_states)
+        return found if self.bias is None else found + self.bias
+
+
+class Nothing(nn.Module):
+    """In the place of an attention or an MLP of which nothing is left but what its last layer adds: no cache, no mask.
+
+    name: of that layer, whose bias a checkpoint has; attends: whether a block expects attention weights, too.
+    """
+
+    def __init__(self, name: str, constant: Constant, attends: bool):
+        super().__init__()
+        self.add_module(name, constant)
+        self.name, self.attends = name, attends
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        found = getattr(self, self.name)(hidden_states)
+        return (found, None) if self.attends else found
 
 
 def _attention_shapes(block: Any) -> list[torch.Size]:

@@ -37,7 +37,7 @@ class SnpOlmoModel(Narrowed, OlmoModel):  # type: ignore[misc]
 
     config_class = SnpOlmoConfig
     blocks_path = "layers"
-    narrow = staticmethod(_narrow)
+    cut = staticmethod(_narrow)
 
 
 class SnpOlmoForCausalLM(Narrowed, OlmoForCausalLM):  # type: ignore[misc]
@@ -46,4 +46,4 @@ class SnpOlmoForCausalLM(Narrowed, OlmoForCausalLM):  # type: ignore[misc]
     config_class = SnpOlmoConfig
     base_class = SnpOlmoModel
     blocks_path = "model.layers"
-    narrow = staticmethod(_narrow)
+    cut = staticmethod(_narrow)

@@ -43,7 +43,7 @@ class SnpOlmo2Model(Narrowed, Olmo2Model):  # type: ignore[misc]
 
     config_class = SnpOlmo2Config
     blocks_path = "layers"
-    narrow = staticmethod(_narrow)
+    cut = staticmethod(_narrow)
 
 
 class SnpOlmo2ForCausalLM(Narrowed, Olmo2ForCausalLM):  # type: ignore[misc]
@@ -52,4 +52,4 @@ class SnpOlmo2ForCausalLM(Narrowed, Olmo2ForCausalLM):  # type: ignore[misc]
     config_class = SnpOlmo2Config
     base_class = SnpOlmo2Model
     blocks_path = "model.layers"
-    narrow = staticmethod(_narrow)
+    cut = staticmethod(_narrow)

@@ -47,7 +47,7 @@ class SnpOlmo3Model(Narrowed, Olmo3Model):  # type: ignore[misc]
 
     config_class = SnpOlmo3Config
     blocks_path = "layers"
-    narrow = staticmethod(_narrow)
+    cut = staticmethod(_narrow)
 
 
 class SnpOlmo3ForCausalLM(Narrowed, Olmo3ForCausalLM):  # type: ignore[misc]
@@ -56,4 +56,4 @@ class SnpOlmo3ForCausalLM(Narrowed, Olmo3ForCausalLM):  # type: ignore[misc]
     config_class = SnpOlmo3Config
     base_class = SnpOlmo3Model
     blocks_path = "model.layers"
-    narrow = staticmethod(_narrow)
+    cut = staticmethod(_narrow)

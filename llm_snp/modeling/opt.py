@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import OPTConfig, OPTForCausalLM, OPTModel
 from transformers.models.opt.modeling_opt import OPTAttention
 
@@ -36,8 +36,11 @@ def narrow_opt_block(block: Any, heads: int, head_dim: int, neurons: int) -> Non
     for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
         narrow_layer(projection, rows=width)
     narrow_layer(attention.out_proj, columns=width)
-    narrow_layer(block.fc1, rows=neurons)
-    narrow_layer(block.fc2, columns=neurons)
+    if neurons:
+        narrow_layer(block.fc1, rows=neurons)
+        narrow_layer(block.fc2, columns=neurons)
+    else:  # there is no module that has both of them, see `Narrowed.narrow`
+        block.fc1 = nn.Identity()
     attention.num_heads, attention.head_dim = heads, head_dim
     attention.embed_dim = width  # transformers 4 reshapes the attention output to embed_dim
 
@@ -52,7 +55,8 @@ class SnpOPTModel(Narrowed, OPTModel):  # type: ignore[misc]
 
     config_class = SnpOPTConfig
     blocks_path = "decoder.layers"
-    narrow = staticmethod(narrow_opt_block)
+    cut = staticmethod(narrow_opt_block)
+    consumers = ("self_attn.out_proj", "fc2")
 
 
 class SnpOPTForCausalLM(Narrowed, OPTForCausalLM):  # type: ignore[misc]
@@ -61,4 +65,5 @@ class SnpOPTForCausalLM(Narrowed, OPTForCausalLM):  # type: ignore[misc]
     config_class = SnpOPTConfig
     base_class = SnpOPTModel
     blocks_path = "model.decoder.layers"
-    narrow = staticmethod(narrow_opt_block)
+    cut = staticmethod(narrow_opt_block)
+    consumers = ("self_attn.out_proj", "fc2")

@@ -42,7 +42,8 @@ class SnpPhiModel(Narrowed, PhiModel):  # type: ignore[misc]
 
     config_class = SnpPhiConfig
     blocks_path = "layers"
-    narrow = staticmethod(narrow_phi_block)
+    cut = staticmethod(narrow_phi_block)
+    consumers = ("self_attn.dense", "mlp.fc2")
 
 
 class SnpPhiForCausalLM(Narrowed, PhiForCausalLM):  # type: ignore[misc]
@@ -51,4 +52,5 @@ class SnpPhiForCausalLM(Narrowed, PhiForCausalLM):  # type: ignore[misc]
     config_class = SnpPhiConfig
     base_class = SnpPhiModel
     blocks_path = "model.layers"
-    narrow = staticmethod(narrow_phi_block)
+    cut = staticmethod(narrow_phi_block)
+    consumers = ("self_attn.dense", "mlp.fc2")

@@ -56,7 +56,7 @@ class SnpPhi3Model(Narrowed, Phi3Model):  # type: ignore[misc]
 
     config_class = SnpPhi3Config
     blocks_path = "layers"
-    narrow = staticmethod(narrow_phi3_block)
+    cut = staticmethod(narrow_phi3_block)
 
 
 class SnpPhi3ForCausalLM(Narrowed, Phi3ForCausalLM):  # type: ignore[misc]
@@ -65,4 +65,4 @@ class SnpPhi3ForCausalLM(Narrowed, Phi3ForCausalLM):  # type: ignore[misc]
     config_class = SnpPhi3Config
     base_class = SnpPhi3Model
     blocks_path = "model.layers"
-    narrow = staticmethod(narrow_phi3_block)
+    cut = staticmethod(narrow_phi3_block)

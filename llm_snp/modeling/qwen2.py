@@ -41,7 +41,7 @@ class SnpQwen2Model(Narrowed, Qwen2Model):  # type: ignore[misc]
 
     config_class = SnpQwen2Config
     blocks_path = "layers"
-    narrow = staticmethod(_narrow)
+    cut = staticmethod(_narrow)
 
 
 class SnpQwen2ForCausalLM(Narrowed, Qwen2ForCausalLM):  # type: ignore[misc]
@@ -50,4 +50,4 @@ class SnpQwen2ForCausalLM(Narrowed, Qwen2ForCausalLM):  # type: ignore[misc]
     config_class = SnpQwen2Config
     base_class = SnpQwen2Model
     blocks_path = "model.layers"
-    narrow = staticmethod(_narrow)
+    cut = staticmethod(_narrow)

@@ -41,7 +41,7 @@ class SnpQwen3Model(Narrowed, Qwen3Model):  # type: ignore[misc]
 
     config_class = SnpQwen3Config
     blocks_path = "layers"
-    narrow = staticmethod(_narrow)
+    cut = staticmethod(_narrow)
 
 
 class SnpQwen3ForCausalLM(Narrowed, Qwen3ForCausalLM):  # type: ignore[misc]
@@ -50,4 +50,4 @@ class SnpQwen3ForCausalLM(Narrowed, Qwen3ForCausalLM):  # type: ignore[misc]
     config_class = SnpQwen3Config
     base_class = SnpQwen3Model
     blocks_path = "model.layers"
-    narrow = staticmethod(_narrow)
+    cut = staticmethod(_narrow)

@@ -136,6 +136,10 @@ def calibrate_block(
     activations overflow.
     """
     found: dict[str, Moments] = {}
+    if not sites:  # an earlier pruning has left nothing that may go
+        if advance:
+            stream.advance(index, block)
+        return found
     layers = {site.name: site.consumer for site in sites}
     projections = {} if attention is None else attention.projections
     layers |= {name: layer for name, (layer, _) in projections.items()}

@@ -15,7 +15,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from ..dense.stream import Stream
-from ..families import Site
+from ..families import Site, dropped
 from .calibrate import Reference, SiteMoments, calibrate_block, calibrate_site
 from .directions import narrow_heads
 from .measure import measured_curves
@@ -55,9 +55,9 @@ def decide(session: Session) -> Plan:
 
 
 def prune_blocks(
-    session: Session, plan: Plan, save: Callable[[int, State, BlockLoss], None], finished: Finished | None = None
+    session: Session, plan: Plan, save: Callable[[int, State | None, BlockLoss], None], finished: Finished | None = None
 ) -> None:
-    """Prune all blocks front to back and hand each finished block's tensors to `save`.
+    """Prune all blocks front to back and hand each finished block's tensors to `save`; None of one that is gone.
 
     A block that `finished` gives is not pruned again: the hidden states only move through it.
     """
@@ -68,7 +68,7 @@ def prune_blocks(
         dense_stream: Stream | None = None
         for i, dense_state in skeleton.block_states(range(len(skeleton))):
             last = i + 1 == len(skeleton)
-            done = finished(i) if finished else None
+            done = finished(i) if finished and not dropped(plan.kept[i]) else None
             if dense_stream is None and plan.untouched(i):
                 # So far the pruned model is the dense model: there is nothing to repair.
                 if done is None:
@@ -79,6 +79,12 @@ def prune_blocks(
                 continue
             if follows_dense and dense_stream is None:
                 dense_stream = stream.copy()
+            if dropped(plan.kept[i]):
+                save(i, None, {})
+                if dense_stream is not None and not last:
+                    dense_stream.advance(i, skeleton.load_block(i, dense_state))
+                step()
+                continue
             if done is None:
                 pruner = _BlockPruner(session, plan.kept[i], i, stream, dense_stream)
                 losses = pruner.run(dense_state)
@@ -119,6 +125,8 @@ class _BlockPruner:
         losses: BlockLoss = {}
         mode = "queries" if "queries" in self.kept else self.session.options.attention
         sites = self.session.family.prunable(self.session.config, mode, self.index)
+        if not sites and self.dense_stream is not None:
+            self.dense_stream.advance(self.index, self.dense)
         for site in sites:
             whole = site.unit in self.kept  # units go as a whole
             narrowed = False if whole else self._narrow_heads(site)
@@ -188,10 +196,12 @@ class _BlockPruner:
 
     def _from_main(self, state: State | None) -> State:
         """The tensors of the main process, of which only those that changed travel."""
-        changed = None
+        processes, changed = self.session.processes, None
         if state is not None:
             changed = {name: tensor for name, tensor in state.items() if tensor is not self.state.get(name)}
-        return self.state | self.session.processes.tensors_from_main(changed, self.session.skeleton.device)
+        left = processes.from_main(lambda: set(state or ()))
+        found = self.state | processes.tensors_from_main(changed, self.session.skeleton.device)
+        return {name: tensor for name, tensor in found.items() if name in left}
 
 
 def _loss(result: SiteResult | None) -> SiteLoss:

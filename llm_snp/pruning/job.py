@@ -57,10 +57,40 @@ def open_job(options: PruneConfig, weights: bool, local_index: int = 0) -> Job:
     options = fit_for_format(options, family)
     check_format(options, family, config)
     options = fit_for_heads(options.resolved(), family, config)
+    check_structures(options, config)
+    options = for_layers(options)
     check_order(family, config, options)
     output = output_of(options)
     device = resolve_device(options.device, local_index)
     return Job(options, directory, config, whole, family, output, device, window_length(options, config))
+
+
+def for_layers(options: PruneConfig) -> PruneConfig:
+    """Where layers go as a whole, what is inside an attention does not matter; `options`: resolved."""
+    if options.structures != "layers" or options.attention == "none":
+        return options
+    return dataclasses.replace(options, attention="heads")
+
+
+def check_structures(options: PruneConfig, config: Any) -> None:
+    """Raise `OptionError` where layers cannot go as a whole; `options`: resolved."""
+    if options.structures == "units":
+        return
+    if options.allocation != "loss":
+        raise OptionError(
+            f"--structures {options.structures} and --allocation {options.allocation} exclude each other: which layers "
+            "go the measured loss decides; give --allocation loss"
+        )
+    if options.whole_blocks and options.attention == "none":
+        raise OptionError(
+            "--structures layers takes whole blocks with this --format, and --attention none leaves the attention as "
+            "it is; leave one of them out"
+        )
+    if getattr(config, "use_sliding_window", None) and not getattr(config, "layer_types", None):
+        raise OptionError(
+            "--structures: this transformers tells from a block's number whether it has a window, and blocks would get "
+            "other numbers; install a newer one"
+        )
 
 
 def fit_for_format(options: PruneConfig, family: Family) -> PruneConfig:
@@ -68,7 +98,7 @@ def fit_for_format(options: PruneConfig, family: Family) -> PruneConfig:
 
     Raises `OptionError` where another choice was made.
     """
-    if options.format == "auto":
+    if options.format == "auto" or options.structures == "layers":
         return options
     heads = family.whole_heads if options.format == "blockwise" else "heads" in family.stock
     modes = ("heads", "none") if heads else ("none",)

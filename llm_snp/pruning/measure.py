@@ -156,6 +156,8 @@ def _unit_curve(
     parts: Tensor,
 ) -> SiteCurve:
     """parts: which each unit belongs to, see `Site.part_of`."""
+    if options.structures == "layers":  # what all of them lose together no order changes
+        options = replace(options, order="energy")
     keep = max(1, round(site.units * (1 - options.sparsity)))
     seed = torch.Generator().manual_seed(options.seed)
     subspace = order_units(moments, weight, site, options, options.curve_damping, keep, seed, g, parts)
@@ -194,8 +196,8 @@ def _direction_curves(
 def _with_curves(curve: SiteCurve, variance: Tensor, loss: Tensor, total: Tensor, options: PruneConfig) -> SiteCurve:
     """Fill in the curves (units+1,); a relative loss is a share of the site's output energy, `total`."""
     if options.sensitivity == "relative" or not options.needs_gradient:
-        loss = loss / total.clamp_min(torch.finfo(loss.dtype).tiny)
-    return replace(curve, variance=variance.cpu(), loss=loss.cpu())
+        loss, total = (value / total.clamp_min(torch.finfo(loss.dtype).tiny) for value in (loss, total))
+    return replace(curve, variance=variance.cpu(), loss=loss.cpu(), total=total.item())
 
 
 def _measured_before(session: Session) -> dict[int, list[SiteCurve]]:

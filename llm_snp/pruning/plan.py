@@ -13,7 +13,8 @@ from ..config import PruneConfig
 from ..core.allocation import ALLOCATIONS, SiteCurve, allocate, allocate_alike
 from ..core.orders import NEEDS_NONNEGATIVE
 from ..errors import OptionError
-from ..families import ATTENTION, Attention, Family, Site
+from ..families import ATTENTION, MLP, Attention, Family, Site, dropped
+from .layers import allocate_both, allocate_layers, layer_curves, removable
 
 # Attention kernels want head dimensions that are multiples of 8; more would forbid pruning heads of 64.
 HEAD_DIM_MULTIPLE = 8
@@ -24,7 +25,8 @@ class Plan:
     """kept[i] maps a unit name (heads, or directions inside them, and neurons) to how many are left in block i.
 
     asked, removed: parameters; base: linear parameters of all blocks, of which `sparsity` is the share.
-    curves: what the allocation saw; alike: whether it had to keep the same in every block.
+    curves: what the allocation saw; alike: whether it had to keep the same in every block; beside: other parameters
+    that go, those of blocks that go as a whole; structures: whether it was about units or layers.
     """
 
     kept: tuple[dict[str, int], ...]
@@ -34,10 +36,14 @@ class Plan:
     removed: int
     base: int
     alike: bool = False
+    beside: int = 0
+    structures: str = "units"
 
     @property
     def why(self) -> str:
         """The allocation's reason in one sentence, with the number at which the budget was met."""
+        if self.structures != "units":
+            return self._why_layers
         if self.alike:
             return {
                 "uniform": "every site gives the same share, in every block as much",
@@ -55,6 +61,23 @@ class Plan:
             "variance": f"every site drops the longest tail with at most {cut:.3g} of its variance (τ)",
             "loss": f"units go in order of loss per parameter, over all sites, up to {cut:.3g}",
         }[self.made_by]
+
+    @property
+    def _why_layers(self) -> str:
+        gone = [curve for curve in self.curves if self.kept[curve.block][curve.unit] == 0]
+        sites = ", ".join(f"{sum(curve.site == site for curve in gone)} {site}" for site in (ATTENTION, MLP))
+        blocks = len(self.kept) - len(self.left)
+        how = {
+            "uniform": "spread over the depth",
+            "loss": "those that lose least per parameter",
+        }[self.made_by]
+        rest = ", and units in order of loss per parameter of what stays" if self.structures == "both" else ""
+        return f"layers go as a whole, {how}: {sites}, with them {blocks} whole blocks{rest}"
+
+    @property
+    def left(self) -> list[int]:
+        """The blocks of which something is left."""
+        return [index for index, kept in enumerate(self.kept) if not dropped(kept)]
 
     @property
     def achieved(self) -> float:
@@ -136,6 +159,11 @@ def check_budget(family: Family, config: Any, blocks: Sequence[nn.Module], optio
         check_budget(family, config, blocks, dataclasses.replace(options, round_to=1))
     modes = ("heads", "dims") if options.attention == "both" else (options.attention,)
     most = 0
+    if options.structures == "layers":
+        layers = layer_curves(family, config, blocks, options, ())
+        base = sum(family.linear_parameters(block, config) for block in blocks)
+        _check_removable(options, removable(layers, options.whole_blocks), base)
+        return
     for index, block in enumerate(blocks):
         choices = (
             block_curves(family, config, index, block, dataclasses.replace(options, attention=mode)) for mode in modes
@@ -146,6 +174,12 @@ def check_budget(family: Family, config: Any, blocks: Sequence[nn.Module], optio
 
 def _check_removable(options: PruneConfig, most: int, base: int) -> None:
     """most: parameters that can go; base: all linear ones of the blocks."""
+    if options.sparsity * base > most and options.structures == "layers":
+        raise OptionError(
+            f"--sparsity {options.sparsity:g} would need layers that have to stay: but for the first attention, which "
+            f"tells a KV cache its length, at most {int(1000 * most / base) / 1000:g} can be removed from this model "
+            f"as {'whole blocks' if options.whole_blocks else 'layers'}: lower it, or leave out --structures layers"
+        )
     if options.sparsity * base > most and options.round_to > 1:
         raise OptionError(
             f"--sparsity {options.sparsity:g} and --round-to {options.round_to} exclude each other: with a multiple of "
@@ -163,16 +197,29 @@ def make_plan(
     family: Family, config: Any, blocks: Sequence[nn.Module], options: PruneConfig, curves: Sequence[SiteCurve], by: str
 ) -> Plan:
     """Allocate the budget over `curves` with allocation `by`. Raises `OptionError` if that cannot be met."""
-    base = sum(family.linear_parameters(block, config) for block in blocks)
+    bases = [family.linear_parameters(block, config) for block in blocks]
+    base = sum(bases)
     asked = options.sparsity * base
-    _check_removable(options, sum(curve.removable for curve in curves), base)
-    alike = options.format == "stock"
-    counts = allocate_alike(by, curves, asked) * len(blocks) if alike else allocate(by, curves, asked)
+    alike = options.format == "stock" and options.structures == "units"
+    layers = [] if options.structures == "units" else layer_curves(family, config, blocks, options, curves)
+    if options.structures == "layers":
+        counts, curves = allocate_layers(by, layers, asked, options.whole_blocks), layers
+    elif options.structures == "both" and by == "loss":
+        curves, counts = allocate_both(curves, layers, asked)
+    else:
+        _check_removable(options, sum(curve.removable for curve in curves), base)
+        counts = allocate_alike(by, curves, asked) * len(blocks) if alike else allocate(by, curves, asked)
     kept: list[dict[str, int]] = [{} for _ in blocks]
+    gone = [0] * len(blocks)
     for curve, count in zip(curves, counts, strict=True):
         kept[curve.block][curve.unit] = count
-    removed = sum((curve.units - count) * curve.cost for curve, count in zip(curves, counts, strict=True))
-    return Plan(tuple(kept), tuple(curves), by, asked, removed, base, alike)
+        gone[curve.block] += curve.gone(count)
+    beside = 0
+    for index, block in enumerate(blocks):
+        if dropped(kept[index]):
+            gone[index] = bases[index]
+            beside += sum(p.numel() for p in block.parameters()) - bases[index]
+    return Plan(tuple(kept), tuple(curves), by, asked, sum(gone), base, alike, beside, options.structures)
 
 
 def trial_plan(family: Family, config: Any, blocks: Sequence[nn.Module], options: PruneConfig) -> Plan:
@@ -181,7 +228,9 @@ def trial_plan(family: Family, config: Any, blocks: Sequence[nn.Module], options
     `both` counts heads if they can give as much, else directions. Raises `OptionError` if nothing can.
     """
     base = sum(family.linear_parameters(block, config) for block in blocks)
-    modes = ("heads", "dims") if options.attention == "both" else (options.attention,)
+    modes = (
+        ("heads", "dims") if options.attention == "both" and options.structures != "layers" else (options.attention,)
+    )
     for mode in modes:
         curves = empty_curves(family, config, blocks, dataclasses.replace(options, attention=mode))
         if sum(curve.removable for curve in curves) >= options.sparsity * base:

@@ -51,8 +51,14 @@ def repair_units(
     seed: int,
     share: float = 1.0,
 ) -> SiteResult:
-    """Keep `keep` whole units of a site of a block and repair its consumer. share: see `Session.share`."""
+    """Keep `keep` whole units of a site of a block and repair its consumer; of none its bias is left, as a constant.
+
+    share: see `Session.share`.
+    """
     device, parts = moments.fit.first.device, site.part_of(state)
+
+    if not keep:
+        return _leave_constant(state, site, moments.all, options)
 
     def solve(moments: Moments, damping: float) -> Pruned:
         refitted, damping = refit_all(moments, linear_weights(state, site.consumer, device)[0], damping, share)
@@ -84,6 +90,22 @@ def repair_units(
             new[table] = new[table][units]
     store(new, site.consumer, pruned.weight, pruned.bias if f"{site.consumer}.bias" in state else None)
     return SiteResult(new, pruned.lost, pruned.total, pruned.damping)
+
+
+def _leave_constant(state: State, site: Site, moments: Moments, options: PruneConfig) -> SiteResult:
+    """Of a site of which nothing is kept the bias of its consumer, where there is one: the mean of its target."""
+    weight, bias = linear_weights(state, site.consumer, moments.first.device)
+    nothing = torch.arange(0, device=weight.device)
+    pruned, lost = finish(moments, weight, bias, nothing, weight[:, nothing], 0.0), 0.0
+    if options.target == "none" and bias is not None:
+        lost = (pruned.bias - bias).square().sum().item()  # the shift of the mean, which nothing corrects
+    layers = (f"{layer}.{suffix}" for layer in site.layers for suffix in ("weight", "bias"))
+    gone = {*layers, *site.tables, *((site.table,) if site.table else ())}
+    new = {name: tensor for name, tensor in state.items() if name not in gone}
+    if bias is not None:
+        key = f"{site.consumer}.bias"
+        new[key] = state[key] if options.target == "none" else pruned.bias.to(state[key].dtype).cpu()
+    return SiteResult(new, pruned.lost + lost, pruned.total, pruned.damping)
 
 
 def choose_damping(

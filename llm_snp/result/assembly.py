@@ -14,7 +14,7 @@ from ..dense.checkpoint import Checkpoint
 from ..dense.hub import load_config
 from ..dense.skeleton import Skeleton
 from ..documents.report import Report, block_line
-from ..families import OF_PRUNED, Family
+from ..families import OF_PRUNED, Family, dropped, fewer_blocks
 from ..pruning.executor import BlockLoss, SiteLoss
 from ..pruning.job import Job
 from ..pruning.plan import Plan
@@ -46,12 +46,12 @@ class PrunedBlocks:
         record = self.journal.read(_name(index))
         if record is None:
             return None
-        file = self.writer.path(index).name
+        file = self.writer.path(self._place(index)).name
         if record[KEPT] != self._kept[index]:  # curves that were measured again on another device are not the same
             self.journal.rescue(f"{file} was pruned by another plan")
             return None
         processes = self.journal.processes
-        tensors = processes.on_main(lambda: self.writer.adopt(index, record[DIGEST]))
+        tensors = processes.on_main(lambda: self.writer.adopt(self._place(index), record[DIGEST]))
         if not processes.from_main(lambda: tensors is not None):
             self.journal.rescue(f"{file} was gone or damaged")
             return None
@@ -61,16 +61,21 @@ class PrunedBlocks:
         prefix = self._prefix(index)
         return self.skeleton.turn({name.removeprefix(prefix): tensor for name, tensor in state.items()}), losses
 
-    def save(self, index: int, state: State, losses: BlockLoss) -> None:
-        """Write a block that has just been pruned.
+    def save(self, index: int, state: State | None, losses: BlockLoss) -> None:
+        """Write a block that has just been pruned; of one that went as a whole only tell.
 
         Later blocks were fitted to what an interrupted run had here: if this is not it, they are made again as well.
         """
+        if state is None:
+            self._tell(index, losses)
+            return
         before = self.journal.read(_name(index))
 
         def write() -> None:
             stored = self.skeleton.turn(state)
-            found = self.writer.shard(index, {self._prefix(index) + name: tensor for name, tensor in stored.items()})
+            found = self.writer.shard(
+                self._place(index), {self._prefix(index) + name: tensor for name, tensor in stored.items()}
+            )
             if before is None or before[DIGEST] != found:
                 self.journal.forget(_name(later) for later in range(index + 1, len(self._kept)))
             record = {
@@ -93,7 +98,11 @@ class PrunedBlocks:
         return self.report.data["plan"]["kept"]  # type: ignore[no-any-return]
 
     def _prefix(self, index: int) -> str:
-        return f"{self.skeleton.blocks_path}.{index}."
+        return f"{self.skeleton.blocks_path}.{self._place(index)}."
+
+    def _place(self, index: int) -> int:
+        """Which block of the result it is: those before it that went as a whole do not count."""
+        return sum(not dropped(kept) for kept in self._kept[:index])
 
 
 def _name(index: int) -> str:
@@ -113,6 +122,8 @@ def result_config(job: Job, kept: Sequence[dict[str, int]], tokenizer: Any) -> t
     # Without it AutoTokenizer would look for the tokenizer of a model type that stock transformers does not know.
     # (TokenizersBackend is what transformers 5 calls PreTrainedTokenizerFast, which both major versions know.)
     fields["tokenizer_class"] = type(tokenizer).__name__.replace("TokenizersBackend", "PreTrainedTokenizerFast")
+    left = [index for index, block in enumerate(kept) if not dropped(block)]
+    fields |= fewer_blocks(job.whole, left)
     if stock is not None:
         result = type(job.whole)(**(fields | stock))
         result.architectures = job.whole.architectures
@@ -120,9 +131,9 @@ def result_config(job: Job, kept: Sequence[dict[str, int]], tokenizer: Any) -> t
     config_class = family.pruned_class.config_class
     # Beside `block_widths`, in the fields that other tools read (vLLM, caches of transformers from 5.14): each block's
     # own, and the dense model's where one number is asked for.
-    fields["per_layer_config"] = {str(i): family.layer_fields(config, block, i) for i, block in enumerate(kept)}
+    fields["per_layer_config"] = {str(i): family.layer_fields(config, kept[of], of) for i, of in enumerate(left)}
     fields["allow_global_per_layer_attribute_access"] = True
-    result = config_class(**fields, block_widths=[family.widths(config, block, i) for i, block in enumerate(kept)])
+    result = config_class(**fields, block_widths=[family.widths(config, kept[of], of) for of in left])
     result.architectures = [family.pruned_class.__name__]
     result.auto_map = auto_map(family)
     return result, True
@@ -141,7 +152,7 @@ def auto_map(family: Family) -> dict[str, str]:
 
 def write_rest(writer: Writer, job: Job, skeleton: Skeleton, plan: Plan, tokenizer: Any, carried: Carried) -> None:
     """Everything but the blocks: outer weights, config, tokenizer, modelling file; the index last."""
-    writer.shard(len(skeleton), dict(skeleton.checkpoint.tensors(skeleton.outer)))
+    writer.shard(len(plan.left), dict(skeleton.checkpoint.tensors(skeleton.outer)))
     files = dict(carried.files)
     config, needs_code = result_config(job, plan.kept, tokenizer)
     if needs_code:

@@ -161,7 +161,7 @@ class _Run:
         progress.say(f"plan: {plan.why}")
         parameters = sum(p.numel() for p in empty_model(job.config).parameters())
         report.planned(plan, parameters, custom_code=stock_fields(job, plan) is None)
-        writer = Writer(self.directory, len(skeleton) + 1)
+        writer = Writer(self.directory, len(plan.left) + 1)
         blocks = PrunedBlocks(writer, self.journal, skeleton, report, progress)
         prune_blocks(session, plan, blocks.save, blocks.finished)
         self._write(writer, plan)

@@ -245,6 +245,15 @@ def test_tables_travel(group: Group, prune: Prune, text: Path, tmp_path: Path, m
     assert any(name.endswith(table) for name in tensors(tmp_path / "out"))
 
 
+def test_what_is_gone_is_gone_everywhere(group: Group, prune: Prune, dense: Path, text: Path, tmp_path: Path) -> None:
+    """Tensors of layers that went as a whole; on every process those that follow are fitted without them."""
+    options: dict[str, Any] = {"structures": "layers", "sparsity": 0.45}
+    report = prune(dense, tmp_path / "one", samples=8, **options)
+    assert any(0 in kept.values() for kept in report["plan"]["kept"])
+    assert_one_speaks(group.run(2, small_batches, *command(dense, tmp_path / "out", text, 8, **options)))
+    assert_same(tmp_path / "out", tmp_path / "one")
+
+
 def test_curves_do_not_depend_on_where_the_hidden_states_are(
     prune: Prune, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -98,6 +98,11 @@ def _widths(family: Family, config: Any) -> list[dict[str, int]]:
     inside = {unit for block in blocks for unit in block if unit not in ("heads", "neurons", "queries")}
     if any(block.get(unit) != whole.get(unit) for unit in inside for block in blocks):
         found = "directions"
+    if any(0 in (block["heads"], block["neurons"]) for block in blocks):
+        raise UnsupportedModelError(
+            "this model has lost attention or MLP layers as a whole, which is not written for llama.cpp; prune the "
+            "dense model with --structures layers --format stock, which takes whole blocks"
+        )
     if found:
         what = "single query heads" if found == "queries" else "directions inside its heads"
         raise UnsupportedModelError(
