@@ -27,7 +27,7 @@ from .system.signals import ended_by_signals, exit_code
 BAD_INPUT = 2
 PRUNE = "prune"
 # What else can be done; a first argument that is none of these is a model to prune.
-COMMANDS = ("push", "report", "bench", "export")
+COMMANDS = ("heal", "push", "report", "bench", "export")
 EXAMPLE = ("example: python -m llm_snp facebook/opt-1.3b --sparsity 0.3", "", "with the result:")
 
 
@@ -114,6 +114,7 @@ def _printed() -> Iterator[None]:
 def _calm_libraries(quiet: bool) -> None:
     """No log lines of the libraries between ours; their bars only for downloads, and only in a terminal."""
     os.environ.setdefault("DATASETS_VERBOSITY", "error")
+    _own_plots()
     from huggingface_hub import utils as hub
     from transformers.utils import logging
 
@@ -128,3 +129,18 @@ def _calm_libraries(quiet: bool) -> None:
     else:
         os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
         hub.disable_progress_bars()  # type: ignore[attr-defined]
+
+
+def _own_plots() -> None:
+    """Plots go into files, whatever matplotlib is told to do with them.
+
+    It reads `matplotlibrc` in the working directory, which may be a stranger's, when it is imported, and only then.
+    """
+    os.environ["MPLBACKEND"] = "agg"
+    if os.path.lexists("matplotlibrc") and "matplotlib" not in sys.modules:
+        here = os.getcwd()
+        os.chdir(os.path.dirname(__file__))
+        try:
+            importlib.import_module("matplotlib")
+        finally:
+            os.chdir(here)

@@ -70,8 +70,8 @@ PLAIN: dict[str, Callable[[Any, str], Any]] = {
 }
 
 
-def shares(texts: tuple[str, ...]) -> dict[str, float]:
-    """Text -> its share of the windows, relative to the others', of texts given as TEXT or TEXT:SHARE.
+def shares(texts: tuple[str, ...], flag: str = "--calibration") -> dict[str, float]:
+    """Text -> its share of the windows, relative to the others', of texts given by `flag` as TEXT or TEXT:SHARE.
 
     Raises `OptionError` for a share that is none, and for a text that is given twice: its windows would be, too.
     """
@@ -87,9 +87,9 @@ def shares(texts: tuple[str, ...]) -> dict[str, float]:
         except ValueError:
             text = given  # a name with a colon in it
         if not 0.0 < share < math.inf:
-            raise OptionError(f"--calibration {given}: the share after the colon must be above 0 and finite")
+            raise OptionError(f"{flag} {given}: the share after the colon must be above 0 and finite")
         if text in found:
-            raise OptionError(f"--calibration {text} is given twice; give it once, as {text}:2 for twice the windows")
+            raise OptionError(f"{flag} {text} is given twice; give it once, as {text}:2 for twice the windows")
         found[text] = share
     return found
 

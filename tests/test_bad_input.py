@@ -629,9 +629,8 @@ def test_what_a_killed_run_left_is_replaced_but_nothing_else(shell: Shell, dense
     for flags in (["--overwrite"], ["--resume"], ["--dry-run"]):
         assert shell.refused(dense, *flags) == message
     (partial / "notes.txt").unlink()
-    written(
-        partial, {"config.json": "old", ".model-00001-of-00004.safetensors": "half", "tekken.json": "", "NOTICE": ""}
-    )
+    half = ".model-00001-of-00004.safetensors.llm_snp"
+    written(partial, {"config.json": "old", half: "half", "tekken.json": "", "NOTICE": ""})
     list_in_partial(partial, ["tekken.json", "NOTICE"])
     assert shell.prune(dense)[0] == 0
     assert not partial.exists()

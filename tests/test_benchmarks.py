@@ -7,12 +7,12 @@ import math
 import random
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import heal
 import memory
+import parts
 import perplexity
 import pytest
 import quality
@@ -85,7 +85,7 @@ def read(file: Path) -> dict[str, Any]:
     return data
 
 
-def test_perplexity_as_a_command(place: Path, tmp_path: Path) -> None:
+def test_perplexity_of_two_models(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A dense and a pruned model side by side, the pruned one without trust_remote_code; capped windows are said."""
     report = llm_snp.prune(
         model=str(place / "model"),
@@ -99,17 +99,26 @@ def test_perplexity_as_a_command(place: Path, tmp_path: Path) -> None:
     )
     arguments = [place / "model", tmp_path / "pruned", "--device", "cpu", "--json", tmp_path / "out.json"]
     corpora = ["--evaluate", place / "a.txt", "--evaluate", place / "b.txt"]
-    command = [sys.executable, BENCHMARKS / "perplexity.py", *arguments, *corpora]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    assert perplexity.main([str(argument) for argument in (*arguments, *corpora)]) == 0
+    printed = capsys.readouterr().out
     models = read(tmp_path / "out.json")["models"]
     assert [m["parameters"] for m in models] == [report["model"]["parameters"], report["model"]["parameters_pruned"]]
     for m, which in zip(models, ("dense", "pruned"), strict=True):
         expected = report["evaluation"][str(place / "a.txt")][which]
         assert m["evaluation"]["a.txt"]["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-5)
         assert m["evaluation"]["a.txt"]["tokens"] == expected["tokens"]
-        assert f"{m['evaluation']['b.txt']['perplexity']:,.2f}" in done.stdout
-    assert "have 64 tokens, not 2048" in done.stdout
+        assert f"{m['evaluation']['b.txt']['perplexity']:,.2f}" in printed
+    assert "have 64 tokens, not 2048" in printed
+
+    both, file = [str(place / "model"), str(tmp_path / "pruned")], tmp_path / "parts.json"
+    assert parts.main([*both, "--evaluate", str(place / "a.txt"), "--json", str(file)]) == 0
+    nats = {row: found["a.txt"] for row, found in read(file)["nats"].items()}
+    dense, pruned = (math.log(m["evaluation"]["a.txt"]["perplexity"]) for m in models)
+    assert nats["dense"] == pytest.approx(dense, rel=1e-5)
+    assert nats["all of it"] == pytest.approx(pruned - dense, abs=1e-4)
+    assert nats["its MLPs"] != nats["its attentions"] != nats["all of it"]
+    assert f"{nats['its MLPs']:.3f}" in capsys.readouterr().out
+    assert parts.main([*reversed(both), "--evaluate", str(place / "a.txt")]) == 2
 
 
 @pytest.mark.parametrize(
@@ -360,13 +369,13 @@ def test_speed_counts_launches_and_idle_time(
     tiny_shape: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Of a model in a directory as well. Nothing runs on a device here."""
-    shapes.make_checkpoint(tmp_path / "model", shapes.Shape(2, 32, 128, 4, 2048, 64), torch.float16)
+    shapes.make_checkpoint(tmp_path / "model", shapes.Shape(1, 32, 64, 4, 2048, 64), torch.float16)
     arguments = [str(tmp_path / "model"), *SMALL, "--runs", "1", "--device", "cpu", "--launches", "--idle"]
     assert speed.main([*arguments, "--json", str(tmp_path / "speed.json")]) == 0
     data = json.loads((tmp_path / "speed.json").read_text())
     counted, busy = data["launches"], data["busy"]
-    assert data["blocks"] == 2
-    assert counted["units"] >= 2 * 2 * 128  # neurons, when measured and when pruned
+    assert data["blocks"] == 1
+    assert counted["units"] >= 2 * 64  # neurons, when measured and when pruned
     assert 11 < counted["kernels"]["elimination"] / counted["units"] < 14
     assert all(phase["idle"] == 1.0 for phase in busy.values())
     assert sum(phase["seconds"] for phase in busy.values()) > 0.5 * data["seconds"]["whole"]
@@ -390,6 +399,27 @@ def test_memory_compares_the_dry_run_with_a_real_one(
     assert row["cpu"]["device"] == 0 < row["cuda"]["device"]
     assert "| tiny | " in (tmp_path / "memory.md").read_text()
     assert "tiny" in capsys.readouterr().out
+
+
+def test_healing_measures_each_number_of_tokens_once(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [place / "model", "--calibration", place / "calibration.txt", "--text", place / "calibration.txt"]
+    arguments += ["--evaluate", place / "a.txt", "--samples", 8, "--max-windows", 4, "--batch", 2, "--device", "cpu"]
+    arguments += ["--learning-rate", 1e-3, "--work", tmp_path / "work", "--json", tmp_path / "heal.json"]
+    arguments += ["--markdown", tmp_path / "heal.md", "--tokens", 512]
+    for time in range(2):
+        assert heal.main([str(argument) for argument in arguments]) == 0
+        said = capsys.readouterr().err
+        assert (time == 0) == ("model, all weights, 512: " in said)
+    found = read(tmp_path / "heal.json")["models"]["model"]
+    assert set(found["rows"]) == {"all weights", "LoRA, rank 16"}
+    table = (tmp_path / "heal.md").read_text()
+    assert f"| dense |  | {found['dense']['a.txt']:.2f} |" in table
+    for how, row in found["rows"].items():
+        one = row["512"]
+        assert (one["tokens"], one["steps"]) == (512, 4)
+        assert f"| {how} | 512 | {one['perplexity']['a.txt']:.2f} |" in table
 
 
 def test_a_checkpoint_of_a_shape_is_one_that_transformers_loads(tmp_path: Path) -> None:

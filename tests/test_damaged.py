@@ -95,6 +95,14 @@ def test_more_blocks_or_larger_ones_than_there_are_weights(shell: Shell, copy: P
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < 1 << 28
 
 
+@pytest.fixture(scope="module")
+def plain(prune: Prune, dense: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The weights that come of text that the model wrote."""
+    output = tmp_path_factory.mktemp("plain") / "out"
+    prune(dense, output, calibration="self", samples=2)
+    return weight_files(output)
+
+
 @pytest.mark.parametrize(
     "fields",
     [
@@ -107,13 +115,12 @@ def test_more_blocks_or_larger_ones_than_there_are_weights(shell: Shell, copy: P
     ],
 )
 def test_configs_that_are_only_unusual(
-    prune: Prune, dense: Path, tmp_path: Path, fields: dict[str, Any], text: Path
+    prune: Prune, dense: Path, tmp_path: Path, fields: dict[str, Any], plain: dict[str, bytes]
 ) -> None:
     """The result has the weights that it has without them."""
     model = configured(Path(shutil.copytree(dense, tmp_path / "model")), **fields)
     prune(model, tmp_path / "out", calibration="self", evaluate=("self",), samples=2)
-    prune(dense, tmp_path / "plain", calibration="self", samples=2)
-    mine, plain = (weight_files(tmp_path / name) for name in ("out", "plain"))
+    mine = weight_files(tmp_path / "out")
     assert mine.keys() == plain.keys()
     assert {name for name in mine if mine[name] != plain[name]} <= {"config.json"}
 

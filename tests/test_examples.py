@@ -13,6 +13,7 @@ from collections.abc import Callable
 from importlib.machinery import PathFinder
 from pathlib import Path
 
+import elsewhere
 import pytest
 from conftest import Prune, paragraphs
 from tiny_models import save_tiny
@@ -24,7 +25,8 @@ WITH_TABLES = ("generate.py", "onnx_export.py")
 # Appended to the commands: shorter, as the tiny model is.
 SHORTER = {"compile.py": ["--length", "16", "--runs", "3"], "device_map.py": ["--share", "0.95"]}
 NEEDS = {"lora.py": ("peft",), "quantize.py": ("torchao",), "onnx_export.py": ("onnxruntime", "onnxscript")}
-# The Makefile installs torchao there: transformers would import it in every other test, too.
+# The Makefile installs torchao there: transformers would import it in every other test, too. These need a new
+# interpreter, as do those with an environment of their own; all others are forked from one.
 BESIDE = {"quantize.py": Path(sys.prefix) / "torchao"}
 
 
@@ -45,27 +47,27 @@ def model(request: pytest.FixtureRequest, prune: Prune, dense: Path, tmp_path_fa
 
 @pytest.fixture
 def workplace(model: Path, tmp_path: Path) -> Path:
-    """A directory as the README supposes it: a pruned model, and a text. llm_snp cannot be imported."""
+    """A directory as the README supposes it: a pruned model, and a text."""
     shutil.copytree(model, tmp_path / "demo-output")
     (tmp_path / "README.md").write_text("\n\n".join(paragraphs(20, seed=5)))
-    (tmp_path / "absent").mkdir()
-    (tmp_path / "absent" / "llm_snp.py").write_text("raise ImportError('llm_snp is not here')")
     return tmp_path
 
 
 def run(workplace: Path, name: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """An example in a new interpreter."""
-    fixed = {
+    """An example as a person would run it."""
+    fixed = {"HF_HUB_OFFLINE": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"} | environment
+    if name not in BESIDE and not environment:
+        return elsewhere.run(FOLDER / name, *arguments, folder=workplace, **fixed)
+    (workplace / "absent").mkdir()
+    (workplace / "absent" / "llm_snp.py").write_text("raise ImportError('llm_snp is not here')")
+    fixed |= {
         "PYTHONPATH": os.pathsep.join(map(str, [workplace / "absent", *([BESIDE[name]] if name in BESIDE else [])])),
         "HF_MODULES_CACHE": str(workplace / "modules"),
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        "TORCHINDUCTOR_COMPILE_THREADS": "1",
     }
     return subprocess.run(
         [sys.executable, str(FOLDER / name), *arguments],
         cwd=workplace,
-        env=os.environ | fixed | environment,
+        env=os.environ | fixed,
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

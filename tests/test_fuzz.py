@@ -25,6 +25,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import torch
+import yaml
 from conftest import LENGTH, paragraphs
 from pyarrow import parquet
 from safetensors.torch import load_file, save_file
@@ -33,7 +34,7 @@ from tiny_models import KNOWN, save_tiny
 from llm_snp.config import PruneConfig
 from llm_snp.dense.checkpoint import Checkpoint
 from llm_snp.dense.data import calibration_windows, evaluation_windows
-from llm_snp.dense.hub import load_tokenizer
+from llm_snp.dense.hub import card_metadata, load_tokenizer
 from llm_snp.documents.card import model_card
 from llm_snp.documents.report import summary
 from llm_snp.documents.shareable import shareable
@@ -203,6 +204,27 @@ YAML = [
 ]
 
 
+def front(chance: Chance, sound: Path, place: Path) -> None:
+    """The same without a run: what the result's card makes of it, and what is read back from there."""
+    fields = ["license", "license_name", "license_link", "tags", "language", "datasets", "base_model", "model-index"]
+    front = {"license": "mit", "tags": ["a", "b"], "language": ["en"], "datasets": ["c4"], "license_link": "x"}
+    text = chance.json(front, fields) if chance.random() < 0.7 else chance.choice(YAML)
+    if chance.random() < 0.3:
+        text = yaml.safe_dump(json.loads(json.dumps(front)), default_flow_style=chance.random() < 0.5)
+    content = f"---\n{text}\n---\n# Card\n".encode("utf-8", "surrogatepass")
+    path = place / "model" / "README.md"
+    path.write_bytes(content if chance.random() < 0.5 else chance.bytes(content))
+    found = read_report(sound / "result")
+    found["model"]["card"] = card_metadata(place / "model")
+    written = model_card(found)
+    json.dumps(found, allow_nan=False)
+    path.write_text(written, encoding="utf-8")
+    again = card_metadata(place / "model")
+    for name in ("license", "license_name", "license_link", "language"):
+        assert again.get(name) == found["model"]["card"].get(name)
+    assert {"llm_snp", "pruned"} <= set(again["tags"])
+
+
 def index(chance: Chance, sound: Path, place: Path) -> None:
     model = place / "model"
     tensors = load_file(model / "model.safetensors")
@@ -355,8 +377,8 @@ def report(chance: Chance, sound: Path, place: Path) -> None:
 
 
 CASES: list[tuple[Case, int]] = [
-    (config, 40), (config_bytes, 10), (tokenizer, 15), (card, 15), (index, 25), (header, 25), (pickled, 30),
-    (text, 60), (report, 30), (options, 40),
+    (config, 40), (config_bytes, 10), (tokenizer, 15), (card, 15), (front, 120), (index, 25), (header, 25),
+    (pickled, 30), (text, 60), (report, 30), (options, 40),
 ]  # fmt: skip
 PARTS = 4  # of each kind, so that processes can share them
 

@@ -43,7 +43,11 @@ INSTEAD = {
     "FILE": "text.txt",
     "--nproc-per-node 8": "--nproc-per-node 2",
 }
-SHORTER = {"bench": ["--prompt", "16", "--new", "4", "--runs", "2"], "prune": ["--samples", "8", "--device", "cpu"]}
+SHORTER = {
+    "bench": ["--prompt", "16", "--new", "4", "--runs", "2"],
+    "prune": ["--samples", "8", "--device", "cpu"],
+    "heal": ["--tokens", "256", "--batch", "4", "--sequence-length", "16", "--device", "cpu"],
+}
 MORE = {
     "quality.py": ["--samples", "8", "--rows", "^best$", "--sparsity", "0.3"],
     "real.py": ["--samples", "8", "--rows", "^best$", "--own-text", "2"],
@@ -127,7 +131,7 @@ def run(line: str) -> None:
         assert arguments[3] == "-k", line
         assert re.search(rf"def test_\w*{words[0]}", text_of(path)), line
     elif arguments[:2] == ["-m", "llm_snp"]:
-        name = arguments[2] if arguments[2] in ("push", "report", "bench", "export") else "prune"
+        name = arguments[2] if arguments[2] in ("heal", "push", "report", "bench", "export") else "prune"
         assert main([*arguments[2:], *SHORTER.get(name, [])]) == 0, line
     else:
         assert program == "python", line
@@ -175,6 +179,7 @@ def test_what_the_pages_are_for_is_among_the_commands() -> None:
         "push ",
         "report ",
         "bench ",
+        "heal ",
         "--resume",
         "--dry-run",
         "torchrun",
@@ -283,12 +288,12 @@ def test_links_lead_somewhere(page: str) -> None:
 
 def test_every_flag_they_name_exists(capsys: pytest.CaptureFixture[str]) -> None:
     known = set()
-    for command in ((), ("push",), ("report",), ("bench",), ("export",)):
+    for command in ((), ("heal",), ("push",), ("report",), ("bench",), ("export",)):
         with pytest.raises(SystemExit):
             main([*command, "--help"])
         known |= set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out))
     # Of torchrun, accelerate, the benchmarks and vLLM.
-    others = {"--nproc-per-node", "--multi", "--cpu", "--runs", "--max-windows", "--json"}
+    others = {"--nproc-per-node", "--multi", "--cpu", "--runs", "--max-windows", "--json", "--again"}
     others |= {"--trust-remote-code", "--model-impl"}
     for page in PAGES:
         named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text_of(page)))

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ..config import DEVICES, DTYPES, NEW, PROMPT, RUNS
-from ..dense.hub import EMBEDDED, config_dtype, find, load_config, locate
+from ..dense.hub import config_dtype, find, load_config, locate
 from ..errors import OptionError, SnpError, at_least, choose
-from ..system.manifest import has_report, recall
+from ..result.origin import dense_of, is_dense_of
+from ..system.manifest import has_report
 
 HELP = "time a pruned model beside the dense one, and count their memory"
 
@@ -94,31 +95,14 @@ def _against(against: str | None, directory: Path, report: dict[str, Any] | None
         return None, False
     if report is None:
         return locate(against), False
-    revision = report["options"].get("revision")
-    name = dense_of(directory, report)
     if against is not None:
-        given, local = locate(against), EMBEDDED if name is None else Path(os.path.expanduser(name))
-        return given, (against == name and not revision) or (local.is_dir() and given.samefile(local))
+        given = locate(against)
+        return given, is_dense_of(against, given, directory, report)
     try:
-        return locate(name, revision), True
+        return locate(dense_of(directory, report), report["options"].get("revision")), True
     except SnpError as error:
         print(f"alone    the dense model is not there to compare with: {' '.join(str(error).split())}")
         return None, True
-
-
-def dense_of(directory: Path, report: dict[str, Any]) -> str | None:
-    """Where the dense model of a result is: its Hub id, or its directory on the machine that pruned it; None: embedded.
-
-    Elsewhere a report tells no more of a directory than its name.
-    """
-    name: str | None = report["options"].get("model")
-    if name is None or report["model"].get("hub"):
-        return name
-    known = recall(directory).get("model")
-    if isinstance(known, str):
-        return known
-    # Reports of earlier versions have the path itself. Without any, a name must not become one on the Hub.
-    return name if "/" in name else f"./{name}"
 
 
 def _check_prompt(prompt: int, directory: Path) -> None:

@@ -10,8 +10,10 @@ from pathlib import Path
 
 from ..config import GGUF_TYPES
 from ..errors import OptionError, choose
+from ..system.files import disk, size
 from ..system.manifest import expect_directory, is_result, manifest
 
+MAGIC = b"GGUF"  # what such a file begins with
 HELP = "write a result as a GGUF file, for llama.cpp, Ollama and LM Studio"
 
 
@@ -30,7 +32,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         type=Path,
         help="take the tokenizer of this file as it is, that of the dense model, instead of the one in DIR",
     )
-    p.add_argument("--overwrite", action="store_true", help="replace FILE if it is there")
+    p.add_argument("--overwrite", action="store_true", help="replace FILE, if it is a GGUF file")
     p.add_argument("--quiet", action="store_true", help="no progress on standard error")
 
 
@@ -51,12 +53,23 @@ def check(args: argparse.Namespace) -> None:
         raise OptionError(f"--gguf {args.gguf} exists; give another name, or --overwrite")
     if is_result(args.gguf.parent) and args.gguf.name in manifest(args.gguf.parent):
         raise OptionError(f"--gguf {args.gguf} is part of a result; give another name")
+    if os.path.lexists(args.gguf) and not _is_gguf(args.gguf):
+        raise OptionError(f"--gguf {args.gguf} is there, and no GGUF file; give another name, or move it")
     if args.tokenizer_from is not None and not os.path.isfile(args.tokenizer_from):
         raise OptionError(f"--tokenizer-from {args.tokenizer_from} is no file; give the GGUF file of the dense model")
     if args.tokenizer_from is not None and os.path.lexists(args.gguf) and args.tokenizer_from.samefile(args.gguf):
         raise OptionError("--tokenizer-from and --gguf are the same file; give another name to one")
     if find_spec("gguf") is None:
         raise OptionError("export needs the package gguf; install it with `pip install gguf`")
+
+
+def _is_gguf(path: Path) -> bool:
+    """Whether it is a file of the kind that --overwrite may replace."""
+    with disk(path):
+        if not path.is_file():
+            return False
+        with open(path, "rb") as file:
+            return file.read(len(MAGIC)) == MAGIC
 
 
 def main(args: argparse.Namespace) -> None:
@@ -66,8 +79,8 @@ def main(args: argparse.Namespace) -> None:
 
     written = export(args.directory, args.gguf, args.type, args.tokenizer_from, Progress(args.quiet))
     file = shlex.quote(str(args.gguf))
-    size = args.gguf.stat().st_size / 1e6
-    print(f"written  {args.gguf}, {size:,.1f} MB, weights in {args.type}, as llama.cpp's {written.architecture.name}")
+    whole = size(args.gguf.stat().st_size)
+    print(f"written  {args.gguf}, {whole}, weights in {args.type}, as llama.cpp's {written.architecture.name}")
     if written.context < written.positions.context:
         print(f"context  {written.context} tokens, one window of the model: llama.cpp knows no windows in this one")
     print(f"run it   llama-completion -m {file} -p 'The city of'")

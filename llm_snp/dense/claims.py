@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, UnsupportedModelError
+from ..system.files import size
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -83,7 +84,7 @@ def check_buffers(model: nn.Module, files: list[Path]) -> None:
     most = max(COMPUTED, sum(file.stat().st_size for file in files))
     if needed > most:
         raise CheckpointError(
-            f"config.json in {files[0].parent} describes a model with tables of {needed / 1e9:.3g} GB beside its "
+            f"config.json in {files[0].parent} describes a model with tables of {size(needed)} beside its "
             f"weights, which are smaller; is the number of positions right?"
         )
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import CheckpointError, HubError
 from ..system.libraries import explained, parse_json, reason
 from ..system.plain import encodable
+from ..system.private import is_private, within
 from .claims import checked_config
 
 if TYPE_CHECKING:  # where a model is can be told without torch
@@ -215,7 +216,8 @@ def card_metadata(directory: Path) -> dict[str, Any]:
     """Licence, language, tags and datasets of the card (README.md) of a model directory, as far as it has them.
 
     Each is a text or a list of texts: what else a card may have there (dates, tables, lists of lists) is left behind,
-    because the result's card and report could not hold it.
+    because the result's card and report could not hold it, and so is what names a place on somebody's machine, and a
+    card that is a link out of the directory.
     """
     from huggingface_hub import metadata_load
 
@@ -223,7 +225,8 @@ def card_metadata(directory: Path) -> dict[str, Any]:
     found: Any = None
     # A card is for people: one that cannot be read takes nothing from the model.
     with suppress(CheckpointError), explained(CheckpointError):
-        found = metadata_load(path) if path.is_file() and path.stat().st_size <= CARD_BYTES else None
+        small = path.is_file() and path.stat().st_size <= CARD_BYTES
+        found = metadata_load(path) if small and within(path, directory) else None
     if not isinstance(found, dict):
         return {}
     words = {name: _words(found.get(name)) for name in CARRIED}
@@ -234,7 +237,8 @@ def _words(value: Any) -> str | list[str] | None:
     """A text or a list of texts as it is, and what else there is in neither."""
     if isinstance(value, str):
         value = value.strip()
-        return value if len(value) <= MOST_CHARACTERS and encodable(value) and value.isprintable() else None
+        sound = len(value) <= MOST_CHARACTERS and encodable(value) and value.isprintable()
+        return value if sound and not is_private(value) else None
     if isinstance(value, list):
         words = [word for one in value[:MOST_WORDS] if isinstance(one, str) and isinstance(word := _words(one), str)]
         return [word for word in words if word]

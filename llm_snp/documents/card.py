@@ -9,6 +9,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from .healing import after_pruning, healing_rows, healing_sentences
 from .shareable import CORPORA, before, hub_id, shareable, texts_of
 
 TAGS = ("llm_snp", "pruned", "structured-pruning")
@@ -36,6 +37,7 @@ def model_card(report: dict[str, Any], name: str | None = None, plots: Sequence[
         _how_to_load(report, name),
         _how_to_serve(report, name),
         _perplexity(report),
+        _healing(report),
         _harness(report),
         _speed(report),
         _removed(report),
@@ -108,7 +110,7 @@ def _summary(report: dict[str, Any]) -> str:
     return (
         f"`{model['name']}` with {sparsity['achieved']:.2%} of its decoder blocks' linear parameters removed in one "
         f"shot ({sparsity['of_all_parameters']:.2%} of all), by llm_snp {report['versions']['llm_snp']}. "
-        f"No training followed.{_lineage(report)}\n\n{_table(('', before(report), 'pruned', 'change'), rows)}"
+        f"{after_pruning(report)}{_lineage(report)}\n\n{_table(('', before(report), 'pruned', 'change'), rows)}"
     )
 
 
@@ -116,7 +118,10 @@ def _lineage(report: dict[str, Any]) -> str:
     """Of a model that had been pruned before."""
     if "parents" not in report:
         return ""
-    chain = [f"`{one['name']}` ({one['removed']:.2%} removed)" for one in report["parents"]]
+    chain = []
+    for one in report["parents"]:
+        trained = f", then trained for {one['healed']:,} tokens" if one.get("healed") else ""
+        chain.append(f"`{one['name']}` ({one['removed']:.2%} removed{trained})")
     made_of = f", made of {', then '.join(chain)}" if chain else ""
     gone = f"{report['sparsity']['of_dense']:.2%} of the dense model's blocks are gone in all"
     return f" It had been pruned before{made_of}: {gone}."
@@ -177,6 +182,15 @@ def _perplexity(report: dict[str, Any]) -> str:
         f"## Perplexity\n\n{_table(head, rows)}\n\n"
         "Consecutive non-overlapping windows, mean over all predicted tokens; lower is better."
     )
+
+
+def _healing(report: dict[str, Any]) -> str:
+    parts = [
+        f"```\n{step['command']}\n```\n\n{healing_sentences(step)}\n\n"
+        + _table(("perplexity", "teacher", "before", "after"), healing_rows(step))
+        for step in report.get("healing", [])
+    ]
+    return "\n\n".join(["## Healing", *parts]) if parts else ""
 
 
 def _harness(report: dict[str, Any]) -> str:
@@ -259,8 +273,14 @@ def _named(calibration: dict[str, Any]) -> str:
 def _limits(report: dict[str, Any], metadata: ModelCardData) -> str:
     model, licence = report["model"], metadata.license_name or metadata.license
     terms = f"its licence ({licence})" if licence else "its licence"
+    how = (
+        "Trained after pruning, on little text: what that text has nothing of may not have come back."
+        if report.get("healing")
+        else "Pruned in one shot: the remaining weights were refitted by least squares, and nothing was trained "
+        "afterwards."
+    )
     limits = [
-        "Pruned in one shot: the remaining weights were refitted by least squares, and nothing was trained afterwards.",
+        how,
         f"Calibrated on {report['calibration']['source']}: on text that is unlike it (other languages, code, "
         "conversations) more may have been lost than the figures here show.",
         f"It is derived from `{model['name']}`: {terms} applies, and it has its biases. What it says should be "

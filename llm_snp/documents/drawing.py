@@ -203,6 +203,24 @@ def change(report: dict[str, Any]) -> Figure:
     return figure
 
 
+def healing(report: dict[str, Any]) -> Figure | None:
+    """The curve of each healing over the tokens that were trained on, a panel for each."""
+    steps = [step for step in report.get("healing", []) if step["curve"]]
+    if not steps:
+        return None
+    figure, panels = _figure(0.4 + 1.6 * len(steps), len(steps))
+    for axes, step in zip(panels, steps, strict=True):
+        each, after = step["tokens"] / step["steps"] / 1e6, step["held_out"]["after"]
+        at = [each * entry["step"] for entry in step["curve"]]
+        axes.plot(at, [entry["kl"] for entry in step["curve"]], color=DARK, linewidth=1.2, marker=".", markersize=4)
+        axes.plot(each * after["step"], after["kl"], **CUT, ms=5)
+        axes.set_ylim(bottom=0)
+        axes.set_ylabel("KL, nats per token")
+        axes.set_xlabel("million tokens")
+        axes.grid()
+    return figure
+
+
 def seconds(report: dict[str, Any]) -> Figure | None:
     phases = {name: value for name, value in report["seconds"].items() if value > 0}
     if not phases:

@@ -12,10 +12,11 @@ from ..families import Family
 def parents(before: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The models that a pruned one was made of, the first one first, from its report.
 
-    Each with its name, whether that is one on the Hub, and the share of its blocks' linear parameters that went.
+    Each with its name, whether that is one on the Hub, the share of its blocks' linear parameters that went, and how
+    many tokens what was left was trained for after that.
     """
-    model = before["model"]
-    last = {"name": model["name"], "hub": model["hub"], "removed": before["sparsity"]["achieved"]}
+    model, trained = before["model"], sum(step["tokens"] for step in before.get("healing", []))
+    last = {"name": model["name"], "hub": model["hub"], "removed": before["sparsity"]["achieved"], "healed": trained}
     return [*before.get("parents", []), last]
 
 

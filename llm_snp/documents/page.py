@@ -12,6 +12,7 @@ from markupsafe import Markup
 from .card import with_error
 from .comparison import comparisons, duration, scaled
 from .drawing import site_names
+from .healing import after_pruning, healing_rows, healing_sentences
 from .page_template import CSS, TEMPLATE
 from .plots import PLOTS, figures, style
 from .report import relative_error
@@ -50,6 +51,8 @@ def html_page(report: dict[str, Any]) -> str:
         perplexity=_perplexity(report),
         tasks=_tasks(report),
         speed=_speed(report),
+        after_pruning=after_pruning(report),
+        healing=[(step["command"], healing_sentences(step), healing_rows(step)) for step in report.get("healing", [])],
         sites=site_names(report),
         blocks=_blocks(report),
         facts=[

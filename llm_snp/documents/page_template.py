@@ -81,7 +81,7 @@ TEMPLATE = """
 <p>{% if on_hub %}<a href="https://huggingface.co/{{ report.model.name | urlencode }}">{{ report.model.name }}</a>
 {%- else %}{{ report.model.name }}{% endif %} with {{ percent(report.sparsity.achieved) }} of its decoder blocks’ linear
 parameters removed in one shot ({{ percent(report.sparsity.asked) }} asked), by llm_snp {{ report.versions.llm_snp }}.
-No training followed.</p>
+{{ after_pruning }}</p>
 </header>
 <main>
 <dl class="numbers">
@@ -124,6 +124,16 @@ No training followed.</p>
   ("task, metric", before, "pruned", "change", "samples", "examples shown", "version"), tasks) }}
 {%- endif %}
 </section>
+{%- if healing %}
+<section>
+<h2>Healing</h2>
+{%- for command, sentence, rows in healing %}
+<pre>{{ command }}</pre>
+<p>{{ sentence }}</p>
+{{- table("Perplexity", ("text", "teacher", "before", "after"), rows) }}
+{%- endfor %}
+</section>
+{%- endif %}
 {%- if report.speed is defined %}
 <section>
 <h2>Speed</h2>

@@ -112,5 +112,10 @@ PLOTS: dict[str, Plot] = {
         "budget cut it (none where everything stays).",
         drawing.curves,
     ),
+    "healing": Plot(
+        "Healing",
+        "KL divergence from the teacher on windows that were not trained on; the mark is what was kept.",
+        drawing.healing,
+    ),
     "seconds": Plot("Time per phase", "Wall-clock time of each phase of the run.", drawing.seconds),
 }

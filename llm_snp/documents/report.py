@@ -26,7 +26,9 @@ from ..pruning.executor import BlockLoss
 from ..pruning.job import Job
 from ..pruning.plan import Plan
 from ..system.device import device_facts, dtype_name
+from ..system.private import public_name
 from ..version import __version__
+from .healing import healing_line
 from .lineage import dense_base, parents
 from .shareable import before, command_line
 
@@ -61,7 +63,7 @@ class Report:
             "options": dataclasses.asdict(options),
             "seed": options.seed,
             "model": {
-                "name": options.model if job.from_hub else job.directory.resolve().name,
+                "name": options.model if job.from_hub else public_name(job.directory.resolve()),
                 "hub": job.from_hub,
                 "type": job.family.model_type,
                 "dtype": dtype_name(stored),
@@ -274,6 +276,7 @@ def summary(data: dict[str, Any]) -> str:
         f"{sparsity['of_all_parameters']:.2%} of all"
         + (f"; {sparsity['of_dense']:.2%} of the dense model's blocks in all" if "of_dense" in sparsity else ""),
         *_overfit(data),
+        *(f"healed   {healing_line(step)}" for step in data.get("healing", [])),
         "seconds  " + ", ".join(f"{name} {value:.1f}" for name, value in data["seconds"].items()),
         *(f"note     {note}" for note in data["notes"]),
         f"result   {data['output']}",

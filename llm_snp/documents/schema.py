@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -53,6 +53,7 @@ class Parent(_Part):
     name: Name
     hub: bool
     removed: Share
+    healed: Count = 0  # tokens that it was trained for since
 
 
 class Options(_Part):
@@ -193,6 +194,56 @@ class Speed(_Part):
     notes: list[str]
 
 
+class HeldOut(_Part):
+    step: Count
+    loss: Number
+    kl: Number
+    nll: Number
+    perplexity: Positive
+
+
+class BeforeAndAfter(_Part):
+    before: HeldOut
+    after: HeldOut
+    teacher_perplexity: Positive
+
+
+class Teacher(_Part):
+    name: Name
+    hub: bool
+
+
+class HealingText(_Part):
+    source: Name
+    windows: Some
+    held_out: Some
+    sequence_length: Some
+    passes: Positive
+
+
+class Healing(_Part):
+    command: str
+    teacher: Teacher
+    text: HealingText
+    lora: Some | None
+    trained: Some
+    device: Device
+    tokens: Some
+    steps: Some
+    steps_planned: Some
+    seconds: NotNegative
+    held_out: BeforeAndAfter
+    curve: Annotated[list[HeldOut], Field(min_length=1)]
+    evaluation: dict[str, dict[Literal["teacher", "before", "after"], Positive]]
+
+    @model_validator(mode="after")
+    def fits(self) -> Healing:
+        """Each text was measured three times."""
+        if short := [name for name, found in self.evaluation.items() if len(found) < 3]:
+            raise ValueError(f"{short[0]!r} was not measured for the teacher, before and after")
+        return self
+
+
 class PeakMemory(_Part):
     host_bytes: Count
     device_bytes: Count
@@ -219,6 +270,7 @@ class Document(_Part):
     parents: list[Parent] = MISSING  # of a model that had been pruned before, as far as they are known
     overfit: list[Overfit] = []  # on windows that were calibrated on, and on others
     harness: dict[str, Task] = {}
+    healing: list[Healing] = []  # each of what the one before it has made
     speed: Speed = MISSING
     card: str | None = None
     files: dict[str, str] = {}

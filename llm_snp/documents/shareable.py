@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import METHODS, PruneConfig
+from ..system.private import public_name
 
 CORPORA = {  # Hub id, config and split of the texts that have a name: what is evaluated on
     "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "test"),
@@ -32,7 +33,8 @@ def shareable(report: dict[str, Any]) -> dict[str, Any]:
             return [last(one) for one in value]
         if isinstance(value, str) and value.startswith(TASKS):
             return TASKS + ",".join(last(task) for task in value.removeprefix(TASKS).split(","))
-        return Path(value).name if isinstance(value, str) and "/" in value and value not in kept else value
+        local = isinstance(value, str) and ("/" in value or value.startswith("~")) and value not in kept
+        return public_name(Path(value)) if local else value
 
     model["name"], report["output"] = last(model["name"]), last(report["output"])
     report["options"] = {option: last(value) for option, value in options.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,8 @@ def write_page(path: Path, report: dict[str, Any]) -> None:
             raise OptionError(f"--output {path} is no name for a page; give one that ends in .html")
         if is_result(path.parent) and path.name in manifest(path.parent):
             raise OptionError(f"--output {path} is part of a result; leave --output out to make its page anew")
-        if path.is_file() and not any(mark in path.read_bytes() for mark in PAGE_MARKS):
+        ours = path.is_file() and any(mark in path.read_bytes() for mark in PAGE_MARKS)
+        if os.path.lexists(path) and not ours:
             raise OptionError(f"--output {path} is there, and no page of llm_snp; give another name, or move it")
     write_bytes(path, html_page(report).encode())
 

@@ -11,7 +11,7 @@ import logging
 import math
 import os
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,9 @@ import torch
 
 from ..dense.hub import load_config, load_tokenizer
 from ..dense.whole import whole_model
-from ..errors import CheckpointError, DeviceMemoryError, NumericalError, OptionError, SnpError
-from .harness_tasks import PREFIX, find_tasks, reason
+from ..errors import CheckpointError, DeviceMemoryError, NumericalError, OptionError
+from ..system.libraries import explained
+from .harness_tasks import PREFIX, find_tasks
 
 # Draws for standard errors without a formula, of perplexities, say: 2 % exact. The harness's 100,000 take minutes.
 BOOTSTRAP = 1000
@@ -172,20 +173,23 @@ def _run(model: Any, name: str, tasks: Mapping[str, Any], seed: int, limit: int 
             task.set_config("num_fewshot", task.get_config("num_fewshot") or 0)
             task.set_fewshot_seed(seed)
         try:
-            with _silence():
-                return evaluate(model, tasks, **options)
+            # A task is code of others, which may raise anything, and the pruned model is finished by now.
+            with explained(lambda why: OptionError(f"task {name} cannot be run on this model ({why}); leave it out")):
+                return _evaluated(name, lambda: evaluate(model, tasks, **options))
         except torch.OutOfMemoryError as error:
             if model.batch_size_per_gpu == 1:
                 raise DeviceMemoryError(f"{model.device} ran out of memory in task {name}; use --device cpu") from error
-        except OverflowError as error:
-            raise NumericalError(f"task {name}: a perplexity is too large for a number") from error
-        except (RuntimeError, SnpError):  # torch's and ours say what is wrong
-            raise
-        except Exception as error:
-            raise OptionError(f"task {name} cannot be run on this model ({reason(error)}); leave it out") from error
         model.batch_size_per_gpu //= 2
         gc.collect()
         torch.cuda.empty_cache()
+
+
+def _evaluated(name: str, evaluate: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    try:
+        with _silence():
+            return evaluate()
+    except OverflowError as error:
+        raise NumericalError(f"task {name}: a perplexity is too large for a number") from error
 
 
 def _results(raw: Mapping[str, Any]) -> dict[str, Any]:

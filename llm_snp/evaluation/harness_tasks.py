@@ -50,7 +50,7 @@ class Request:
             for task, directory in self.tasks.items():
                 for kind, found in self._load(task, directory).items():
                     merged[kind] |= found
-        except Exception as error:  # of lm_eval, datasets, the Hub's client, and of code that comes with the task
+        except Exception as error:  # a task may bring code, which raises anything, as do lm_eval and the Hub's client
             raise self._refusal(error) from error
         return merged
 

@@ -15,6 +15,7 @@ from ..dense.hub import EMBEDDED, load_config, locate
 from ..errors import OptionError, OutputError, first_line
 from ..families import Family, family_of
 from ..system.device import resolve_device
+from ..system.private import public_name
 from .plan import check_order
 
 
@@ -186,7 +187,7 @@ def output_of(options: PruneConfig) -> Path:
 def default_output(options: PruneConfig) -> Path:
     """./<model name>-snp-<percent>"""
     path = EMBEDDED if options.model is None else Path(os.path.expanduser(options.model))
-    name = path.resolve().name if os.path.exists(path) else path.name  # a Hub id ends in the model's name, too
+    name = public_name(path.resolve()) if os.path.exists(path) else path.name  # a Hub id ends in the model's name, too
     return Path(f"{name}-snp-{100 * options.sparsity:g}")
 
 

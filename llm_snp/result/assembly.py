@@ -14,7 +14,7 @@ from ..dense.checkpoint import Checkpoint
 from ..dense.hub import load_config
 from ..dense.skeleton import Skeleton
 from ..documents.report import Report, block_line
-from ..families import OF_PRUNED, dropped, fewer_blocks
+from ..families import OF_PRUNED, Family, dropped, fewer_blocks
 from ..pruning.executor import BlockLoss, SiteLoss
 from ..pruning.job import Job
 from ..pruning.plan import Plan
@@ -135,13 +135,19 @@ def result_config(job: Job, kept: Sequence[dict[str, int]], tokenizer: Any) -> t
     fields["allow_global_per_layer_attribute_access"] = True
     result = config_class(**fields, block_widths=[family.widths(config, kept[of], of) for of in left])
     result.architectures = [family.pruned_class.__name__]
-    module = MODELING.removesuffix(".py")
-    result.auto_map = {
-        "AutoConfig": f"{module}.{config_class.__name__}",
-        "AutoModel": f"{module}.{family.pruned_class.base_class.__name__}",
-        "AutoModelForCausalLM": f"{module}.{family.pruned_class.__name__}",
-    }
+    result.auto_map = auto_map(family)
     return result, True
+
+
+def auto_map(family: Family) -> dict[str, str]:
+    """Where transformers' Auto classes find those of a result in the file that it brings along."""
+    module, pruned = MODELING.removesuffix(".py"), family.pruned_class
+    classes = {
+        "AutoConfig": pruned.config_class,
+        "AutoModel": pruned.base_class,
+        "AutoModelForCausalLM": pruned,
+    }
+    return {auto: f"{module}.{found.__name__}" for auto, found in classes.items()}
 
 
 def write_rest(writer: Writer, job: Job, skeleton: Skeleton, plan: Plan, tokenizer: Any, carried: Carried) -> None:

@@ -19,6 +19,7 @@ from ..dense.hub import load_tokenizer
 from ..errors import CheckpointError
 from ..system.files import digest_of_bytes, digest_of_json, disk
 from ..system.libraries import parse_json, reason
+from ..system.private import is_private, within
 
 # Files in which transformers and llama.cpp's tools look for tokenizers, and what `generate` begins with.
 TOKENIZER_FILES = (
@@ -40,8 +41,10 @@ TOKENIZER_FILES = (
 TEMPLATES = "additional_chat_templates"  # folder of transformers for templates with a name
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
 TERMS = re.compile(
-    r"(licen[cs]e|notice|copying|copyright|terms|third.?party|[\w-]*polic(y|ies))[\w. -]*", re.IGNORECASE | re.ASCII
+    r"(licen[cs]e|notice|copying|copyright|terms|third.?party|[\w-]*polic(y|ies))[\w. -]*",
+    re.IGNORECASE | re.ASCII,
 )
+NO_TERMS = re.compile(r"key|token|secret|password", re.IGNORECASE)  # a licence's key is not for others
 TERMS_ENDINGS = ("", ".txt", ".md", ".rst", ".pdf", ".html")
 LARGEST_TERMS = 10_000_000  # bytes; what is larger is no text for people
 
@@ -78,13 +81,13 @@ PLACES = frozenset(
     )
 )
 PLACE_ENDINGS = ("_file", "_name_or_path")
-ABSOLUTE = re.compile(r"(/[^/\s<>{}]+){2,}/?|~/\S*|[A-Za-z]:[\\/]\S*|\\\\\S+|file://\S*")
+WORDS = ("content", "chat_template")  # what a tokenizer reads or writes, whatever it looks like
 # Text by which two tokenizers are told apart.
 PROBE = "The 3 quick brown foxes\n\tran; 12.5 % über naïve 雪.  <s>[INST]x</s>"
 
 
 def without_code(fields: Any) -> Any:
-    """A copy of parsed JSON without the fields that name code, or a place on someone's machine, at any depth."""
+    """A copy of parsed JSON without the fields that name code, a place on a machine or a token, at any depth."""
     if isinstance(fields, Mapping):
         return {name: without_code(value) for name, value in fields.items() if not _names_code(name, value)}
     if isinstance(fields, (list, tuple)):
@@ -93,9 +96,11 @@ def without_code(fields: Any) -> Any:
 
 
 def _names_code(name: Any, value: Any) -> bool:
-    if name in CODE or name in PLACES or (isinstance(name, str) and name.endswith(PLACE_ENDINGS)):
+    if name in CODE or name in PLACES:
         return True
-    return isinstance(value, str) and ABSOLUTE.fullmatch(value) is not None
+    if isinstance(name, str) and (name.endswith(PLACE_ENDINGS) or is_private(name)):
+        return True
+    return isinstance(value, str) and name not in WORDS and is_private(value)
 
 
 class Carried:
@@ -114,7 +119,7 @@ class Carried:
         self.files = {path.relative_to(directory).as_posix(): self._read(path) for path in found}
 
     def _read(self, path: Path) -> bytes:
-        if not _within(path, self.directory):
+        if not within(path, self.directory):
             raise CheckpointError(
                 f"{path} is a link out of the model's directory, and would travel with the result; put the file itself "
                 "there"
@@ -201,13 +206,9 @@ def _bytes(path: Path) -> bytes:
 
 def _is_terms(path: Path) -> bool:
     """Whether a file has the terms under which the model may be used, by its name."""
-    fits = TERMS.fullmatch(path.name) and (path.suffix.lower() in TERMS_ENDINGS or path.suffix[1:].isdecimal())
+    fits = (
+        TERMS.fullmatch(path.name)
+        and not NO_TERMS.search(path.name)
+        and (path.suffix.lower() in TERMS_ENDINGS or path.suffix[1:].isdecimal())
+    )
     return bool(fits) and path.is_file() and path.stat().st_size <= LARGEST_TERMS
-
-
-def _within(path: Path, directory: Path) -> bool:
-    """Whether a file is in a directory when links are followed; those of the Hub's cache lead to its blobs."""
-    target = path.resolve()
-    blobs = target.parent
-    cached = blobs.name == "blobs" and (blobs.parent / "snapshots").is_dir()
-    return cached or target.is_relative_to(directory.resolve())

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
-from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from safetensors import SafetensorError, safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
@@ -22,6 +22,15 @@ from ..system.files import digest, digest_of_bytes
 from ..system.manifest import FILES, REPORT, changed, faults, manifest, strays
 from ..version import __version__
 
+# The errors of the library by which the Hub's client speaks HTTP: requests, httpx or httpx2, by its version.
+HTTP_ERRORS: tuple[type[Exception], ...] = tuple(
+    base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception)
+)
+# What the client lets through: those, its own, those of the network and of uploads, and what comes of odd answers.
+CLIENT_ERRORS: tuple[type[Exception], ...] = (
+    *(*HTTP_ERRORS, OSError, RuntimeError),
+    *(ValueError, LookupError, TypeError, AttributeError),
+)
 ATTRIBUTES = ".gitattributes"  # the Hub puts it into every new repository
 REASON = 300  # characters at most that an error quotes
 
@@ -66,7 +75,7 @@ def push(directory: Path, repo: str, private: bool = False, overwrite: bool = Fa
             ],
             commit_message=message or f"Upload a model pruned by llm_snp {__version__}",
         )
-    except Exception as error:  # which errors the Hub's client lets through changes with its version
+    except CLIENT_ERRORS as error:
         if _status(error) in (401, 403):
             raise _refused(error, repo) from error
         if isinstance(error, ValueError):
@@ -160,9 +169,7 @@ def _files_there(api: HfApi, repo: str, overwrite: bool) -> set[str] | None:
             there = set(api.list_repo_files(repo))
         except RepositoryNotFoundError:
             return None
-    except HubError:
-        raise
-    except Exception as error:
+    except CLIENT_ERRORS as error:
         raise _refused(error, repo) from error
     if not overwrite and there - {ATTRIBUTES}:  # without other files: a push that broke off
         raise HubError(f"{repo} exists on the Hub and has {len(there)} files; give another name, or --overwrite")

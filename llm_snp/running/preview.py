@@ -14,6 +14,7 @@ from ..pruning.job import Job, open_job
 from ..pruning.plan import Plan, check_budget, trial_plan
 from ..result.carried import check_tokenizer_class
 from ..system.device import resolve_dtype
+from ..system.files import size
 from ..system.workspace import check_harmless, check_output, check_partial
 from .estimate import Estimate, estimate
 from .inputs import inputs_of
@@ -69,15 +70,15 @@ def preview_text(p: Preview) -> str:
         counts = "  ".join(f"{unit} {k}/{units[i, unit]}" for unit, k in kept.items())
         lines.append(f"block {i + 1:>3}/{len(plan.kept)}  {counts}")
     work = p.estimate.operations
-    on_device = "" if p.job.device.type == "cpu" else f"{p.estimate.device / 1e9:.2f} GB on the device, "
+    on_device = "" if p.job.device.type == "cpu" else f"{size(p.estimate.device)} on the device, "
     lines += [
         "",
         f"parameters  {p.parameters:,} -> {p.parameters - plan.removed - plan.beside:,} "
         f"({plan.achieved:.2%} of the blocks' linear layers, {(plan.removed + plan.beside) / p.parameters:.2%} of all)",
         f"windows     {options.samples} of {p.job.length} tokens, computed in {str(p.dtype).removeprefix('torch.')} "
         f"on {p.job.device}",
-        f"peak memory about {on_device}{p.estimate.host / 1e9:.2f} GB on the host, beside Python and its libraries",
-        f"disk        about {p.estimate.disk / 1e9:.3f} GB for {p.job.output} and what --resume needs",
+        f"peak memory about {on_device}{size(p.estimate.host)} on the host, beside Python and its libraries",
+        f"disk        about {size(p.estimate.disk)} for {p.job.output} and what --resume needs",
         f"work        {sum(work.values()):.2g} floating-point operations: "
         + ", ".join(f"{name} {value / sum(work.values()):.0%}" for name, value in work.items() if value),
     ]

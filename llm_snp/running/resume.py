@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -17,11 +16,12 @@ from ..dense.data import Windows
 from ..documents.report import nodes
 from ..documents.shareable import command_line, shareable
 from ..documents.writing import read_report
-from ..errors import RESUMABLE, CheckpointError, DeviceMemoryError, Interrupted, ResumeError, SnpError
+from ..errors import CheckpointError, ResumeError
 from ..evaluation.harness import texts_of
 from ..pruning.job import Job
 from ..result.carried import Carried
 from ..system.files import digest
+from ..system.keeping import kept_for_later
 from ..system.manifest import JOURNAL, is_result, recall
 from ..system.workspace import Workspace, tidy
 from ..version import __version__
@@ -71,6 +71,10 @@ def finished_before(job: Job) -> dict[str, Any] | None:
     if not options.resume or not is_result(output) or (options.overwrite and not untidy):
         return None
     report = read_report(output)
+    if report.get("healing"):
+        raise ResumeError(
+            f"--resume: {job.output} is finished and was healed since; give another --output, or --overwrite instead"
+        )
     given = json.loads(json.dumps(dataclasses.asdict(options)))
     earlier = recall(output).get("options")
     if not isinstance(earlier, dict):  # made elsewhere, and brought here: the report has the names of files only
@@ -103,35 +107,13 @@ def _flag(name: str) -> str:
     return {"model": "the model", "llm_snp": "llm_snp"}.get(name, f"--{name.replace('_', '-')}")
 
 
-@contextmanager
-def kept_for_resume(workspace: Workspace | None, blocks: int, command: str) -> Iterator[None]:
-    """Whatever ends the run early, leave what can be gone on with and say so, or nothing at all.
-
-    command: what goes on from there. What an earlier run has left is never removed here: a wrong option must not cost
-    what took days.
-    """
-    try:
-        yield
-    except BaseException as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            error = DeviceMemoryError(
-                f"the device ran out of memory ({str(error).splitlines()[0]}); use --device cpu or a shorter "
-                "--sequence-length; --dry-run tells what a run needs"
-            )
-        left = "" if workspace is None else _left(workspace, blocks, command)
-        # The same command can go on from here; after a ResumeError another one can, as its own sentence says.
-        resumable = not isinstance(error, SnpError) or isinstance(error, RESUMABLE)
-        if workspace is not None:
-            if workspace.resumed or (left and (resumable or isinstance(error, ResumeError))):
-                workspace.keep()
-            else:
-                workspace.discard()
-                left = ""
-        if isinstance(error, KeyboardInterrupt):
-            raise Interrupted(f"interrupted; {left or 'nothing was left behind'}") from error
-        if left and resumable and isinstance(error, SnpError):
-            raise type(error)(f"{error}; {left}") from error
-        raise error
+def kept_for_resume(workspace: Workspace | None, blocks: int, command: str) -> AbstractContextManager[None]:
+    """`kept_for_later` for a pruning of so many blocks; command: what goes on from there."""
+    return kept_for_later(
+        workspace,
+        lambda there: _left(there, blocks, command),
+        "use --device cpu or a shorter --sequence-length; --dry-run tells what a run needs",
+    )
 
 
 def _left(workspace: Workspace, blocks: int, command: str) -> str:

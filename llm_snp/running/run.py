@@ -17,7 +17,6 @@ from ..dense.skeleton import Skeleton, empty_model
 from ..dense.storage import Storage, check_offload
 from ..dense.text import Text
 from ..documents.report import Report
-from ..documents.writing import write_documents, write_report
 from ..errors import OptionError
 from ..evaluation.harness import texts_of
 from ..evaluation.perplexity import Perplexity, perplexity_streamed
@@ -27,10 +26,10 @@ from ..pruning.plan import Plan, check_budget
 from ..pruning.session import Session
 from ..result.assembly import PrunedBlocks, open_result, stock_fields, write_rest
 from ..result.carried import Carried
+from ..result.finishing import finish
 from ..result.writer import Writer
 from ..system.device import as_at_start, resolve_dtype
 from ..system.journal import Journal
-from ..system.manifest import FILES, REPORT, remember
 from ..system.processes import Processes
 from ..system.progress import Progress
 from ..system.workspace import Workspace, check_space
@@ -189,14 +188,7 @@ class _Run:
 
     def _finish(self, writer: Writer, report: Report) -> dict[str, Any]:
         workspace = _known(self.workspace)
-        report.data[FILES] = writer.files
-        try:
-            write_documents(self.directory, report.data)
-        finally:  # whatever the documents have met, the result is whole, and `report DIR` makes them anew
-            if not (self.directory / REPORT).exists():
-                write_report(self.directory, report.data)
-            remember(self.directory, memory_of(self.job))
-            workspace.finish()
+        finish(workspace, writer.files, report.data, memory_of(self.job))
         if workspace.left:
             self.progress.say(f"kept {workspace.left}: someone put files into {self.job.output} while it was replaced")
         return report.data

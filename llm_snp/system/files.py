@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # what needs no tensors needs no torch
     from torch import Tensor
 
 CHUNK = 1 << 24
+UNFINISHED = ".llm_snp"  # at the end of names that are ours alone, so that no file of anybody else has one
 AnyPath = TypeVar("AnyPath", bound=PurePath)
 
 
@@ -86,6 +87,14 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         _settle(aside, path)
 
 
+def size(count: float) -> str:
+    """Bytes as a person reads them: `2.61 GB`, `3.1 MB`, `12 kB`, `7 bytes`."""
+    for scale, style, unit in ((1e9, ".2f", "GB"), (1e6, ".1f", "MB"), (1e3, ".0f", "kB")):
+        if count >= scale:
+            return f"{count / scale:{style}} {unit}"
+    return f"{count:.0f} bytes"
+
+
 def digest(*paths: Path) -> str:
     """One hash over the contents of files, for telling whether they changed (not for security)."""
     found = xxhash.xxh3_128()
@@ -134,15 +143,21 @@ def written_aside(path: Path) -> Iterator[Path]:
 
 
 def temporary(path: AnyPath) -> AnyPath:
-    """The name that a file has until it is whole."""
-    return path.with_name(f".{path.name}")
+    """The name that a file has until it is whole; one that nobody else gives: what has it is removed."""
+    return path.with_name(f".{path.name}{UNFINISHED}")
+
+
+def whole(path: AnyPath) -> AnyPath:
+    """The name that a file will have; of any other file its own."""
+    name = path.name.removeprefix(".").removesuffix(UNFINISHED)
+    return path.with_name(name) if name and path == temporary(path.with_name(name)) else path
 
 
 @contextmanager
 def _temporary(path: Path) -> Iterator[Path]:
     """The name to write under first. After an error the file goes: half a shard takes the room of what comes next.
 
-    What has that name goes, too: writing to a link would write to what it leads to.
+    What a killed run has left under that name goes, too, and a link, which would be written through.
     """
     aside = temporary(path)
     aside.unlink(missing_ok=True)

@@ -131,5 +131,5 @@ class Journal:
 
     def _alone(self, what: str) -> bool:
         """Whether there is no record but this one and those that were expected before it."""
-        there = {path.stem for path in self.folder.glob("*.json") if not path.name.startswith(".")}  # half written
+        there = {path.stem for path in self.folder.glob("*.json")}
         return there <= {what, *self._expected}

@@ -20,8 +20,9 @@ ONE_AT_A_TIME = threading.RLock()
 def explained(sentence: Callable[[str], SnpError]) -> Iterator[None]:
     """Turn what a library raises inside into `sentence` of its reason, but for an `SnpError` and a GPU that is full.
 
-    For calls that read what strangers wrote, and for nothing else: a fault of ours in there would look like one of
-    theirs. Which errors come out changes with a library's version, and tokenizers raises bare `Exception`.
+    For calls that read what strangers wrote or run their code, and for the documents of a finished result, which
+    nothing may harm; for nothing else: a fault of ours in there would look like one of theirs. Which errors come out
+    changes with a library's version, and tokenizers raises bare `Exception`.
     """
     try:
         yield

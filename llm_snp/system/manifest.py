@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..errors import CheckpointError
-from .files import digest, temporary, write_json, write_together
+from .files import digest, temporary, whole, write_json, write_together
 
 REPORT = "report.json"
 FILES = "files"  # of a report: name -> hash of everything beside it that is part of the result
@@ -28,7 +28,7 @@ LISTED = 5  # at most so many names are in an error
 # What runs of versions that kept no list have written, by name.
 EARLIER = re.compile(
     r"config\.json|model-\d{5}-of-\d{5}\.safetensors|model\.safetensors\.index\.json|modeling_\w+\.py|README\.md|"
-    r"report\.html|plots/(change|kept|errors|curves|seconds)\.png|tokenizer(_config)?\.json|tokenizer\.model|"
+    r"report\.html|plots/(change|kept|errors|curves|healing|seconds)\.png|tokenizer(_config)?\.json|tokenizer\.model|"
     r"vocab\.(json|txt)|merges\.txt|special_tokens_map\.json|added_tokens\.json|chat_template\.jinja|"
     r"generation_config\.json"
 )
@@ -132,7 +132,7 @@ def strays(directory: Path) -> list[str]:
     Not those that were being written when a run was killed, under the name that they have until they are whole.
     """
     files = manifest(directory)
-    half = {temporary(PurePosixPath(name)).as_posix() for name in (*files, REPORT)}
+    half = {temporary(PurePosixPath(name)).as_posix() for name in (*files, REPORT, MEMORY, IGNORE)}
     return [
         name
         for name in names_in(directory)
@@ -155,8 +155,7 @@ def strays_of_partial(directory: Path) -> list[str]:
     listed = {*_object(directory / JOURNAL / WRITTEN), REPORT, MEMORY, IGNORE}
     others = []
     for name in names_in(directory):
-        path = PurePosixPath(name)
-        names = {name, path.with_name(path.name.removeprefix(".")).as_posix()}  # under the second once it is whole
+        names = {name, whole(PurePosixPath(name)).as_posix()}
         known = names & listed or any(EARLIER.fullmatch(one) for one in names)
         if not known or (directory / name).is_symlink():
             others.append(name)

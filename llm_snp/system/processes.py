@@ -27,6 +27,8 @@ from ..errors import OptionError, ProcessError, SnpError
 T = TypeVar("T")
 # While the main process solves, the others wait in a collective; a process that dies is noticed at once all the same.
 PATIENCE = timedelta(hours=2)
+# What backends say of a process that is gone.
+LOST = re.compile(r"gloo|nccl|connection|socket|peer", re.IGNORECASE)
 
 
 class Processes:
@@ -145,6 +147,17 @@ class Processes:
             self.same(here)
             found[name] = here.cpu()
         return found
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """For collectives of a library: what they raise when a process is gone becomes `ProcessError`."""
+        try:
+            yield
+        except (RuntimeError, ConnectionError) as error:
+            if self.count == 1 or not LOST.search(str(error)):
+                raise
+            with _one_lost():
+                raise
 
     def gather(self, objects: list[Any]) -> list[Any]:
         """The lists of all processes, one behind the other, on all."""

@@ -15,13 +15,14 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ..errors import OutputError
-from .files import disk
+from .files import disk, size
 from .manifest import JOURNAL, REPORT, empty_partial, has_report, is_result, remove_own, some, strays, strays_of_partial
 
 PARTIAL = ".partial"
 LOCK = "lock"
 OWNER = "owner"
 BLOCKS = "block-*.json"
+STATES = "state-*.json"  # of a training
 
 
 class Workspace:
@@ -75,10 +76,12 @@ class Workspace:
             # That run was killed while the result was about to take the place of an earlier one.
             os.rename(_aside(self.output), self.output)
             check_output(self.output, self._overwrite)
-        if self.finished_blocks and not (resume or self._overwrite):
+        blocks, states = self.finished_blocks, len(list(self.journal.glob(STATES)))
+        if (blocks or states) and not (resume or self._overwrite):
+            what = f"{blocks} finished blocks" if blocks else "the state"
             raise OutputError(
-                f"{self.directory} holds {self.finished_blocks} finished blocks of an interrupted run; add --resume "
-                "to go on with it, or --overwrite to start anew"
+                f"{self.directory} holds {what} of an interrupted run; add --resume to go on with it, or --overwrite "
+                "to start anew"
             )
         self.resumed = resume and any(self.journal.glob("*.json"))
         (self.journal / OWNER).write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
@@ -98,7 +101,9 @@ class Workspace:
     def _empty(self) -> None:
         empty_partial(self.directory)
         for path in self.journal.iterdir():
-            if path.name not in (LOCK, OWNER):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name not in (LOCK, OWNER):
                 path.unlink()
 
     def finish(self) -> None:
@@ -249,7 +254,7 @@ def check_space(directory: Path, needed: int) -> None:
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise OutputError(
-            f"the result needs up to {_size(needed)}, but the disk of {existing} has {_size(free)} free; give --output "
+            f"the result needs up to {size(needed)}, but the disk of {existing} has {size(free)} free; give --output "
             "on another disk"
         )
 
@@ -264,11 +269,3 @@ def _owner(journal: Path) -> str:
         return f" ({(journal / OWNER).read_text(encoding='utf-8')})"
     except OSError:
         return ""
-
-
-def _size(count: int) -> str:
-    """Bytes as a person reads them: `2.61 GB`, `3.1 MB`, `12 kB`."""
-    for scale, style, unit in ((1e9, ".2f", "GB"), (1e6, ".1f", "MB")):
-        if count >= scale:
-            return f"{count / scale:{style}} {unit}"
-    return f"{count / 1e3:.0f} kB" if count >= 1e3 else f"{count} bytes"

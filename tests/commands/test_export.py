@@ -91,10 +91,30 @@ def test_the_types(kind: str, bits: float, shell: Shell, tmp_path: Path) -> None
 
 
 def test_over_a_file_only_if_told(shell: Shell, result: Path) -> None:
-    Path("there.gguf").write_text("mine")
+    Path("there.gguf").write_bytes(b"GGUF of before")
     assert "exists; give another name, or --overwrite" in refused(shell, result, "--gguf", "there.gguf")
     assert shell.run("export", result, "--gguf", "there.gguf", "--overwrite")[0] == 0
     assert fields_of(Path("there.gguf"))["general.architecture"] == "deci"
+
+
+@pytest.mark.parametrize("found", ["mine", "report.json", "plots/kept.png", "link", "pipe"])
+def test_over_no_other_file(found: str, shell: Shell, own: Path) -> None:
+    """--overwrite is for an earlier GGUF file; the way to anything else is a typo."""
+    Path("mine").write_text("mine")
+    Path("link").symlink_to("nowhere")
+    os.mkfifo("pipe")
+    (own / "plots").mkdir(exist_ok=True)
+    (own / "plots" / "kept.png").write_bytes(b"\x89PNG")
+    name = own / found if "." in found else found
+    assert "is there, and no GGUF file" in refused(shell, own, "--gguf", name, "--overwrite")
+    assert Path("link").is_symlink()
+
+
+def test_a_hidden_file_of_that_name_stays(shell: Shell, own: Path) -> None:
+    """A file is written under another name until it is whole: one that nobody else has."""
+    Path(".profile").write_text("mine")
+    assert shell.run("export", own, "--gguf", "profile", "--quiet")[0] == 0
+    assert Path(".profile").read_text() == "mine"
 
 
 def test_a_model_that_was_trained_on_has_no_report(shell: Shell, tmp_path: Path) -> None:
@@ -154,10 +174,10 @@ def test_what_is_damaged(shell: Shell, own: Path) -> None:
 
 
 def test_a_full_disk(shell: Shell, result: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    Path("there.gguf").write_text("mine")
+    Path("there.gguf").write_text("GGUF of mine")
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-        assert "disk has 0.0 left" in refused(shell, result, "--gguf", "out.gguf")
+        assert " kB, and its disk has 1 kB left; " in refused(shell, result, "--gguf", "out.gguf")
     write = writing.GGUFWriter.write_tensor_data
     count = 0
 
@@ -170,7 +190,7 @@ def test_a_full_disk(shell: Shell, result: Path, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(writing.GGUFWriter, "write_tensor_data", full)
     assert "the disk is full" in refused(shell, result, "--gguf", "there.gguf", "--overwrite")
-    assert Path("there.gguf").read_text() == "mine"
+    assert Path("there.gguf").read_text() == "GGUF of mine"
 
 
 SLOW = """
@@ -200,7 +220,7 @@ def test_one_that_is_killed_leaves_no_file_of_that_name(number: int, own: Path, 
         process.wait(30)
     assert process.returncode != 0
     left = {path.name for path in shell.directory.iterdir()} - {"result"}
-    assert left == ({".out.gguf"} if number == signal.SIGKILL else set())
+    assert left == ({".out.gguf.llm_snp"} if number == signal.SIGKILL else set())
     assert shell.run("export", own, "--gguf", "out.gguf")[0] == 0
     assert fields_of(Path("out.gguf"))["general.architecture"] == "deci"
     assert {path.name for path in shell.directory.iterdir()} == {"result", "out.gguf"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 import re
 import shutil
 from html.parser import HTMLParser
@@ -120,6 +121,30 @@ def perplexity(value: float) -> dict[str, Any]:
     return {"perplexity": value, "nll": 1.0, "tokens": 287_645, "windows": 141, "sequence_length": 2048, "source": "x"}
 
 
+def healed(report: dict[str, Any], lora: int | None = None) -> dict[str, Any]:
+    """The same, healed once more: the second of two measurements was the best."""
+    curve = [
+        {"step": step, "loss": kl, "kl": kl, "nll": 3.0 + kl, "perplexity": 20.1 * math.exp(kl)}
+        for step, kl in ((0, 0.5), (40, 0.25), (80, 0.3))
+    ]
+    step = {
+        "command": "python -m llm_snp heal pruned --text wiki.txt --tokens 327680",
+        "teacher": {"name": "dense", "hub": False},
+        "text": {"source": "wiki.txt", "windows": 640, "held_out": 20, "sequence_length": 512, "passes": 0.5},
+        "lora": lora,
+        "trained": 120_000,
+        "device": {"name": "cpu", "type": "cpu", "dtype": "float32", "threads": 4},
+        "tokens": 327_680,
+        "steps": 80,
+        "steps_planned": 80,
+        "seconds": 12.25,
+        "held_out": {"before": curve[0], "after": curve[1], "teacher_perplexity": 20.0},
+        "curve": curve,
+        "evaluation": {"wikitext2": {"teacher": 27.6, "before": 35.0, "after": 30.0}},
+    }
+    return report | {"healing": [*report.get("healing", []), step]}
+
+
 def with_measurements(report: dict[str, Any]) -> dict[str, Any]:
     """The same with measured speed and tasks."""
     dense = {
@@ -197,6 +222,7 @@ def pruned_speed_only(report: dict[str, Any]) -> dict[str, Any]:
 
 
 ALL = ["change", "kept", "errors", "curves", "seconds"]
+WITH_HEALING = [*ALL[:-1], "healing", "seconds"]
 SHAPES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "usual": (made_up(), ALL),
     "two blocks by variance": (made_up(2, "variance"), ALL),
@@ -208,6 +234,7 @@ SHAPES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "first block untouched": (first_untouched(made_up()), ALL),
     "mlp only": (without_attention(made_up()), ALL),
     "no dense speed": (pruned_speed_only(made_up()), ALL),
+    "healed twice": (healed(healed(made_up(2)), lora=8), WITH_HEALING),
 }
 
 
@@ -272,7 +299,7 @@ def test_every_shape_of_report_has_its_plots_and_its_page(shape: str) -> None:
 
 
 def test_plots_have_names_titles_and_captions_of_one_sentence() -> None:
-    assert list(PLOTS) == ALL
+    assert list(PLOTS) == WITH_HEALING
     for plot in PLOTS.values():
         assert plot.title
         assert re.fullmatch(r"[A-Z][^.]*\.", plot.caption)
@@ -580,6 +607,25 @@ def test_the_command_writes_only_the_page_where_it_is_asked_to(shell: Shell, tmp
     assert out.startswith(f"written  {file}\n\n")
     assert file.read_text() == html_page(read_report(result))
     assert {path: path.stat().st_mtime_ns for path in result.rglob("*")} == before
+
+
+@pytest.mark.parametrize("found", ["link", "pipe", "folder", "mine"])
+def test_the_command_writes_a_page_over_nothing_else(found: str, shell: Shell, result: Path) -> None:
+    path = Path("page.html")
+    make = {"link": lambda: path.symlink_to("nowhere"), "pipe": lambda: os.mkfifo(path), "folder": path.mkdir}
+    make.get(found, lambda: path.write_text("mine"))()
+    before = path.lstat()
+    code, out, err = shell.run("report", result, "--output", path)
+    assert (code, out) == (2, "")
+    assert err == "llm_snp: --output page.html is there, and no page of llm_snp; give another name, or move it\n"
+    assert path.lstat() == before
+
+
+def test_a_hidden_file_of_that_name_stays(shell: Shell, result: Path) -> None:
+    """The page is written under another name until it is whole: one that nobody else has."""
+    Path(".page.html").write_text("mine")
+    assert shell.run("report", result, "--output", "page.html")[0] == 0
+    assert Path(".page.html").read_text() == "mine"
 
 
 def test_the_command_refuses_what_is_no_result_or_no_place(shell: Shell, tmp_path: Path, result: Path) -> None:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import elsewhere
 import pytest
 import torch
 from conftest import BLOCKS, HIDDEN, NEURONS, Prune, Shell, weight_files
@@ -17,6 +18,7 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 import llm_snp
+from llm_snp.dense.hub import card_metadata
 from llm_snp.errors import CheckpointError
 from llm_snp.evaluation.speed import load_model
 from llm_snp.result.carried import CODE, Carried, check_tokenizer_class, without_code
@@ -113,27 +115,27 @@ def test_no_code_but_ours_reaches_the_user_of_a_result(
         assert LOCAL not in path.read_text(), path
     assert json.loads((output / "generation_config.json").read_text())["do_sample"] is False
     assert AutoTokenizer.from_pretrained(output)("den lo")["input_ids"]
-    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
-    done = subprocess.run(
-        [sys.executable, "-c", LOAD, str(output)], env=environment, capture_output=True, text=True, check=False
-    )
+    (tmp_path / "load.py").write_text(LOAD)
+    done = elsewhere.run(tmp_path / "load.py", output, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "Evil" not in done.stdout
     assert not (tmp_path / "mark").exists()
 
 
-@pytest.mark.parametrize("more", [["--dry-run"], ["--calibration", "self", "--measure-speed"]])
-def test_modules_of_the_working_directory_are_not_imported(dense: Path, tmp_path: Path, more: list[str]) -> None:
+def test_modules_of_the_working_directory_are_not_imported(dense: Path, tmp_path: Path) -> None:
     """One works in the directory of a stranger's model, where modules have the names of those that are needed."""
     directory = Path(shutil.copytree(dense, tmp_path / "stranger"))
     for name in ("__future__", "difflib", "numpy", "yaml", "tqdm", "torchao", "kernels", "transformers", "peft"):
         (directory / f"{name}.py").write_text(EVIL.format(mark=tmp_path / "mark"))
+    (directory / "matplotlibrc").write_bytes(b"\xff no settings")
     short = ["--samples", "3", "--sequence-length", "8", "--no-evaluate", "--device", "cpu", "--quiet"]
+    more = ["--calibration", "self", "--measure-speed"]
     words = [sys.executable, "-m", "llm_snp", ".", "--output", str(tmp_path / "out"), *short, *more]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment["PYTHONPATH"] = str(Path(llm_snp.__file__).parent.parent)
+    environment |= {"PYTHONPATH": str(Path(llm_snp.__file__).parent.parent), "MPLBACKEND": "none of matplotlib's"}
     done = subprocess.run(words, cwd=directory, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    assert "matplotlib" not in done.stderr
     assert not (tmp_path / "mark").exists()
 
 
@@ -245,14 +247,13 @@ def test_terms_and_templates_travel(prune: Prune, dense: Path, tmp_path: Path) -
         (directory / "additional_chat_templates" / f"{name}.jinja").write_text(text)
     for name in TERMS:
         (directory / name).write_text(f"as in {name}")
-    for name in ("license.py", "LICENSE.sh", "notes.txt", "policy.safetensors"):
+    for name in ("license.py", "LICENSE.sh", "notes.txt", "policy.safetensors", "license_key.txt"):
         (directory / name).write_text("no terms")
     output = tmp_path / "out"
     prune(directory, output)
     assert {name: (output / name).read_text() for name in TERMS} == {name: f"as in {name}" for name in TERMS}
-    assert not {"license.py", "LICENSE.sh", "notes.txt", "policy.safetensors"} & {
-        path.name for path in output.iterdir()
-    }
+    others = {"license.py", "LICENSE.sh", "notes.txt", "policy.safetensors", "license_key.txt"}
+    assert not others & {path.name for path in output.iterdir()}
     dense_templates = AutoTokenizer.from_pretrained(directory).chat_template
     assert set(dense_templates) == {"default", *templates}
     assert AutoTokenizer.from_pretrained(output).chat_template == dense_templates
@@ -284,3 +285,45 @@ def test_fields_without_code() -> None:
     }
     assert without_code(kept) == kept
     assert without_code(kept | named) == kept | {"c": {}, "f": []}
+
+
+TOKEN = "hf_" + "aB3" * 11
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "/home/ann lee/my models/x",
+        "C:\\Users\\ann lee\\x",
+        "~ann/x",
+        "../ann/models",
+        "file:///home/ann/a b",
+        "s3://ann/texts",
+        "\\\\server\\ann lee",
+        "saved at /home/ann",
+        "run by \\Users\\ann",
+        "https://ann:password@host/x",
+        f"token={TOKEN}",
+        TOKEN,
+    ],
+)
+def test_places_people_and_tokens_do_not_travel(text: str, dense: Path, tmp_path: Path) -> None:
+    """As a setting, in a list, as its name, and in the card's metadata; a vocabulary may have all of it."""
+    assert without_code({"a": text, "b": [text], "c": {text: 1}}) == {"b": [], "c": {}}
+    assert without_code({"content": text, "chat_template": text}) == {"content": text, "chat_template": text}
+    directory = Path(shutil.copytree(dense, tmp_path / "model"))
+    card = {"license": "other", "license_link": text, "tags": [text, "good"], "datasets": text}
+    (directory / "README.md").write_text(f"---\n{json.dumps(card)}\n---\n")
+    assert card_metadata(directory) == {"license": "other", "tags": ["good"]}
+
+
+@pytest.mark.parametrize("text", ["/think /no_think", "/ a / b", "</s>", "a/b", "https://a.b/c:d@e", "hf_short"])
+def test_what_only_looks_like_a_place_travels(text: str) -> None:
+    assert without_code({"a": text}) == {"a": text}
+
+
+def test_a_card_that_is_a_link_out_of_the_directory_is_not_read(dense: Path, tmp_path: Path) -> None:
+    directory = Path(shutil.copytree(dense, tmp_path / "model"))
+    (tmp_path / "mine.md").write_text("---\ntags: [secret]\n---\n")
+    (directory / "README.md").symlink_to("../mine.md")
+    assert card_metadata(directory) == {}

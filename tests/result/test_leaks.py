@@ -15,12 +15,13 @@ from typing import Any
 import pytest
 from conftest import LENGTH, SAMPLES, Prune, Shell
 
-from llm_snp.commands.bench import dense_of
 from llm_snp.config import PruneConfig
 from llm_snp.documents.writing import read_report, write_documents
-from llm_snp.pruning.job import open_job
+from llm_snp.pruning.job import default_output, open_job
+from llm_snp.result.origin import dense_of
 from llm_snp.running.resume import again, finished_before
 from llm_snp.system.manifest import MEMORY, recall
+from llm_snp.system.private import public_name
 
 pytestmark = [pytest.mark.documents, pytest.mark.cpu]
 
@@ -150,3 +151,19 @@ def test_a_report_of_an_earlier_version_is_cleaned_when_it_is_written_anew(home:
         assert SECRET.encode() not in content, name
         assert str(home).encode() not in content, name
     assert dense_of(copy, read_report(copy)) == f"{home}/models/tiny"
+
+
+def test_a_home_directory_is_not_called_by_the_name_of_who_lives_there(
+    prune: Prune, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model in it, and it for a place to offload to, would be known by its last component."""
+    for path in (home / "models" / "tiny").iterdir():
+        shutil.copy(path, home)
+    monkeypatch.setenv("HOME", str(home))
+    report = prune(home, tmp_path / "result", offload=str(home))
+    assert report["model"]["name"] == "home"
+    for name, content in published(tmp_path / "result").items():
+        assert home.name.encode() not in content, name
+    assert default_output(PruneConfig(str(home))) == Path("home-snp-30")
+    assert public_name(Path("/home/ann")) == public_name(Path("/Users/ann/")) == "home"
+    assert public_name(Path("/home/ann/x")) == "x"

@@ -9,7 +9,10 @@ import pytest
 from conftest import LENGTH, SAMPLES, Shell, weight_files
 from hub_server import USER, HubServer
 
+from llm_snp.documents.writing import read_report
+from llm_snp.errors import DiskFullError
 from llm_snp.evaluation import speed
+from llm_snp.system.manifest import changed, strays
 
 TASK = f"harness:{Path(__file__).parent.parent / 'harness_tasks' / 'small_choice.yaml'}"
 
@@ -108,3 +111,34 @@ def test_a_result_survives_ctrl_c_while_it_is_timed(shell: Shell, dense: Path, m
     assert code == 0, err
     assert "speed" in report(shell)
     assert "prefill, ms" in out
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "sentence"),
+    [
+        (DiskFullError("no room"), 2, "no room; {out} is finished all the same"),
+        (ValueError("drawn badly"), 2, "the documents of the result cannot be made (drawn badly); `python -m llm_snp "),
+        (KeyboardInterrupt(), 130, "interrupted; {out} is finished all the same\n"),
+    ],
+    ids=["disk", "library", "Ctrl-C"],
+)
+def test_documents_that_fail_leave_a_whole_result(
+    shell: Shell, dense: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, sentence: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr("llm_snp.result.finishing.write_documents", fail)
+        found, out, err = shell.prune(dense)
+    assert (found, out, err.count("\n")) == (code, "", 1), err
+    assert err.startswith("llm_snp: " + sentence.format(out=shell.output)), err
+    assert err.endswith(f"; {shell.output} is finished all the same\n")
+    assert [path.name for path in shell.directory.iterdir()] == ["out"]
+    report = read_report(shell.output)
+    assert report["files"]
+    assert changed(shell.output, report["files"]) == ([], [])
+    assert strays(shell.output) == []
+    assert not (shell.output / "README.md").exists()
+    assert shell.run("report", shell.output)[0] == 0
+    assert (shell.output / "README.md").exists()

@@ -43,7 +43,7 @@ def test_both_shares_are_told(twice: tuple[Path, dict[str, Any]], once: Path, de
     assert report["sparsity"]["block_parameters"] == base - (sizes[0] - sizes[1])
     assert report["sparsity"]["dense_block_parameters"] == base
     assert report["sparsity"]["of_dense"] == pytest.approx(gone / base)
-    assert report["parents"] == [{"name": "tiny", "hub": False, "removed": first["sparsity"]["achieved"]}]
+    assert report["parents"] == [{"name": "tiny", "hub": False, "removed": first["sparsity"]["achieved"], "healed": 0}]
     assert report["model"]["name"] == "once"
     shares = f"; {gone / base:.2%} of the dense model's blocks in all"
     assert shares in summary(report)

@@ -68,7 +68,9 @@ class Group:
     def __init__(self, directory: Path):
         self.directory = directory
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["llm_snp.running.run", "llm_snp.running.preview", "conftest"])
+        self.context.set_forkserver_preload(
+            ["llm_snp.running.run", "llm_snp.running.preview", "llm_snp.healing.run", "conftest"]
+        )
 
     def start(self, count: int, before: Callable[[int], None], *arguments: object) -> list[Any]:
         with socket.socket() as free:
@@ -560,3 +562,27 @@ def test_interrupted_in_a_collective(group: Group, dense: Path, text: Path, tmp_
     else:
         assert other.code == 2
         assert other.err.startswith("llm_snp (process 1): another process of this run has ended")
+
+
+def test_healing_in_two_processes_is_that_of_one(
+    dense: Path, prune: Prune, text: Path, tmp_path: Path, group: Group
+) -> None:
+    """Each has half of the windows of a step, and of those that are held out."""
+    prune(dense, tmp_path / "pruned", 0.5, target="none")
+    flags = ["heal", tmp_path / "pruned", "--text", text, "--tokens", 4 * 4 * LENGTH, "--sequence-length", LENGTH]
+    flags += ["--no-evaluate", "--device", "cpu", "--learning-rate", "1e-3"]
+    patience = 3 * PATIENCE  # the Trainer is a large import
+    one = group.start(1, nothing, *flags, "--batch", 2, "--accumulate", 2, "--output", "one")
+    (alone,) = group.wait(one, patience)
+    assert alone.code == 0, alone
+    ended = group.wait(group.start(2, nothing, *flags, "--batch", 2, "--output", "two"), patience)
+    assert [process.code for process in ended] == [0, 0], ended
+    assert ended[1].out == ended[1].err == ""
+    found, wanted = (report_of(tmp_path / name)["healing"][0] for name in ("two", "one"))
+    assert [entry["step"] for entry in found["curve"]] == [entry["step"] for entry in wanted["curve"]]
+    for entry, other in zip(found["curve"], wanted["curve"], strict=True):
+        assert entry["kl"] == pytest.approx(other["kl"], rel=1e-3)
+    assert found["device"]["processes"] == 2
+    others = tensors(tmp_path / "one")
+    for name, weight in tensors(tmp_path / "two").items():
+        torch.testing.assert_close(weight, others[name], rtol=1e-3, atol=1e-4)

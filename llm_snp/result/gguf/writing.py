@@ -21,8 +21,9 @@ from ...documents.shareable import hub_id, shareable
 from ...documents.writing import read_report
 from ...errors import CheckpointError, DiskFullError, UnsupportedModelError
 from ...families import FAMILIES, Family
-from ...system.files import disk, written_aside
+from ...system.files import disk, size, written_aside
 from ...system.manifest import changed, faults, has_report, manifest
+from ...system.private import public_name
 from ...system.progress import Progress
 from ...version import __version__
 from .layout import Layout, Output, layout
@@ -62,12 +63,12 @@ def export(directory: Path, path: Path, kind: str, tokenizer_from: Path | None, 
             f"llama.cpp loads models of {arranged.architecture.name} with the token {absent[0]!r} only, which the "
             "tokenizer of this one does not have"
         )
-    size = 0
+    needed = 0
     for output in arranged.outputs:
         stored, count = _stored(output, TYPES[kind])
         writer.add_tensor_info(output.name, output.shape, np.dtype(np.float32), count, stored)
-        size += count
-    _check_room(path, size)
+        needed += count
+    _check_room(path, needed)
     with (
         written_aside(path) as aside,
         closing(writer),
@@ -115,7 +116,7 @@ def add_facts(writer: GGUFWriter, directory: Path, report: dict[str, Any] | None
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_file_type(FILE_TYPES[kind])
     if report is None:
-        writer.add_name(directory.resolve().name)
+        writer.add_name(public_name(directory.resolve()))
         return
     report = shareable(report)
     model, sparsity = report["model"], report["sparsity"]
@@ -210,12 +211,12 @@ def _data(output: Output, checkpoint: Checkpoint, wanted: GGMLQuantizationType) 
     return gguf.quants.quantize(values, stored)
 
 
-def _check_room(path: Path, size: int) -> None:
+def _check_room(path: Path, needed: int) -> None:
     """Raise `DiskFullError` before anything is written, if that is plain to see."""
     with disk(path):
         free = shutil.disk_usage(path.parent).free
-    if size > free:
+    if needed > free:
         raise DiskFullError(
-            f"{path} needs {size / 1e9:.1f} GB, and its disk has {free / 1e9:.1f} left; free some space or give "
-            "another directory"
+            f"{path} needs {size(needed)}, and its disk has {size(free)} left; free some space or give another "
+            "directory"
         )

@@ -1,0 +1,117 @@
+"""All options of a healing in one object; needs no torch, so that what can be refused is refused at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from ..config import DEVICES, flag_of, shares
+from ..errors import OptionError, at_least, choose
+
+# Learning rates of all weights, and of LoRA's matrices, that were best on the reference models, of a width of about
+# WIDTH. Wider ones get less in proportion, as Adam's rates for matrices do (Yang et al., arXiv 2203.03466).
+RATE, LORA_RATE, WIDTH = 3e-4, 3e-3, 128
+# A text may be read so many times; more is learning it by heart (Muennighoff et al., arXiv 2305.16264).
+PASSES = 4
+SELF = "self"
+# Options that do not change the result.
+FREE = frozenset(("output", "device", "overwrite", "resume", "quiet", "evaluate"))
+
+
+@dataclass(frozen=True)
+class HealConfig:
+    """Options of `llm_snp heal`, named as its flags are.
+
+    teacher: directory or Hub id, None for the dense model of the result's report; text: as `--calibration` takes it,
+    each perhaps with its share; tokens: to train on; lora: rank, None for all weights; learning_rate: at its peak, None
+    for the default of what is trained; batch: windows at a time and process, of which a step sums up `accumulate`;
+    text_loss: weight of the text's own loss beside the teacher's predictions; evaluate: texts to measure perplexity on,
+    None for those that the pruning was measured on.
+    """
+
+    directory: str
+    text: tuple[str, ...]
+    tokens: int
+    teacher: str | None = None
+    output: str | None = None
+    lora: int | None = None
+    learning_rate: float | None = None
+    batch: int = 8
+    accumulate: int = 1
+    sequence_length: int = 512
+    text_loss: float = 0.0
+    checkpointing: bool = False
+    seed: int = 0
+    device: str = "auto"
+    evaluate: tuple[str, ...] | None = None
+    overwrite: bool = False
+    resume: bool = False
+    quiet: bool = False
+
+    def rate(self, width: int) -> float:
+        """The learning rate at its peak, for a model of a hidden width."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return (RATE if self.lora is None else LORA_RATE) * WIDTH / width
+
+    @property
+    def destination(self) -> Path:
+        """--output, or the directory's name with -healed behind it, beside it."""
+        given = Path(os.path.expanduser(self.output or self.directory))
+        if self.output:
+            return given
+        named = given if given.name not in ("", "..") else given.resolve()
+        return named.with_name(f"{named.name}-healed")
+
+    def validate(self) -> None:
+        """Raise `OptionError` for a value that cannot be used, before anything is loaded."""
+        if not self.text:
+            raise OptionError("heal needs --text TEXT to train on: a file, a datasets directory, wikitext2 or c4")
+        for name, least in (("tokens", 1), ("batch", 1), ("accumulate", 1), ("sequence_length", 2)):
+            at_least(getattr(self, name), least, flag_of(name))
+        if not 0 <= self.seed < 2**32:
+            raise OptionError(f"--seed is {self.seed}; it must be at least 0 and below 2**32")
+        if self.lora is not None:
+            at_least(self.lora, 1, "--lora")
+            if find_spec("peft") is None:
+                raise OptionError("--lora needs the package peft; install it with `pip install peft`, or leave it out")
+        if self.learning_rate is not None and not 0.0 < self.learning_rate < math.inf:
+            raise OptionError(f"--learning-rate is {self.learning_rate:g}; it must be above 0 and finite")
+        if not 0.0 <= self.text_loss < 1.0:
+            raise OptionError(
+                f"--text-loss is {self.text_loss:g}; it is a share and must be at least 0 and below 1, as without the "
+                "teacher's predictions there is no teacher"
+            )
+        choose(self.device, DEVICES, "--device")
+        for flag, texts in (("--text", tuple(shares(self.text, "--text"))), ("--evaluate", self.evaluate or ())):
+            if SELF in texts:
+                raise OptionError(f"{flag} self is for pruning only, which needs little text; give a file or a corpus")
+
+    def settings(self) -> dict[str, Any]:
+        """The options that decide the result, by their flag, as JSON has them."""
+        fields = dataclasses.asdict(self) | {"text": list(self.text)}
+        return {flag_of(name): value for name, value in fields.items() if name not in FREE | {"directory", "teacher"}}
+
+
+def command_line(options: Mapping[str, Any], processes: int = 1, nodes: int = 1) -> str:
+    """The command that `options` (fields of `HealConfig`) come to."""
+    several = ["--nnodes", str(nodes)] if nodes > 1 else []
+    head = ["torchrun", *several, "--nproc-per-node", str(processes // nodes)] if processes > 1 else ["python"]
+    words = [*head, "-m", "llm_snp", "heal", options["directory"]]
+    for field in dataclasses.fields(HealConfig)[1:]:
+        flag, value = flag_of(field.name), options[field.name]
+        if field.name == "evaluate" and value is not None and not value:
+            words.append("--no-evaluate")
+        elif value is True:
+            words.append(flag)
+        elif value is not None and (value != field.default or field.default is dataclasses.MISSING):
+            for one in value if isinstance(value, (tuple, list)) else (value,):
+                words += [f"{flag}={one}"] if str(one).startswith("-") else [flag, str(one)]
+    return shlex.join(words)

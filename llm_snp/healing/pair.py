@@ -1,0 +1,167 @@
+"""The student, which is a result, and its teacher: found, checked against each other, and loaded as a whole.
+
+Both are data: classes are llm_snp's and transformers', adapters and code beside the weights are not looked at.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..dense.checkpoint import Checkpoint
+from ..dense.hub import load_config, load_tokenizer, locate
+from ..dense.skeleton import empty_model, expected_tensors
+from ..dense.whole import whole_model
+from ..documents.shareable import hub_id
+from ..documents.writing import read_report
+from ..errors import CheckpointError, OptionError, SnpError
+from ..families import FAMILIES
+from ..result.origin import dense_of, is_dense_of
+from ..system.manifest import changed, faults, has_report, manifest
+from .options import HealConfig
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model on disk. name: for others, without the place on this machine; hub: whether that is an id on the Hub."""
+
+    directory: Path
+    config: Any
+    tokenizer: Any
+    checkpoint: Checkpoint
+    name: str
+    hub: bool
+
+    def load(self, dtype: torch.dtype | None) -> Any:
+        """The whole model on the host, without dropout. dtype: to load in; None for the type of the file."""
+
+        def refusal(cause: str) -> CheckpointError:
+            return CheckpointError(f"{self.directory} is no causal language model that transformers can load ({cause})")
+
+        return whole_model(self.directory, without_dropout(self.config), dtype, refusal).eval()
+
+
+@dataclass(frozen=True)
+class Pair:
+    """student: a result, with its report; teacher; its_own: whether that is the dense model of the report."""
+
+    student: Model
+    teacher: Model
+    report: dict[str, Any]
+    its_own: bool
+
+    @property
+    def vocabulary(self) -> int:
+        return int(self.student.config.get_text_config().vocab_size)
+
+    def length(self, asked: int) -> int:
+        """Tokens of a window: `asked`, capped by the positions that both models have."""
+        configs = (model.config.get_text_config() for model in (self.student, self.teacher))
+        limits = (getattr(config, "max_position_embeddings", None) for config in configs)
+        return min([asked, *(limit for limit in limits if limit is not None)])
+
+
+def find_pair(options: HealConfig) -> Pair:
+    """Find both models, fetching the teacher where it is on the Hub, and check that they belong together.
+
+    Raises `CheckpointError` for a result that is not as it was written, and for a teacher that is not there or has
+    another vocabulary; `OptionError` if none is given and the report's is not to be had.
+    """
+    directory = Path(options.directory).expanduser()
+    report = read_report(directory)
+    if wrong := faults(*changed(directory, _needed(directory, report))):
+        raise CheckpointError(f"{directory} is not as it was written: {wrong}; restore that, or prune again")
+    student = open_model(directory, directory.resolve().name)
+    found, name, hub, its_own = _teacher(options.teacher, directory, report)
+    teacher = open_model(found, name, hub)
+    _check_vocabulary(student, teacher)
+    return Pair(student, teacher, report, its_own)
+
+
+def _needed(directory: Path, report: dict[str, Any]) -> dict[str, str | None]:
+    """What of a result's files is read here, with the hashes that the report has."""
+    documents = ("README.md", "report.html", "plots/")
+    return {name: found for name, found in manifest(directory, report).items() if not name.startswith(documents)}
+
+
+def _teacher(given: str | None, directory: Path, report: dict[str, Any]) -> tuple[Path, str, bool, bool]:
+    """Where the teacher is, its name for others, whether that is of the Hub, and whether it is the report's model."""
+    if given is not None:
+        found = locate(given)
+        here = Path(given).expanduser()
+        name = here.resolve().name if found == here else given
+        return found, name, found != here, is_dense_of(given, found, directory, report)
+    try:
+        found = locate(dense_of(directory, report), report["options"].get("revision"))
+    except SnpError as error:
+        raise OptionError(
+            f"the dense model of {directory} is not there to learn from ({' '.join(str(error).split())}); give it with "
+            "--teacher"
+        ) from error
+    its_own, seen = True, {directory.resolve()}
+    # A result that was pruned more than once: the model before knows more, if it is there. A report may name its own.
+    while has_report(found) and found.resolve() not in seen:
+        seen.add(found.resolve())
+        earlier = read_report(found)
+        try:
+            before = locate(dense_of(found, earlier), earlier["options"].get("revision"))
+        except SnpError:
+            break
+        found, report, its_own = before, earlier, False
+    return found, report["model"]["name"], hub_id(report["model"]) is not None, its_own
+
+
+def open_model(directory: Path, name: str = "", hub: bool = False) -> Model:
+    """A model, of which every tensor is accounted for: transformers would make up those that are missing."""
+    config = load_config(directory)
+    family = FAMILIES.get(config.model_type)
+    checkpoint = Checkpoint(directory, family.renames if family else ())
+    if family or config.model_type in {one.pruned_model_type for one in FAMILIES.values()}:
+        shapes, tied, harmless = expected_tensors(model := empty_model(config))
+        tables = [name for name, buffer in model.named_buffers() if not buffer.is_floating_point()]
+        checkpoint.audit(shapes, tied, harmless, tables)
+    return Model(directory, config, load_tokenizer(directory), checkpoint, name, hub)
+
+
+def _check_vocabulary(student: Model, teacher: Model) -> None:
+    """Raise `CheckpointError` unless each token is the same for both models: predictions are compared one by one."""
+    sizes = [int(model.config.get_text_config().vocab_size) for model in (student, teacher)]
+    if sizes[0] != sizes[1]:
+        found = f"{sizes[1]:,} tokens, and the result {sizes[0]:,}"
+    elif teacher.tokenizer.get_vocab() != student.tokenizer.get_vocab():
+        found = f"{sizes[1]:,} other tokens than the result"
+    else:
+        return
+    raise CheckpointError(
+        f"the teacher {teacher.directory} has {found}; give a --teacher of the same vocabulary, such as the dense model"
+    )
+
+
+def without_dropout(config: Any) -> Any:
+    """A copy of a config in which nothing is left out at random: teacher and student are to see the same."""
+    config = copy.deepcopy(config)
+    for name, value in list(vars(config).items()):
+        if isinstance(value, float) and name.endswith(("dropout", "pdrop", "layerdrop")):
+            setattr(config, name, 0.0)
+    return config
+
+
+def stored(model: Model, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a model's files with the values that `state` has, in the types of the files, on the host.
+
+    Raises `CheckpointError` if one of them is not finite in its type.
+    """
+    found = {}
+    for name in model.checkpoint.names():
+        kind = state[name].dtype if not state[name].is_floating_point() else model.checkpoint.dtype(name)
+        found[name] = state[name].detach().to("cpu", kind)
+        if not torch.isfinite(found[name]).all():
+            raise CheckpointError(
+                f"{name} would not be finite in the {kind} of the result; give a smaller --learning-rate"
+            )
+    return found

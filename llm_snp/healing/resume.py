@@ -1,0 +1,106 @@
+"""What is kept of an interrupted healing, and what must be the same for it to be gone on with."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ..config import shares
+from ..errors import ResumeError
+from ..system.files import digest, disk
+from ..system.journal import DIGEST, Journal
+from ..system.manifest import JOURNAL, is_result, recall
+from ..system.workspace import STATES, Workspace, tidy
+from ..version import __version__
+from .options import HealConfig
+from .pair import Pair
+
+FOLDER = "training"  # in the journal: where the Trainer keeps its states
+
+
+class States:
+    """The states of a training that are on disk, each there as a whole once its hash is in the journal."""
+
+    def __init__(self, journal: Journal):
+        self.journal = journal
+        self.folder = journal.folder / FOLDER
+
+    def note(self, step: int, state: Path) -> None:
+        """Take down that a state is whole, and forget those that the Trainer has removed. A collective."""
+        self.journal.processes.gather([])  # each process has written its random numbers
+        if self.journal.processes.main:
+            with disk(state):
+                self.journal.write(f"state-{step:08d}", {DIGEST: _digest(state)})
+            self.journal.forget(name for name in self._names() if not self._place(name).is_dir())
+
+    def latest(self) -> tuple[int, Path | None]:
+        """The last state that is as it was written, with its step; (0, None) if there is none. A collective."""
+        for name in self.journal.processes.from_main(self._names):
+            record = self.journal.read(name)
+            if record and self.journal.processes.from_main(partial(self._is, name, record[DIGEST])):
+                return self._step(name), self._place(name)
+            self.journal.rescue(f"what the training had come to after step {self._step(name)} was gone or damaged")
+        return 0, None
+
+    def _names(self) -> list[str]:
+        """Of the records, the latest first."""
+        return sorted((path.stem for path in self.journal.folder.glob(STATES)), reverse=True)
+
+    def _step(self, name: str) -> int:
+        return int(name.partition("-")[2])
+
+    def _place(self, name: str) -> Path:
+        return self.folder / f"checkpoint-{self._step(name)}"
+
+    def _is(self, name: str, expected: str) -> bool:
+        try:
+            return _digest(self._place(name)) == expected
+        except OSError:
+            return False
+
+
+def _digest(folder: Path) -> str:
+    return digest(*sorted(path for path in folder.iterdir() if path.is_file()))
+
+
+def left(workspace: Workspace, command: str) -> str:
+    """What an unfinished healing has to show, and how to go on; empty if there is nothing."""
+    if workspace.finished:
+        return f"{workspace.output} is finished all the same"
+    steps = sorted(int(path.stem.partition("-")[2]) for path in workspace.journal.glob(STATES))
+    what = f"what the training had come to after step {steps[-1]} is kept in {workspace.directory}" if steps else ""
+    return what and f"{what}; go on with: {command}"
+
+
+def inputs_of(options: HealConfig, pair: Pair) -> dict[Path, bool]:
+    """What is read, and that nothing may be written in it."""
+    texts = [os.path.expanduser(text) for text in (*shares(options.text), *(options.evaluate or ()))]
+    local = [Path(text) for text in texts if os.path.exists(text)]
+    return dict.fromkeys([pair.student.directory, pair.teacher.directory, *local], True)
+
+
+def memory_of(options: HealConfig, pair: Pair) -> dict[str, Any]:
+    """What the report does not say, because it is of this machine: that of the pruning, and what was asked for."""
+    places = {"DIR": pair.student.directory, "--teacher": pair.teacher.directory}
+    asked = {name: str(directory.resolve()) for name, directory in places.items()}
+    return recall(pair.student.directory) | {"healing": {"llm_snp": __version__, **asked, **options.settings()}}
+
+
+def finished_before(options: HealConfig, pair: Pair) -> bool:
+    """Whether --resume finds the result finished. Raises `ResumeError` naming the first option that was another one."""
+    output = options.destination.resolve()
+    untidy = (output / JOURNAL).exists()
+    tidy(output)
+    if not options.resume or not is_result(output) or (options.overwrite and not untidy):
+        return False
+    earlier = recall(output).get("healing")
+    for name, now in memory_of(options, pair)["healing"].items():
+        before = earlier.get(name) if isinstance(earlier, dict) else None
+        if before != now:
+            raise ResumeError(
+                f"--resume: {options.destination} is finished, and {name} is {now!r} now and was {before!r} there; "
+                "give another --output, or --overwrite"
+            )
+    return True

@@ -1,0 +1,259 @@
+"""A whole healing: find the models and the text, train, write, evaluate, report."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import PruneConfig
+from ..dense.data import Windows, evaluation_windows
+from ..dense.readers import HUB_CORPORA
+from ..documents.report import nodes, summary
+from ..errors import CorpusError, HubError, OptionError, OutputError, first_line
+from ..evaluation.harness import texts_of
+from ..evaluation.perplexity import Perplexity, perplexity_loaded
+from ..pruning.job import output_of
+from ..result.carried import Carried
+from ..result.finishing import finish
+from ..result.rewriting import rewrite, shards
+from ..result.writer import Writer
+from ..system.device import as_at_start, resolve_device
+from ..system.files import digest, disk
+from ..system.journal import Journal
+from ..system.keeping import kept_for_later
+from ..system.manifest import recall
+from ..system.processes import Processes
+from ..system.progress import Progress
+from ..system.workspace import Workspace, check_space
+from ..version import __version__
+from .options import SELF, HealConfig, command_line
+from .pair import Pair, find_pair, open_model, stored
+from .record import healed, label, labels, with_healing
+from .resume import States, finished_before, inputs_of, left, memory_of
+from .text import material
+from .training import Heal, Schedule, Watch, adapted, computing
+
+SMALLER = "give a smaller --batch (and a larger --accumulate), --checkpointing, --lora, or a shorter --sequence-length"
+
+
+def heal(options: HealConfig) -> list[str]:
+    """Heal as `options` say, write the result, and return what there is to print.
+
+    Where the held-out loss never gets lower than it was, nothing is written, which is what the lines say then. Raises
+    `SnpError`, and `Interrupted` for Ctrl-C; what `resume` can go on with is then kept beside the output.
+    """
+    options.validate()
+    cpu = options.device == "cpu" or not torch.cuda.is_available()
+    with as_at_start(), Processes(cpu=cpu) as processes:
+        progress = Progress(options.quiet or not processes.main)
+        with progress.phase("load", title=f"look for {options.directory} and its teacher"):
+            device = resolve_device(options.device, processes.local_index)
+            pair = find_pair(options)
+            output = output_of(PruneConfig(output=str(options.destination)))
+            if processes.from_main(lambda: finished_before(options, pair)):
+                return [f"{output} is finished already"]
+            workspace = processes.on_main(
+                lambda: Workspace(output, options.overwrite, options.resume, inputs_of(options, pair))
+            )
+        again = command_line(dataclasses.asdict(options) | {"resume": False}, processes.count, nodes()) + " --resume"
+        with kept_for_later(workspace, lambda there: left(there, again), SMALLER):
+            return _Healing(options, pair, device, processes, progress, workspace).run()
+
+
+class _Healing:
+    """The parts of one healing. Only the main process has the workspace, and writes."""
+
+    def __init__(
+        self,
+        options: HealConfig,
+        pair: Pair,
+        device: torch.device,
+        processes: Processes,
+        progress: Progress,
+        workspace: Workspace | None,
+    ):
+        self.options, self.pair, self.device = options, pair, device
+        self.processes, self.progress, self.workspace = processes, progress, workspace
+        student, teacher = pair.student, pair.teacher
+        self.journal = Journal(processes.from_main(lambda: _known(workspace).journal), processes, progress)
+        self.states = States(self.journal)
+        self.length = pair.length(options.sequence_length)
+        windows = options.batch * options.accumulate * processes.count
+        self.schedule = Schedule(options.tokens // (windows * self.length), windows)
+        if not self.schedule.steps:
+            raise OptionError(
+                f"--tokens is {options.tokens}, but one step takes {windows * self.length} ({windows} windows of "
+                f"{self.length}); give more, or a smaller --batch, --accumulate or --sequence-length"
+            )
+        with progress.phase("load"):
+            self.carried = Carried(student.directory)
+            processes.on_main(lambda: self.carried.check(student.tokenizer))
+            self.journal.expect(
+                "settings", {"llm_snp": __version__, **options.settings(), "number of processes": processes.count}
+            )
+            self.journal.expect("models", processes.from_main(self._identity))
+            processes.on_main(self._check_space)
+        with progress.phase("text"):
+            self.material = processes.from_main(
+                lambda: material(
+                    options, self.schedule.steps * windows, self.length, student.tokenizer, pair.vocabulary
+                )
+            )
+            self.texts, self.missing = processes.from_main(self._evaluation)
+            self.journal.expect("text", {"the hash of the text's windows": self.material.train.sha256})
+        with progress.phase("load"):
+            # On a GPU what is not trained stays in the type of its file.
+            frozen = None if device.type == "cuda" else torch.float32
+            self.teacher = teacher.load(frozen).to(device).requires_grad_(False)
+            self.student = student.load(frozen if options.lora else torch.float32)
+
+    def _identity(self) -> dict[str, str]:
+        models = {"the result's": self.pair.student, "the teacher's": self.pair.teacher}
+        return {f"the hash of {whose} weights": digest(*model.checkpoint.files) for whose, model in models.items()}
+
+    def _check_space(self) -> None:
+        """The result, and of the training the last state, the best one and the one that is being written."""
+        names = self.pair.student.checkpoint.names()
+        count = sum(torch.Size(self.pair.student.checkpoint.shape(name)).numel() for name in names)
+        trained = 0 if self.options.lora else count  # LoRA's matrices are small
+        size = sum(file.stat().st_size for file in self.pair.student.checkpoint.files)
+        there = sum(path.stat().st_size for path in _known(self.workspace).journal.rglob("*") if path.is_file())
+        check_space(self.options.destination, size + max(0, 3 * 3 * torch.float32.itemsize * trained - there))
+
+    def _evaluation(self) -> tuple[dict[str, Windows], list[str]]:
+        """Windows of the texts to measure perplexity on, and the earlier ones that are not measured again."""
+        report, asked = self.pair.report, self.options.evaluate
+        memory = recall(self.pair.student.directory).get("options")
+        known = texts_of(memory.get("evaluate") or ()) if isinstance(memory, dict) else ()
+        found: dict[str, Windows] = {}
+        for source in known if asked is None else asked:
+            earlier = report["evaluation"].get(label(source))
+            length = earlier["pruned"]["sequence_length"] if earlier else report["calibration"]["sequence_length"]
+            if asked is None and (source == SELF or not _is_there(source)):
+                continue
+            try:
+                found[source] = evaluation_windows(source, self.pair.student.tokenizer, self.pair.length(length))
+            except (CorpusError, HubError):
+                if asked is not None:  # nobody asked for those of the pruning
+                    raise
+        return found, [name for name in report["evaluation"] if name not in labels(found)]
+
+    def run(self) -> list[str]:
+        options, pair = self.options, self.pair
+        teacher = {source: self._perplexity("teacher", self.teacher, text) for source, text in self.texts.items()}
+        self.student.to(self.device)
+        before = {source: self._perplexity("before", self.student, text) for source, text in self.texts.items()}
+        torch.manual_seed(options.seed)
+        model = adapted(self.student, options.lora) if options.lora else self.student
+        watch = Watch(self.states.note)
+        windows = (self.material.train.tokens, self.material.held_out.tokens)
+        folder = self.states.folder
+        trainer = Heal(model, self.teacher, *windows, options, self.schedule, folder, self.processes, watch)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        self._train(trainer, watch)
+        seconds = watch.seconds
+        if options.lora:
+            trainer.model = model = model.merge_and_unload()
+        tensors = stored(pair.student, model.state_dict())
+        model.load_state_dict(tensors, strict=False)  # as they are written: rounded
+        after = trainer.measure() | {"step": watch.best["step"]}
+        if not after["loss"] < watch.curve[0]["loss"]:
+            self.processes.on_main(lambda: _known(self.workspace).discard())
+            return [
+                f"kept     {options.directory} as it is, and nothing is written: on held-out windows the loss was "
+                f"{watch.curve[0]['loss']:.4f} nats before, and {after['loss']:.4f} at best in "
+                f"{int(watch.curve[-1]['step'])} steps; a smaller --learning-rate or more --tokens may help"
+            ]
+        measured = {
+            source: {"teacher": teacher[source], "before": before[source], "after": self._measure("after", model, text)}
+            for source, text in self.texts.items()
+        }
+        facts = {
+            "lora": options.lora,
+            "trained": trained,
+            "steps": int(watch.curve[-1]["step"]),
+            "steps_planned": self.schedule.steps,
+            "seconds": round(seconds, 3),
+        }
+        section = healed(
+            options, pair, self.material, watch.curve, after, facts, measured, self.device, self.processes.count
+        )
+        report = with_healing(pair.report, section, measured, self.missing, options.destination)
+        return self.processes.from_main(lambda: self._write(tensors, report))
+
+    def _train(self, trainer: Heal, watch: Watch) -> None:
+        """From the start, or from the last state of the run that is gone on with, to the end or the best step."""
+        watch.curve.append(trainer.measure() | {"step": 0})
+        self.progress.say(self._line(watch.curve[0]))
+        done, state = self.states.latest()
+        if done:
+            self.progress.say(f"step {done} was finished before")
+        left = max(1, self.schedule.steps - done)
+        with self.progress.phase("heal", left, "train", unit="step") as watch.step:
+            watch.tell = lambda entry: self.progress.finished(self._line(entry))
+            with self.processes.watched(), disk(self.states.folder), _full(self.states.folder):
+                trainer.train(resume_from_checkpoint=str(state) if state else None)
+
+    def _line(self, entry: dict[str, float]) -> str:
+        perplexity = math.exp(min(entry["nll"], 700.0))
+        where = f"step {int(entry['step'])}/{self.schedule.steps}"
+        return f"{where}  held-out: KL {entry['kl']:.4f} nats, perplexity {perplexity:,.2f}"
+
+    def _perplexity(self, which: str, model: Any, windows: Windows) -> Perplexity:
+        """Of a model that does not change; an interrupted run may have measured it. A collective."""
+        name = f"{which}-{windows.sha256[:16]}"
+        known = self.journal.read(name)
+        if known is None:
+            known = dataclasses.asdict(self._measure(which, model, windows))
+            self.journal.write(name, known)
+        return Perplexity(**known | {"source": windows.source})
+
+    def _measure(self, which: str, model: Any, windows: Windows) -> Perplexity:
+        def measure() -> Perplexity:
+            title = f"perplexity, {which}, {Path(windows.source).name}"
+            count = len(windows.tokens)
+            with self.progress.phase("evaluate", count, title, unit="window") as step, computing(self.device):
+                return perplexity_loaded(model.eval(), windows, step)
+
+        return self.processes.from_main(measure)
+
+    def _write(self, tensors: dict[str, Tensor], report: dict[str, Any]) -> list[str]:
+        workspace, source = _known(self.workspace), self.pair.student.directory
+        with self.progress.phase("save"):
+            writer = Writer(workspace.directory, len(shards(source, tensors)))
+            rewrite(source, writer, self.carried, tensors)
+            open_model(workspace.directory)  # what was written must load
+        for rescue in self.journal.rescued:
+            report["notes"].append(rescue)
+        finish(workspace, writer.files, report, memory_of(self.options, self.pair))
+        if workspace.left:
+            self.progress.say(f"kept {workspace.left}: someone put files into the result while it was replaced")
+        return summary(report).splitlines()
+
+
+def _is_there(source: str) -> bool:
+    return source in HUB_CORPORA or os.path.exists(os.path.expanduser(source))
+
+
+@contextmanager
+def _full(folder: Path) -> Iterator[None]:
+    """torch's own writer says in words of its own that the disk does not take a state."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "PytorchStreamWriter" not in str(error):
+            raise
+        raise OutputError(f"{folder} cannot be written ({first_line(error)}); free some space there") from error
+
+
+def _known(workspace: Workspace | None) -> Workspace:
+    assert workspace is not None
+    return workspace

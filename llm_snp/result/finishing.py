@@ -1,0 +1,32 @@
+"""The end of a run: the documents of a result, what this machine remembers of it, and the name of its directory."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+from ..documents.writing import write_documents, write_report
+from ..errors import OutputError
+from ..system.libraries import explained
+from ..system.manifest import FILES, REPORT, remember
+from ..system.workspace import Workspace
+
+
+def finish(workspace: Workspace, files: Mapping[str, str], report: dict[str, Any], memory: Mapping[str, Any]) -> None:
+    """Make the partial directory a result. files: name -> hash of what it consists of beside its documents.
+
+    memory: what stays on this machine. Raises `OutputError` if the disk does not take it, or the documents cannot be
+    made; the result is whole all the same.
+    """
+    directory = workspace.directory
+    report[FILES] = dict(files)
+    anew = f"`python -m llm_snp report {shlex.quote(str(workspace.output))}` makes them anew"
+    try:
+        with explained(lambda why: OutputError(f"the documents of the result cannot be made ({why}); {anew}")):
+            write_documents(directory, report)
+    finally:  # whatever the documents have met, the result is whole, and `report DIR` makes them anew
+        if not (directory / REPORT).exists():
+            write_report(directory, report)
+        remember(directory, memory)
+        workspace.finish()

@@ -1,0 +1,349 @@
+"""Healing a tiny result: the loss falls, the format stays, an interruption changes nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import LENGTH, Prune, Shell, load, logits, paragraphs, save, tiny_opt, weight_files
+from tiny_models import save_tiny
+from torch import Tensor
+
+from llm_snp import cli
+from llm_snp.dense.data import evaluation_windows
+from llm_snp.dense.hub import load_tokenizer
+from llm_snp.documents.card import model_card
+from llm_snp.documents.page import html_page
+from llm_snp.documents.plots import PLOTS
+from llm_snp.documents.schema import fault
+from llm_snp.documents.writing import read_report
+from llm_snp.healing import training
+from llm_snp.healing.options import HealConfig, command_line
+from llm_snp.healing.pair import find_pair
+from llm_snp.healing.training import Watch, adapted
+from llm_snp.system.manifest import changed, manifest
+
+pytestmark = [pytest.mark.cpu]
+
+STEPS, BATCH = 12, 4
+TOKENS = STEPS * BATCH * LENGTH
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Text to train on, about 150 windows."""
+    path = tmp_path_factory.mktemp("text") / "training.txt"
+    path.write_text("\n\n".join(paragraphs(100, seed=4)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def pruned(dense: Path, held_out: Path, prune: Prune, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A result with a class of its own, not repaired, and with a perplexity."""
+    output = tmp_path_factory.mktemp("pruned") / "tiny-50"
+    prune(dense, output, 0.5, attention="dims", target="none", evaluate=(str(held_out),))
+    return output
+
+
+class Healer:
+    """The command with few tokens of the module's text."""
+
+    def __init__(self, shell: Shell, corpus: Path):
+        self.shell, self.corpus = shell, corpus
+
+    def __call__(self, directory: Path, *arguments: object) -> tuple[int, str, str]:
+        words = ["heal", directory, "--text", self.corpus, "--tokens", TOKENS, "--batch", BATCH, "--output", "healed"]
+        words += ["--sequence-length", LENGTH, "--device", "cpu", "--learning-rate", "1e-3"]
+        given = [str(argument) for argument in arguments]
+        if "--text" in given:
+            del words[2:4]
+        return self.shell.run(*map(str, words), *given)
+
+    def refused(self, directory: Path, *arguments: object) -> str:
+        before = sorted(self.shell.directory.rglob("*"))
+        code, out, err = self(directory, "--quiet", *arguments)
+        assert (code, out) == (2, ""), err
+        assert err.count("\n") == 1, err
+        assert sorted(self.shell.directory.rglob("*")) == before
+        return err.removeprefix("llm_snp: ").strip()
+
+
+@pytest.fixture
+def heal(shell: Shell, corpus: Path) -> Healer:
+    return Healer(shell, corpus)
+
+
+def interrupted(*arguments: Any, **options: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def report_of(directory: Path) -> dict[str, Any]:
+    return json.loads((directory / "report.json").read_text())  # type: ignore[no-any-return]
+
+
+def without_weights(directory: Path) -> dict[str, bytes]:
+    """What a result consists of beside weights, hashes and documents."""
+    names = [name for name in manifest(directory) if not name.startswith(("README", "report", "plots"))]
+    return {name: (directory / name).read_bytes() for name in names if not name.endswith(".safetensors")}
+
+
+def kl(student: Path, teacher: Path, text: Path) -> float:
+    """Mean over the positions of a text, from whole models."""
+    ids = evaluation_windows(str(text), load_tokenizer(teacher), LENGTH).tokens
+    found, wanted = (logits(load(directory), ids).double().log_softmax(-1) for directory in (student, teacher))
+    return ((wanted.exp() * (wanted - found)).sum(-1)).mean().item()
+
+
+def test_pruning_and_healing_alternate(
+    heal: Healer, pruned: Path, prune: Prune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is learned from is the dense model at the beginning of the chain, or what is still there of it."""
+    assert heal(pruned)[0] == 0
+    report = prune(tmp_path / "healed", tmp_path / "again", 0.2)
+    assert [(parent["name"], parent["healed"]) for parent in report["parents"]] == [("tiny", TOKENS)]
+    assert f"then trained for {TOKENS:,} tokens): " in model_card(report)
+    pair = find_pair(HealConfig(str(tmp_path / "again"), (), 1))
+    assert (pair.teacher.name, pair.its_own) == ("tiny", False)
+    for there, teacher in (("nowhere", "healed"), ("healed", "healed"), ("again", "again")):
+        found = {"again": str(tmp_path / "healed"), "healed": str(tmp_path / there)}
+        monkeypatch.setattr("llm_snp.healing.pair.dense_of", lambda place, _, found=found: found[place.name])
+        assert find_pair(HealConfig(str(tmp_path / "again"), (), 1)).teacher.directory.name == teacher
+
+
+def test_the_held_out_loss_falls_and_the_format_stays(heal: Healer, pruned: Path, dense: Path, held_out: Path) -> None:
+    code, out, err = heal(pruned)
+    assert code == 0, err
+    report = read_report(Path("healed"))
+    (step,) = report["healing"]
+    losses = [entry["loss"] for entry in step["curve"]]
+    assert losses[0] > losses[1] > losses[-1]
+    assert step["held_out"]["after"]["loss"] == pytest.approx(min(losses), rel=1e-3)
+    assert kl(Path("healed"), dense, held_out) < 0.8 * kl(pruned, dense, held_out)
+    assert (step["tokens"], step["steps"], step["lora"]) == (TOKENS, STEPS, None)
+    # Every step or batch has its line, with the time that is left.
+    assert f"step {STEPS}/{STEPS}  held-out: KL" in err
+    assert " left)" in err
+    assert "healed   1,536 tokens in 12 steps" in out
+    # The files are those of the pruned one, and documents tell what was done.
+    assert without_weights(Path("healed")) == without_weights(pruned)
+    assert changed(Path("healed"), manifest(Path("healed"))) == ([], [])
+    assert PLOTS["healing"].draw(report) is not None
+    assert PLOTS["healing"].draw(report_of(pruned)) is None
+    for text in ((Path("healed") / "README.md").read_text(), html_page(report)):
+        assert "trained for 1,536 tokens to predict what tiny predicts" in text
+        assert "No training followed" not in text
+        assert f"--tokens {TOKENS}" in text
+    assert str(pruned.parent) not in (Path("healed") / "report.json").read_text()
+    # What was measured of the pruned model is not said of the healed one.
+    ((source, both),) = report["evaluation"].items()
+    earlier = report_of(pruned)["evaluation"][source]
+    assert both["dense"]["perplexity"] == pytest.approx(earlier["dense"]["perplexity"], rel=1e-4)
+    assert step["evaluation"][source]["before"] == pytest.approx(earlier["pruned"]["perplexity"], rel=1e-4)
+    assert both["pruned"]["perplexity"] == step["evaluation"][source]["after"]
+    assert both["pruned"]["perplexity"] != earlier["pruned"]["perplexity"]
+    said = heal.shell.run(str(dense), "--output", "healed", "--resume", "--calibration", str(heal.corpus))[2]
+    assert "healed is finished and was healed since; give another --output" in said
+    # And it can be healed again: sections add up.
+    code, out, err = heal(Path("healed"), "--output", "twice", "--lora", 2, "--no-evaluate")
+    assert code == 0, err
+    again = read_report(Path("twice"))
+    assert [one["lora"] for one in again["healing"]] == [None, 2]
+    assert again["evaluation"] == {}
+    assert any("measured before the healing only, and left out: perplexity on" in note for note in again["notes"])
+    assert fault(again) == ""
+
+
+def test_a_stock_result_stays_one(heal: Healer, dense: Path, prune: Prune, tmp_path: Path, held_out: Path) -> None:
+    prune(dense, tmp_path / "stock", 0.3, format="stock", target="none")
+    assert heal(tmp_path / "stock", "--checkpointing", "--accumulate", "2", "--text-loss", "0.2")[0] == 0
+    assert json.loads(Path("healed/config.json").read_text())["model_type"] == "opt"
+    assert without_weights(Path("healed")) == without_weights(tmp_path / "stock")
+    assert kl(Path("healed"), dense, held_out) < kl(tmp_path / "stock", dense, held_out)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_other_families_heal(name: str, heal: Healer, prune: Prune, tmp_path: Path, held_out: Path) -> None:
+    """Tied and transposed weights, query heads that read one key."""
+    model = save_tiny(name, tmp_path / name)
+    prune(model, tmp_path / "pruned", 0.3, target="none")
+    code, _, err = heal(tmp_path / "pruned", "--lora", 4, "--learning-rate", "1e-2")
+    assert code == 0, err
+    assert kl(Path("healed"), model, held_out) < kl(tmp_path / "pruned", model, held_out)
+    assert without_weights(Path("healed")) == without_weights(tmp_path / "pruned")
+
+
+@pytest.mark.parametrize("flags", [(), ("--lora", "4")], ids=["all", "lora"])
+def test_an_interruption_changes_nothing(
+    flags: tuple[str, ...], heal: Healer, pruned: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed at the second state: the same command with --resume comes to the same bytes."""
+    assert heal(pruned, *flags, "--no-evaluate", "--output", "whole")[0] == 0
+    saved: list[int] = []
+    on_save = Watch.on_save
+
+    def at_the_second(self: Watch, args: Any, state: Any, control: Any, **options: Any) -> None:
+        on_save(self, args, state, control, **options)
+        saved.append(state.global_step)
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Watch, "on_save", at_the_second)
+        code, out, err = heal(pruned, *flags, "--no-evaluate")
+    assert (code, out) == (130, "")
+    assert f"after step {saved[-1]} is kept in {Path('healed.partial').absolute()}; go on with: python -m" in err
+    assert not Path("healed").exists()
+    assert "holds the state of an interrupted run; add --resume" in heal.refused(pruned, *flags, "--no-evaluate")
+    assert "--resume: --seed is 1 now and was 0" in heal.refused(pruned, *flags, "--resume", "--seed", 1)
+    code, _, err = heal(pruned, *flags, "--no-evaluate", "--resume")
+    assert code == 0, err
+    assert f"step {saved[-1]} was finished before" in err
+    assert weight_files(Path("healed")) == weight_files(Path("whole"))
+    found, expected = (report_of(Path(name))["healing"][0]["curve"] for name in ("healed", "whole"))
+    assert found == expected
+    assert not Path("healed.partial").exists()
+    assert heal(pruned, *flags, "--no-evaluate", "--resume")[1] == "healed is finished already\n"
+    assert "and --seed is 1 now and was 0 there" in heal.refused(pruned, *flags, "--resume", "--seed", "1")
+
+
+def test_a_damaged_state_is_not_gone_on_with(heal: Healer, pruned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Watch, args: Any, state: Any, control: Any, **options: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Watch, "on_step_end", full)
+        code, _, err = heal(pruned, "--no-evaluate")
+    assert code == 2
+    assert "the disk is full" in err
+    assert not list(Path().iterdir())
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "EVALUATIONS", 3)
+        patch.setattr(training.Heal, "_load_best_model", interrupted)
+        assert heal(pruned, "--no-evaluate")[0] == 130
+        states = sorted(Path("healed.partial/.llm_snp/training").iterdir())
+        (states[-1] / "optimizer.pt").write_bytes(b"damaged")
+        patch.undo()
+    code, _, err = heal(pruned, "--no-evaluate", "--resume")
+    assert code == 0, err
+    assert "was gone or damaged: made again" in err
+    assert any("was gone or damaged" in note for note in report_of(Path("healed"))["notes"])
+
+
+def test_merged_matrices_are_what_was_trained(pruned: Path, ids: Tensor) -> None:
+    model = load(pruned)
+    before = logits(model, ids)
+    adapter = adapted(model, 4)
+    assert {p.dtype for p in adapter.parameters() if p.requires_grad} == {torch.float32}
+    assert torch.equal(logits(adapter, ids), before)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    unmerged = logits(adapter, ids)
+    assert (unmerged - before).abs().max() > 0.1
+    merged = adapter.merge_and_unload()
+    torch.testing.assert_close(logits(merged, ids), unmerged, rtol=1e-4, atol=1e-4)
+    assert merged.state_dict().keys() == load(pruned).state_dict().keys()
+
+
+def test_never_worse_than_before(heal: Healer, pruned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A learning rate that harms: the run ends early, says so, and writes nothing. What was interrupted goes, too."""
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Heal, "_load_best_model", interrupted)
+        assert heal(pruned, "--no-evaluate")[0] == 130
+    assert list(Path("healed.partial/.llm_snp/training").iterdir())
+    code, out, err = heal(pruned, "--learning-rate", "10", "--no-evaluate", "--overwrite")
+    assert code == 0, err
+    assert out.startswith(f"kept     {pruned} as it is, and nothing is written: on held-out windows the loss was ")
+    assert not list(Path().iterdir())
+
+
+def test_it_ends_when_the_loss_rises_and_keeps_the_best_step() -> None:
+    watch = Watch(lambda step, state: None)
+    for step, value in enumerate((1.0, 1.5, 0.8, 0.9)):
+        watch.curve.append({"step": step, "loss": value})
+        assert not watch.rising
+    watch.curve.append({"step": 4, "loss": 0.85})
+    assert watch.rising
+    assert watch.best["step"] == 2
+
+
+def test_no_code_and_no_adapter_of_the_directory(heal: Healer, pruned: Path, tmp_path: Path) -> None:
+    """A result of a stranger, with hashes that fit: its code is neither run nor handed on."""
+    result = tmp_path / "strange"
+    shutil.copytree(pruned, result)
+    (result / "modeling_snp.py").write_text("raise RuntimeError('this was run')")
+    fields = json.loads((result / "config.json").read_text())
+    fields["auto_map"] = {"AutoConfig": "stranger/repo--evil.Config"}
+    (result / "config.json").write_text(json.dumps(fields))
+    (result / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "x"}')
+    report = report_of(result)
+    for name in ("modeling_snp.py", "config.json"):
+        del report["files"][name]
+    (result / "report.json").write_text(json.dumps(report))
+    code, _, err = heal(result, "--no-evaluate")
+    assert code == 0, err
+    assert without_weights(Path("healed")) == without_weights(pruned)
+    assert not Path("healed/adapter_config.json").exists()
+
+
+def test_bad_input(heal: Healer, pruned: Path, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = save(tiny_opt(vocab_size=2050), tmp_path / "other")
+    short = tmp_path / "short.txt"
+    short.write_text("A short text.")
+    damaged = tmp_path / "damaged"
+    shutil.copytree(pruned, damaged)
+    (damaged / "config.json").write_text("{}")
+    moved = tmp_path / "moved"
+    shutil.copytree(pruned, moved)
+    shutil.rmtree(moved / ".cache")
+    for directory, arguments, said in (
+        (
+            pruned,
+            ("--teacher", other),
+            "has 2,050 tokens, and the result 2,048; give a --teacher of the same",
+        ),
+        (pruned, ("--teacher", tmp_path / "absent"), "absent does not exist; give a model directory"),
+        (pruned, ("--text", short), "short.txt has 6 tokens, and at least"),
+        (pruned, ("--text", tmp_path / "absent.txt"), "is neither a file nor a known corpus"),
+        (pruned, ("--text", "self"), "--text self is for pruning only"),
+        (pruned, ("--tokens", "100"), "--tokens is 100, but one step takes 128 (4 windows of 32)"),
+        (pruned, ("--tokens", "0"), "--tokens is 0; it must be at least 1"),
+        (pruned, ("--lora", "0"), "--lora is 0; it must be at least 1"),
+        (pruned, ("--text-loss", "1"), "--text-loss is 1; it is a share"),
+        (pruned, ("--learning-rate", "0"), "--learning-rate is 0; it must be above 0"),
+        (pruned, ("--text", "a:0"), "--text a:0: the share after the colon"),
+        (pruned, ("--device", "tpu"), "--device 'tpu' is not known"),
+        (pruned, ("--output", pruned / "in"), "lies inside"),
+        (pruned, ("--learning-rate", "1e30"), "the loss is not finite after"),
+        (pruned, ("--output", "/"), "--output / is the root of the file system"),
+        (damaged, (), "is not as it was written: config.json changed; restore that, or prune again"),
+        (dense, (), "has no report.json; give the directory that a run of llm_snp has written"),
+        (moved, (), "is not there to learn from (tiny does not exist"),
+    ):
+        assert said in heal.refused(directory, "--no-evaluate", *arguments), said
+    assert "heal needs --tokens N" in heal.shell.run("heal", str(pruned), "--text", "x")[2]
+    assert "heal needs --text TEXT" in heal.shell.run("heal", str(pruned), "--tokens", "9")[2]
+
+    def full(self: Any, *arguments: Any, **options: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(training.Heal, "compute_loss", full)
+    said = heal.refused(pruned, "--no-evaluate")
+    assert said.startswith("the device ran out of memory (CUDA out of memory); give a smaller --batch")
+
+
+def test_the_command_can_be_typed_again() -> None:
+    options = HealConfig("dir", ("a.txt:2", "c4"), 1000, lora=4, evaluate=(), checkpointing=True, text_loss=0.1)
+    words = command_line(vars(options), 2)
+    assert words == (
+        "torchrun --nproc-per-node 2 -m llm_snp heal dir --text a.txt:2 --text c4 --tokens 1000 --lora 4 --text-loss "
+        "0.1 --checkpointing --no-evaluate"
+    )
+    command, args = cli.parse(words.split()[5:])
+    assert command.options_of(args) == options
