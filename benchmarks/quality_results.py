@@ -59,7 +59,7 @@ ROWS: dict[str, list[tuple[str, Options]]] = {
         ("variance, dims", {**DIMS, "allocation": "variance"}),
     ],
     "layers as a whole (target residual)": [
-        ("whole blocks, least influence, no repair", {**INFLUENCE, "target": "none"}),
+        ("whole blocks, least influence, unrepaired", {**INFLUENCE, "target": "none"}),
         ("whole blocks, least influence, repaired", INFLUENCE),
         ("whole blocks", {"method": "best", "structures": "layers", "format": "stock"}),
         ("layers", {"method": "best", "structures": "layers"}),

@@ -143,7 +143,7 @@ class PruneConfig:
     structures: str = option(
         "units",
         "units (neurons, and what --attention says), layers (attention or MLP layers as a whole, and blocks of which "
-        "both go), or both; which layers go the measured loss decides, the first attention stays",
+        "both go), or both; the first attention stays",
         STRUCTURES,
     )
     round_to: int = option(
@@ -258,4 +258,5 @@ class PruneConfig:
 
     @property
     def needs_gradient(self) -> bool:
-        return self.measures and self.allocation == "loss" and self.sensitivity != "relative"
+        curves = self.measures and self.structures != "layers"
+        return curves and self.allocation == "loss" and self.sensitivity != "relative"

@@ -261,11 +261,11 @@ def test_quality_goes_on_where_it_was(
     measured: list[float] = []
     measure = quality.Bench.measure
 
-    def interrupted(bench: Any, options: Any) -> dict[str, Any]:
+    def interrupted(bench: Any, options: Any, *more: Any) -> dict[str, Any]:
         if len(measured) == 4:
             raise KeyboardInterrupt
         measured.append(options.sparsity)
-        return measure(bench, options)
+        return measure(bench, options, *more)
 
     monkeypatch.setattr(quality.Bench, "measure", interrupted)
     assert quality.main(arguments) == 130
@@ -273,9 +273,7 @@ def test_quality_goes_on_where_it_was(
     assert len(first["results"]) == 4
     first["results"][0]["code"] = "other"
     file.write_text(json.dumps(first))
-    monkeypatch.setattr(
-        quality.Bench, "measure", lambda bench, options: measured.append(1.0) or measure(bench, options)
-    )
+    monkeypatch.setattr(quality.Bench, "measure", lambda bench, *given: measured.append(1.0) or measure(bench, *given))
     capsys.readouterr()
     assert quality.main(arguments) == 0
     assert measured == [0.3, 0.4, 0.3, 0.4, 1.0, 1.0]

@@ -18,6 +18,7 @@ from ..dense.stream import Stream
 from ..families import Site, dropped
 from .calibrate import Reference, SiteMoments, calibrate_block, calibrate_site
 from .directions import narrow_heads
+from .left_out import losses_without
 from .measure import measured_curves
 from .plan import Plan, empty_curves, make_plan
 from .repair import SiteResult, refit_consumer, repair_units
@@ -46,12 +47,13 @@ def decide(session: Session) -> Plan:
     options, blocks = session.options, session.skeleton.blocks
     if options.needs_gradient:
         measure_sensitivity(session)
-    measured = options.measures
+    measured = options.measures and options.structures != "layers"
+    totals = losses_without(session) if options.measures and not measured else None
     curves = measured_curves(session) if measured else empty_curves(session.family, session.config, blocks, options)
     assert options.allocation is not None
     # Nothing to remove: nothing was measured, and every allocation gives the same plan.
     by = options.allocation if options.sparsity > 0 else "uniform"
-    return make_plan(session.family, session.config, blocks, options, curves, by)
+    return make_plan(session.family, session.config, blocks, options, curves, by, totals)
 
 
 def prune_blocks(

@@ -1,12 +1,12 @@
 """Attention and MLP layers, and blocks, that go as a whole: what they are in a plan, and which of them go.
 
-What is lost with a layer is the energy of its output, but for the mean that its bias keeps: the point at zero of its
-loss curve. Which go is decided by that loss per parameter, as it is for units.
+Which go is decided by loss per parameter, as it is for units. Where only layers go that loss is measured (`left_out`);
+beside units it is the point at zero of a loss curve: the energy of the output, but for the mean that its bias keeps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,17 +23,21 @@ PATIENCE = 5
 
 
 def layer_curves(
-    family: Family, config: Any, blocks: Sequence[nn.Module], options: PruneConfig, curves: Iterable[SiteCurve]
+    family: Family,
+    config: Any,
+    blocks: Sequence[nn.Module],
+    options: PruneConfig,
+    totals: Mapping[tuple[int, str], float | None],
 ) -> list[SiteCurve]:
     """Every site as one that stays as it is or goes; the first attention, of each kind, stays.
 
-    curves: of the units, with what losing all of them loses, if that is measured.
+    totals: what is lost without each, by block and site, if that is measured.
     """
-    totals = {(curve.block, curve.site): curve.total for curve in curves}
     first, found = first_attentions(config), []
     for i, block in enumerate(blocks):
         for site in family.prunable(config, options.attention, i):
-            total, stays = totals.get((i, site.name)), site.name == ATTENTION and i in first
+            stays = site.name == ATTENTION and i in first
+            total = totals.get((i, site.name), 0.0 if totals else None)  # of what stays nothing is measured
             loss = None if total is None else torch.linspace(total, 0.0, site.units + 1, dtype=torch.float64)
             whole, only = (
                 family.site_cost(block, site, options.whole_blocks),

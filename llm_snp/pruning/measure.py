@@ -156,8 +156,6 @@ def _unit_curve(
     parts: Tensor,
 ) -> SiteCurve:
     """parts: which each unit belongs to, see `Site.part_of`."""
-    if options.structures == "layers":  # what all of them lose together no order changes
-        options = replace(options, order="energy")
     keep = max(1, round(site.units * (1 - options.sparsity)))
     seed = torch.Generator().manual_seed(options.seed)
     subspace = order_units(moments, weight, site, options, options.curve_damping, keep, seed, g, parts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,7 +69,7 @@ class Plan:
         blocks = len(self.kept) - len(self.left)
         how = {
             "uniform": "spread over the depth",
-            "loss": "those that lose least per parameter",
+            "loss": "those without which least is lost per parameter",
         }[self.made_by]
         rest = ", and units in order of loss per parameter of what stays" if self.structures == "both" else ""
         return f"layers go as a whole, {how}: {sites}, with them {blocks} whole blocks{rest}"
@@ -86,7 +86,8 @@ class Plan:
 
     def untouched(self, block: int) -> bool:
         """Whether everything in a block stays."""
-        return all(self.kept[c.block][c.unit] == c.units for c in self.curves if c.block == block)
+        whole = (self.kept[c.block][c.unit] == c.units for c in self.curves if c.block == block)
+        return not dropped(self.kept[block]) and all(whole)
 
 
 def check_order(family: Family, config: Any, options: PruneConfig) -> None:
@@ -160,7 +161,7 @@ def check_budget(family: Family, config: Any, blocks: Sequence[nn.Module], optio
     modes = ("heads", "dims") if options.attention == "both" else (options.attention,)
     most = 0
     if options.structures == "layers":
-        layers = layer_curves(family, config, blocks, options, ())
+        layers = layer_curves(family, config, blocks, options, {})
         base = sum(family.linear_parameters(block, config) for block in blocks)
         _check_removable(options, removable(layers, options.whole_blocks), base)
         return
@@ -194,14 +195,25 @@ def _check_removable(options: PruneConfig, most: int, base: int) -> None:
 
 
 def make_plan(
-    family: Family, config: Any, blocks: Sequence[nn.Module], options: PruneConfig, curves: Sequence[SiteCurve], by: str
+    family: Family,
+    config: Any,
+    blocks: Sequence[nn.Module],
+    options: PruneConfig,
+    curves: Sequence[SiteCurve],
+    by: str,
+    totals: Mapping[tuple[int, str], float] | None = None,
 ) -> Plan:
-    """Allocate the budget over `curves` with allocation `by`. Raises `OptionError` if that cannot be met."""
+    """Allocate the budget over `curves` with allocation `by`. Raises `OptionError` if that cannot be met.
+
+    totals: what is lost without each layer, by block and site (default: as the curves have it).
+    """
     bases = [family.linear_parameters(block, config) for block in blocks]
     base = sum(bases)
     asked = options.sparsity * base
     alike = options.format == "stock" and options.structures == "units"
-    layers = [] if options.structures == "units" else layer_curves(family, config, blocks, options, curves)
+    if totals is None:
+        totals = {(curve.block, curve.site): curve.total for curve in curves if curve.total is not None}
+    layers = [] if options.structures == "units" else layer_curves(family, config, blocks, options, totals)
     if options.structures == "layers":
         counts, curves = allocate_layers(by, layers, asked, options.whole_blocks), layers
     elif options.structures == "both" and by == "loss":

@@ -152,7 +152,8 @@ def operations(sizes: _Sizes, options: PruneConfig) -> dict[str, float]:
     # Attention counts every pair of positions: that is what a kernel without a causal shortcut computes.
     scores = 4.0 * sizes.length * sizes.hidden
     once = sizes.tokens * (2.0 * sizes.block + scores)
-    forward = once * options.measures
+    measures = options.measures and options.structures != "layers"  # which are measured on a few windows only
+    forward = once * measures
     if options.sparsity > 0:
         forward += once * (1 - 1 / sizes.blocks)  # on to the next block, if there is one
         for site in sizes.sites:
@@ -174,18 +175,18 @@ def operations(sizes: _Sizes, options: PruneConfig) -> dict[str, float]:
     for site in sizes.sites:
         m, d = float(site.units * site.group), float(sizes.outputs[site.name])
         by_direction = site.name == ATTENTION and dims
-        collected = options.measures + (options.sparsity > 0) * (1 + by_direction)
+        collected = measures + (options.sparsity > 0) * (1 + by_direction)
         found["moments"] += collected * sizes.tokens * m * m
         found["moments"] += follows_dense * 2 * sizes.tokens * d * m
         if by_direction:
-            found["moments"] += (options.measures + 1) * 2 * sizes.tokens * sizes.scores
+            found["moments"] += (measures + 1) * 2 * sizes.tokens * sizes.scores
         order = {
             "greedy": m**3 + 2 * d * m * m + ELIMINATION * m**3,
             "zca": (EIGENDECOMPOSITION + 2) * m**3,
             "loo": m**3,
             "leverage": m**3,
         }.get(options.order or "", d * m)
-        measured, pruned = float(options.measures), float(options.sparsity > 0)
+        measured, pruned = float(measures), float(options.sparsity > 0)
         found["order"] += (measured + pruned * (not by_direction)) * order
         found["subspace"] += (measured + pruned) * m**3 / 3 + measured * 2 * d * m * m
         k = (1 - options.sparsity) * m

@@ -70,7 +70,7 @@ def test_the_layers_of_a_model(name: str) -> None:
 
     family = family_of(config)
     blocks = linear_blocks(empty_model(config), family.blocks)[0]
-    layers = layer_curves(family, config, blocks, PruneConfig(attention="heads", structures="layers"), ())
+    layers = layer_curves(family, config, blocks, PruneConfig(attention="heads", structures="layers"), {})
     first = first_attentions(config)
     assert [0 in (curve.only or ()) for curve in layers] == [
         not (curve.site == "attention" and curve.block in first) for curve in layers

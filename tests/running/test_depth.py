@@ -30,7 +30,7 @@ def test_the_documents_know_it(layers: tuple[Path, dict[str, Any]], dense: Path,
     assert kept[0]["heads"] == 4
     gone = sum(left == 0 for block in kept for left in block.values())
     assert gone
-    assert report["plan"]["why"].startswith("layers go as a whole, those that lose least per parameter: ")
+    assert report["plan"]["why"].startswith("layers go as a whole, those without which least is lost per parameter: ")
     model = load(output)
     assert model.num_parameters() == report["model"]["parameters_pruned"]
     assert report["sparsity"]["of_all_parameters"] == pytest.approx(
