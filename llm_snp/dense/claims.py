@@ -34,6 +34,8 @@ MOST_BLOCKS = 10_000
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 # Buffers that are computed, such as causal masks, lie in no file; a model may have so many bytes of them at least.
 COMPUTED = 1 << 30
+# Older checkpoints have frequencies and causal masks of every layer, which are made anew today.
+BUFFERS = (r"\.rotary_emb\.inv_freq$", r"\.(attn|attention)\.(masked_)?bias$")
 SHOWN = 80  # characters at most that an error quotes
 
 
@@ -87,6 +89,22 @@ def check_buffers(model: nn.Module, files: list[Path]) -> None:
             f"config.json in {files[0].parent} describes a model with tables of {size(needed)} beside its "
             f"weights, which are smaller; is the number of positions right?"
         )
+
+
+def expected_tensors(model: nn.Module) -> tuple[dict[str, tuple[int, ...]], dict[str, str], list[str]]:
+    """Of a model: its tensors' shapes, the tied names with the name each shares, and keys it declares harmless."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    tied: dict[str, str] = {}
+    first: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        shapes[name] = tuple(parameter.shape)
+        if id(parameter) in first:
+            tied[name] = first[id(parameter)]
+        first.setdefault(id(parameter), name)
+    persistent = model.state_dict(keep_vars=True).keys()
+    shapes |= {name: tuple(buffer.shape) for name, buffer in model.named_buffers() if name in persistent}
+    harmless = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    return shapes, tied, [*harmless, *BUFFERS]
 
 
 def check_weight_name(file: Any, index: Path) -> str:

@@ -25,10 +25,8 @@ from ..core.stopwatch import timed
 from ..errors import CheckpointError, UnsupportedModelError
 from ..system.libraries import ONE_AT_A_TIME, explained
 from .checkpoint import Checkpoint
-from .claims import check_blocks, check_buffers
+from .claims import check_blocks, check_buffers, expected_tensors
 
-# Older checkpoints have frequencies and causal masks of every layer, which are made anew today.
-BUFFERS = (r"\.rotary_emb\.inv_freq$", r"\.(attn|attention)\.(masked_)?bias$")
 # Logits of so many positions at once: with a vocabulary of 50,000 a whole window of them is larger than a block.
 HEAD_TOKENS = 512
 
@@ -288,22 +286,6 @@ def linear_blocks(model: nn.Module, path: str) -> tuple[list[nn.Module], frozens
                 _set_submodule(block, name, nn.Linear(layer.nx, layer.nf, layer.bias is not None, device="meta"))
                 transposed.add(f"{name}.weight")
     return blocks, frozenset(transposed)
-
-
-def expected_tensors(model: nn.Module) -> tuple[dict[str, tuple[int, ...]], dict[str, str], list[str]]:
-    """Of a model: its tensors' shapes, the tied names with the name each shares, and keys it declares harmless."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    tied: dict[str, str] = {}
-    first: dict[int, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        shapes[name] = tuple(parameter.shape)
-        if id(parameter) in first:
-            tied[name] = first[id(parameter)]
-        first.setdefault(id(parameter), name)
-    persistent = model.state_dict(keep_vars=True).keys()
-    shapes |= {name: tuple(buffer.shape) for name, buffer in model.named_buffers() if name in persistent}
-    harmless = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-    return shapes, tied, [*harmless, *BUFFERS]
 
 
 def _set_submodule(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from ..dense.checkpoint import Checkpoint
+from ..dense.claims import expected_tensors
 from ..dense.hub import load_config, load_tokenizer, locate
-from ..dense.skeleton import empty_model, expected_tensors
+from ..dense.skeleton import empty_model
 from ..dense.whole import whole_model
 from ..documents.shareable import hub_id
 from ..documents.writing import read_report
