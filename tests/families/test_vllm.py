@@ -52,7 +52,7 @@ def pruned(name: str) -> tuple[Any, Any]:
     elif family.whole_heads:
         heads = next(site for site in family.sites(dense) if site.name == ATTENTION)
         kept[2] = {"heads": heads.units - 1}
-    config, own = result_config(SimpleNamespace(family=family, config=dense), kept, SimpleNamespace())  # type: ignore[arg-type]
+    config, own = result_config(SimpleNamespace(family=family, config=dense, whole=dense), kept, SimpleNamespace())  # type: ignore[arg-type]
     assert own
     torch.manual_seed(0)
     model = family.pruned_class.base_class(config).float().eval()
