@@ -377,7 +377,7 @@ def report(chance: Chance, sound: Path, place: Path) -> None:
 
 
 CASES: list[tuple[Case, int]] = [
-    (config, 40), (config_bytes, 10), (tokenizer, 15), (card, 15), (front, 120), (index, 25), (header, 25),
+    (config, 40), (config_bytes, 10), (tokenizer, 15), (card, 15), (front, 60), (index, 25), (header, 25),
     (pickled, 30), (text, 60), (report, 30), (options, 40),
 ]  # fmt: skip
 PARTS = 4  # of each kind, so that processes can share them

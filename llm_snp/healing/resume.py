@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,12 +38,22 @@ class States:
 
     def latest(self) -> tuple[int, Path | None]:
         """The last state that is as it was written, with its step; (0, None) if there is none. A collective."""
+        found: tuple[int, Path | None] = (0, None)
         for name in self.journal.processes.from_main(self._names):
             record = self.journal.read(name)
             if record and self.journal.processes.from_main(partial(self._is, name, record[DIGEST])):
-                return self._step(name), self._place(name)
+                found = (self._step(name), self._place(name))
+                break
             self.journal.rescue(f"what the training had come to after step {self._step(name)} was gone or damaged")
-        return 0, None
+        self.journal.processes.on_main(partial(self._remove_after, found[0]))
+        return found
+
+    def _remove_after(self, step: int) -> None:
+        """What lies there of later steps: the Trainer would take it for newer than what is saved next, and keep it."""
+        for folder in self.folder.glob("checkpoint-*"):
+            if int(folder.name.partition("-")[2]) > step:
+                with disk(folder):
+                    shutil.rmtree(folder)
 
     def _names(self) -> list[str]:
         """Of the records, the latest first."""

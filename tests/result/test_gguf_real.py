@@ -101,7 +101,7 @@ def test_a_chat_goes_by_the_template(server: Any, result: Path, model: Any) -> N
     tokenizer = AutoTokenizer.from_pretrained(result)
     prompt = tokenizer.apply_chat_template(messages, tokenize=False)
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-    new = model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None)[0, ids.shape[1] :]
-    answer = server.handle_chat_completions({"messages": messages, "max_tokens": 8, "temperature": 0})
+    new = model.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=None)[0, ids.shape[1] :]
+    answer = server.handle_chat_completions({"messages": messages, "max_tokens": 4, "temperature": 0})
     assert answer["usage"]["prompt_tokens"] == ids.shape[1]
     assert answer["choices"][0]["message"]["content"].strip() == tokenizer.decode(new).strip()

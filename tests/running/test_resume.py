@@ -249,10 +249,10 @@ def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
         ("after", "sensitivity-00001.safetensors", 0, []),
         ("after", "sensitivity-00000.json", 0, ["sensitivity: measured by the interrupted run"]),
         ("after", "curves-00001.json", 0, ["sensitivity: measured by the interrupted run"]),
-        ("half", f".{SHARDS[0]}", 0, ["curves: measured by the interrupted run"]),
+        ("half", f".{SHARDS[0]}.llm_snp", 0, ["curves: measured by the interrupted run"]),
         ("after", "block-00000.json", 1, []),
         ("after", SHARDS[1], 1, []),  # written, but its hash is not
-        ("half", f".{SHARDS[2]}", 2, []),
+        ("half", f".{SHARDS[2]}.llm_snp", 2, []),
         ("before", "model.safetensors.index.json", 3, []),
         ("before", "out.partial", 3, []),
     ],
