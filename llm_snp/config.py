@@ -51,6 +51,23 @@ def flag_of(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+def launcher(processes: int, nodes: int) -> list[str]:
+    """How a command begins that so many processes run, on so many machines."""
+    several = ["--nnodes", str(nodes)] if nodes > 1 else []
+    return ["torchrun", *several, "--nproc-per-node", str(processes // nodes)] if processes > 1 else ["python"]
+
+
+def words_of(name: str, value: Any) -> list[str]:
+    """A field and its value as one types them: several values as a flag each, True as the flag alone."""
+    flag = flag_of(name)
+    if value is True:
+        return [flag]
+    if name == "evaluate" and not value:
+        return ["--no-evaluate"]
+    each = value if isinstance(value, (tuple, list)) else (value,)
+    return [word for one in each for word in ([f"{flag}={one}"] if str(one).startswith("-") else [flag, str(one)])]
+
+
 def option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
     """A dataclass field whose metadata becomes the flag's help."""
     return field(default=default, metadata={"help": text, "choices": choices})

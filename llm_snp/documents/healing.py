@@ -39,11 +39,17 @@ def healing_sentences(step: Mapping[str, Any]) -> str:
     )
 
 
+def healed_tokens(report: Mapping[str, Any]) -> int:
+    """Tokens that were trained on since the pruning, in all healings."""
+    return sum(step["tokens"] for step in report.get("healing", []))
+
+
 def after_pruning(report: Mapping[str, Any]) -> str:
     """A sentence on what was trained since."""
     healing = report.get("healing", [])
     if not healing:
         return "No training followed."
-    tokens = sum(step["tokens"] for step in healing)
     teachers = dict.fromkeys(step["teacher"]["name"] for step in healing)
-    return f"Then it was trained for {tokens:,} tokens to predict what {' and '.join(teachers)} predicts."
+    return (
+        f"Then it was trained for {healed_tokens(report):,} tokens to predict what {' and '.join(teachers)} predicts."
+    )

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..dense.skeleton import empty_model, linear_blocks
 from ..families import Family
+from .healing import healed_tokens
 
 
 def parents(before: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -15,8 +16,8 @@ def parents(before: Mapping[str, Any]) -> list[dict[str, Any]]:
     Each with its name, whether that is one on the Hub, the share of its blocks' linear parameters that went, and how
     many tokens what was left was trained for after that.
     """
-    model, trained = before["model"], sum(step["tokens"] for step in before.get("healing", []))
-    last = {"name": model["name"], "hub": model["hub"], "removed": before["sparsity"]["achieved"], "healed": trained}
+    last = {name: before["model"][name] for name in ("name", "hub")}
+    last |= {"removed": before["sparsity"]["achieved"], "healed": healed_tokens(before)}
     return [*before.get("parents", []), last]
 
 

@@ -105,17 +105,15 @@ class Report:
         self.data["notes"].append(text)
 
     def planned(self, plan: Plan, parameters: int, custom_code: bool) -> None:
-        """The plan; parameters: of the whole model before; custom_code: whether the result brings a class of its
-        own.
-        """
+        """The plan; parameters: of the whole model before; custom_code: whether the result has a class of its own."""
         options, model = self.options, self.data["model"]
         model["custom_code"] = custom_code
         model["parameters"] = parameters
-        model["parameters_pruned"] = parameters - plan.removed - plan.beside
+        model["parameters_pruned"] = parameters - plan.gone
         self.data["sparsity"] = {
             "asked": options.sparsity,
             "achieved": plan.achieved,
-            "of_all_parameters": (plan.removed + plan.beside) / parameters,
+            "of_all_parameters": plan.gone / parameters,
             "block_parameters": plan.base,
             "block_parameters_removed": plan.removed,
         }

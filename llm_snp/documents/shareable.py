@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..config import METHODS, PruneConfig
+from ..config import METHODS, PruneConfig, launcher, words_of
 from ..system.private import public_name
 
 CORPORA = {  # Hub id, config and split of the texts that have a name: what is evaluated on
@@ -106,25 +106,15 @@ def command_line(options: Mapping[str, Any], processes: int = 1, nodes: int = 1)
 
     What the program that called was given for itself does not get here.
     """
-    head = ["python"]
-    if processes > 1:
-        several = ["--nnodes", str(nodes)] if nodes > 1 else []
-        head = ["torchrun", *several, "--nproc-per-node", str(processes // nodes)]
     plain: dict[str, Any] = {}
     for name, value in options.items():
         plain[name] = tuple(value) if isinstance(value, list) else value
     method = plain.get("method")
     default = PruneConfig(plain.get("model"), method=method if method in METHODS else PruneConfig.method).resolved()
     usual = dataclasses.asdict(default) | {"method": PruneConfig.method}
-    words = [*head, "-m", "llm_snp", *([plain["model"]] if plain.get("model") else [])]
+    words = [*launcher(processes, nodes), "-m", "llm_snp", *([plain["model"]] if plain.get("model") else [])]
     for field in dataclasses.fields(PruneConfig):
-        name, flag = field.name, "--" + field.name.replace("_", "-")
-        value = plain.get(name)
-        if name == "evaluate" and value == ():
-            words.append("--no-evaluate")
-        elif value is True:
-            words.append(flag)
-        elif name != "model" and value is not None and (name == "sparsity" or value != usual[name]):
-            for one in value if isinstance(value, tuple) else (value,):
-                words += [f"{flag}={one}"] if str(one).startswith("-") else [flag, str(one)]
+        name, value = field.name, plain.get(field.name)
+        if name != "model" and value is not None and (name == "sparsity" or value != usual[name]):
+            words += words_of(name, value)
     return shlex.join(words)

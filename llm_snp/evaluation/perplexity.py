@@ -34,6 +34,14 @@ class Perplexity:
     source: str
 
 
+def perplexity_of(mean: float) -> float:
+    """Of a mean negative log-likelihood in nats.
+
+    exp(700) is about as far as a float, and JSON, goes: a model that bad has no perplexity worth telling apart.
+    """
+    return math.exp(min(mean, 700.0))
+
+
 def labels_nll(logits: Tensor, labels: Tensor) -> Tensor:
     """Summed negative log-likelihood in nats of labels (T,) under logits (T, V), a number that stays on the device."""
     return F.cross_entropy(logits.float(), labels.to(logits.device), reduction="sum")
@@ -44,9 +52,7 @@ def _summed(nll: float, windows: Windows) -> Perplexity:
         raise NumericalError("the model's logits are not finite; use --dtype float32 or bfloat16")
     count, length = windows.tokens.shape
     tokens = count * (length - 1)
-    mean = nll / tokens
-    # exp(700) is about as far as a float, and JSON, goes: a model that bad has no perplexity worth telling apart.
-    return Perplexity(math.exp(min(mean, 700.0)), nll, tokens, count, length, windows.source)
+    return Perplexity(perplexity_of(nll / tokens), nll, tokens, count, length, windows.source)
 
 
 @torch.no_grad()

@@ -38,10 +38,7 @@ def check_widths(family: Any, config: Any) -> None:
     """Raise `CheckpointError` unless `block_widths` says of every block what can be left of it; family: a `Family`."""
     widths, dense = config.block_widths, family.widths(config, {})
     whole = dense | ({} if (queries := family.queries(config)) is None else {"queries": queries.units})
-    blocks, advice = (
-        config.num_hidden_layers,
-        "the config.json of another model? Put back the one it was saved with",
-    )
+    blocks, advice = config.num_hidden_layers, "the config.json of another model? Put back the one it was saved with"
     if not isinstance(widths, list) or len(widths) != blocks:
         found = len(widths) if isinstance(widths, list) else "no"
         raise CheckpointError(f"block_widths in config.json has {found} entries for {blocks} blocks; is it {advice}")

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..config import DEVICES, flag_of, shares
+from ..config import DEVICES, flag_of, launcher, shares, words_of
 from ..errors import OptionError, at_least, choose
 
 # Learning rates of all weights, and of LoRA's matrices, that were best on the reference models, of a width of about
@@ -102,16 +102,9 @@ class HealConfig:
 
 def command_line(options: Mapping[str, Any], processes: int = 1, nodes: int = 1) -> str:
     """The command that `options` (fields of `HealConfig`) come to."""
-    several = ["--nnodes", str(nodes)] if nodes > 1 else []
-    head = ["torchrun", *several, "--nproc-per-node", str(processes // nodes)] if processes > 1 else ["python"]
-    words = [*head, "-m", "llm_snp", "heal", options["directory"]]
+    words = [*launcher(processes, nodes), "-m", "llm_snp", "heal", options["directory"]]
     for field in dataclasses.fields(HealConfig)[1:]:
-        flag, value = flag_of(field.name), options[field.name]
-        if field.name == "evaluate" and value is not None and not value:
-            words.append("--no-evaluate")
-        elif value is True:
-            words.append(flag)
-        elif value is not None and (value != field.default or field.default is dataclasses.MISSING):
-            for one in value if isinstance(value, (tuple, list)) else (value,):
-                words += [f"{flag}={one}"] if str(one).startswith("-") else [flag, str(one)]
+        value = options[field.name]
+        if value is not None and value != field.default:  # what has to be given has none
+            words += words_of(field.name, value)
     return shlex.join(words)

@@ -24,6 +24,7 @@ from ..errors import CheckpointError, OptionError, SnpError
 from ..families import FAMILIES
 from ..result.origin import dense_of, is_dense_of
 from ..system.manifest import changed, faults, has_report, manifest
+from ..system.private import public_name
 from .options import HealConfig
 
 
@@ -77,7 +78,7 @@ def find_pair(options: HealConfig) -> Pair:
     report = read_report(directory)
     if wrong := faults(*changed(directory, _needed(directory, report))):
         raise CheckpointError(f"{directory} is not as it was written: {wrong}; restore that, or prune again")
-    student = open_model(directory, directory.resolve().name)
+    student = open_model(directory, public_name(directory))
     found, name, hub, its_own = _teacher(options.teacher, directory, report)
     teacher = open_model(found, name, hub)
     _check_vocabulary(student, teacher)
@@ -95,7 +96,7 @@ def _teacher(given: str | None, directory: Path, report: dict[str, Any]) -> tupl
     if given is not None:
         found = locate(given)
         here = Path(given).expanduser()
-        name = here.resolve().name if found == here else given
+        name = public_name(here) if found == here else given
         return found, name, found != here, is_dense_of(given, found, directory, report)
     try:
         found = locate(dense_of(directory, report), report["options"].get("revision"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,9 @@ from typing import Any
 import torch
 
 from ..documents.report import nodes, peak_host_bytes, versions
-from ..evaluation.perplexity import Perplexity
+from ..evaluation.perplexity import Perplexity, perplexity_of
 from ..system.device import device_facts
+from ..system.private import public_name
 from .options import HealConfig, command_line
 from .pair import Pair
 from .text import Material
@@ -61,7 +61,7 @@ def healed(
         "held_out": {
             "before": _held_out(curve[0]),
             "after": _held_out(after),
-            "teacher_perplexity": math.exp(min(curve[0]["teacher_nll"], 700.0)),
+            "teacher_perplexity": perplexity_of(curve[0]["teacher_nll"]),
         },
         "curve": [_held_out(entry) for entry in curve],
         "evaluation": {
@@ -101,7 +101,7 @@ def with_healing(
 
 def label(source: str) -> str:
     """A text as others may see it: a corpus by its name, a file by the last component of its path."""
-    return Path(source).name
+    return public_name(Path(source))
 
 
 def labels(sources: Iterable[str]) -> list[str]:
@@ -115,12 +115,12 @@ def labels(sources: Iterable[str]) -> list[str]:
 
 def _held_out(entry: Mapping[str, float]) -> dict[str, float]:
     values = {name: entry[name] for name in ("loss", "kl", "nll")}
-    return {"step": int(entry["step"]), **values, "perplexity": math.exp(min(entry["nll"], 700.0))}
+    return {"step": int(entry["step"]), **values, "perplexity": perplexity_of(entry["nll"])}
 
 
 def _public(options: HealConfig, pair: Pair) -> dict[str, Any]:
     """The options without places on this machine."""
-    names = {"directory": pair.student.name, "output": options.destination.name}
+    names = {"directory": pair.student.name, "output": public_name(options.destination)}
     texts = {"text": options.text, "evaluate": options.evaluate}
     found = dataclasses.asdict(options) | names | {"teacher": options.teacher and pair.teacher.name}
     return found | {name: value if value is None else [label(one) for one in value] for name, value in texts.items()}

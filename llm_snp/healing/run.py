@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from ..dense.readers import HUB_CORPORA
 from ..documents.report import nodes, summary
 from ..errors import CorpusError, HubError, OptionError, OutputError, first_line
 from ..evaluation.harness import texts_of
-from ..evaluation.perplexity import Perplexity, perplexity_loaded
+from ..evaluation.perplexity import Perplexity, perplexity_loaded, perplexity_of
 from ..pruning.job import output_of
 from ..result.carried import Carried
 from ..result.finishing import finish
@@ -32,7 +31,7 @@ from ..system.keeping import kept_for_later
 from ..system.manifest import recall
 from ..system.processes import Processes
 from ..system.progress import Progress
-from ..system.workspace import Workspace, check_space
+from ..system.workspace import Workspace, check_space, known
 from ..version import __version__
 from .options import SELF, HealConfig, command_line
 from .pair import Pair, find_pair, open_model, stored
@@ -83,7 +82,7 @@ class _Healing:
         self.options, self.pair, self.device = options, pair, device
         self.processes, self.progress, self.workspace = processes, progress, workspace
         student, teacher = pair.student, pair.teacher
-        self.journal = Journal(processes.from_main(lambda: _known(workspace).journal), processes, progress)
+        self.journal = Journal(processes.from_main(lambda: known(workspace).journal), processes, progress)
         self.states = States(self.journal)
         self.length = pair.length(options.sequence_length)
         windows = options.batch * options.accumulate * processes.count
@@ -125,7 +124,7 @@ class _Healing:
         count = sum(torch.Size(self.pair.student.checkpoint.shape(name)).numel() for name in names)
         trained = 0 if self.options.lora else count  # LoRA's matrices are small
         size = sum(file.stat().st_size for file in self.pair.student.checkpoint.files)
-        there = sum(path.stat().st_size for path in _known(self.workspace).journal.rglob("*") if path.is_file())
+        there = sum(path.stat().st_size for path in known(self.workspace).journal.rglob("*") if path.is_file())
         check_space(self.options.destination, size + max(0, 3 * 3 * torch.float32.itemsize * trained - there))
 
     def _evaluation(self) -> tuple[dict[str, Windows], list[str]]:
@@ -166,7 +165,7 @@ class _Healing:
         model.load_state_dict(tensors, strict=False)  # as they are written: rounded
         after = trainer.measure() | {"step": watch.best["step"]}
         if not after["loss"] < watch.curve[0]["loss"]:
-            self.processes.on_main(lambda: _known(self.workspace).discard())
+            self.processes.on_main(lambda: known(self.workspace).discard())
             return [
                 f"kept     {options.directory} as it is, and nothing is written: on held-out windows the loss was "
                 f"{watch.curve[0]['loss']:.4f} nats before, and {after['loss']:.4f} at best in "
@@ -203,7 +202,7 @@ class _Healing:
                 trainer.train(resume_from_checkpoint=str(state) if state else None)
 
     def _line(self, entry: dict[str, float]) -> str:
-        perplexity = math.exp(min(entry["nll"], 700.0))
+        perplexity = perplexity_of(entry["nll"])
         where = f"step {int(entry['step'])}/{self.schedule.steps}"
         return f"{where}  held-out: KL {entry['kl']:.4f} nats, perplexity {perplexity:,.2f}"
 
@@ -226,16 +225,14 @@ class _Healing:
         return self.processes.from_main(measure)
 
     def _write(self, tensors: dict[str, Tensor], report: dict[str, Any]) -> list[str]:
-        workspace, source = _known(self.workspace), self.pair.student.directory
+        workspace, source = known(self.workspace), self.pair.student.directory
         with self.progress.phase("save"):
             writer = Writer(workspace.directory, len(shards(source, tensors)))
             rewrite(source, writer, self.carried, tensors)
             open_model(workspace.directory)  # what was written must load
         for rescue in self.journal.rescued:
             report["notes"].append(rescue)
-        finish(workspace, writer.files, report, memory_of(self.options, self.pair))
-        if workspace.left:
-            self.progress.say(f"kept {workspace.left}: someone put files into the result while it was replaced")
+        finish(workspace, writer.files, report, memory_of(self.options, self.pair), self.progress)
         return summary(report).splitlines()
 
 
@@ -252,8 +249,3 @@ def _full(folder: Path) -> Iterator[None]:
         if "PytorchStreamWriter" not in str(error):
             raise
         raise OutputError(f"{folder} cannot be written ({first_line(error)}); free some space there") from error
-
-
-def _known(workspace: Workspace | None) -> Workspace:
-    assert workspace is not None
-    return workspace

@@ -39,10 +39,8 @@ def layer_curves(
             stays = site.name == ATTENTION and i in first
             total = totals.get((i, site.name), 0.0 if totals else None)  # of what stays nothing is measured
             loss = None if total is None else torch.linspace(total, 0.0, site.units + 1, dtype=torch.float64)
-            whole, only = (
-                family.site_cost(block, site, options.whole_blocks),
-                (site.units,) if stays else (site.units, 0),
-            )
+            whole = family.site_cost(block, site, options.whole_blocks)
+            only = (site.units,) if stays else (site.units, 0)
             found.append(
                 SiteCurve(i, site.name, site.unit, site.units, 0, loss=loss, only=only, whole=whole, total=total)
             )

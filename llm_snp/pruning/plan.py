@@ -75,6 +75,11 @@ class Plan:
         return f"layers go as a whole, {how}: {sites}, with them {blocks} whole blocks{rest}"
 
     @property
+    def gone(self) -> int:
+        """All parameters that go, linear or not."""
+        return self.removed + self.beside
+
+    @property
     def left(self) -> list[int]:
         """The blocks of which something is left."""
         return [index for index, kept in enumerate(self.kept) if not dropped(kept)]

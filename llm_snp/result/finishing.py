@@ -10,10 +10,17 @@ from ..documents.writing import write_documents, write_report
 from ..errors import OutputError
 from ..system.libraries import explained
 from ..system.manifest import FILES, REPORT, remember
+from ..system.progress import Progress
 from ..system.workspace import Workspace
 
 
-def finish(workspace: Workspace, files: Mapping[str, str], report: dict[str, Any], memory: Mapping[str, Any]) -> None:
+def finish(
+    workspace: Workspace,
+    files: Mapping[str, str],
+    report: dict[str, Any],
+    memory: Mapping[str, Any],
+    progress: Progress,
+) -> None:
     """Make the partial directory a result. files: name -> hash of what it consists of beside its documents.
 
     memory: what stays on this machine. Raises `OutputError` if the disk does not take it, or the documents cannot be
@@ -30,3 +37,5 @@ def finish(workspace: Workspace, files: Mapping[str, str], report: dict[str, Any
             write_report(directory, report)
         remember(directory, memory)
         workspace.finish()
+    if workspace.left:
+        progress.say(f"kept {workspace.left}: someone put files into {workspace.output} while it was replaced")

@@ -50,9 +50,7 @@ def preview(options: PruneConfig, device: torch.device | None = None) -> Preview
     blocks, _ = linear_blocks(model, family.blocks)
     check_budget(family, config, blocks, options)
     plan = trial_plan(family, config, blocks, options)
-    needed = estimate(
-        model, family, config, options, job.length, dtype, device, 1 - (plan.removed + plan.beside) / parameters
-    )
+    needed = estimate(model, family, config, options, job.length, dtype, device, 1 - plan.gone / parameters)
     return Preview(job, plan, options.measures, parameters, needed, dtype)
 
 
@@ -73,8 +71,8 @@ def preview_text(p: Preview) -> str:
     on_device = "" if p.job.device.type == "cpu" else f"{size(p.estimate.device)} on the device, "
     lines += [
         "",
-        f"parameters  {p.parameters:,} -> {p.parameters - plan.removed - plan.beside:,} "
-        f"({plan.achieved:.2%} of the blocks' linear layers, {(plan.removed + plan.beside) / p.parameters:.2%} of all)",
+        f"parameters  {p.parameters:,} -> {p.parameters - plan.gone:,} "
+        f"({plan.achieved:.2%} of the blocks' linear layers, {plan.gone / p.parameters:.2%} of all)",
         f"windows     {options.samples} of {p.job.length} tokens, computed in {str(p.dtype).removeprefix('torch.')} "
         f"on {p.job.device}",
         f"peak memory about {on_device}{size(p.estimate.host)} on the host, beside Python and its libraries",

@@ -32,7 +32,7 @@ from ..system.device import as_at_start, resolve_dtype
 from ..system.journal import Journal
 from ..system.processes import Processes
 from ..system.progress import Progress
-from ..system.workspace import Workspace, check_space
+from ..system.workspace import Workspace, check_space, known
 from .afterwards import afterwards, check_afterwards
 from .inputs import inputs_of, memory_of, report_of
 from .rehearsal import rehearse
@@ -104,8 +104,8 @@ class _Run:
     ):
         self.job, self.carried, self.storage = job, carried, storage
         self.processes, self.progress, self.workspace = processes, progress, workspace
-        self.directory = processes.from_main(lambda: _known(workspace).directory)
-        self.journal = Journal(processes.from_main(lambda: _known(workspace).journal), processes, progress)
+        self.directory = processes.from_main(lambda: known(workspace).directory)
+        self.journal = Journal(processes.from_main(lambda: known(workspace).journal), processes, progress)
         with progress.phase("load"):
             self.checkpoint = Checkpoint(job.directory, job.family.renames)
             self.stored = stored_dtype(self.checkpoint)
@@ -126,7 +126,7 @@ class _Run:
     def _check_space(self) -> None:
         """The result is no larger than the dense model; what an interrupted run has written is there already."""
         whole = sum(file.stat().st_size for file in self.checkpoint.files)
-        check_space(self.job.output, whole - _known(self.workspace).written_bytes)
+        check_space(self.job.output, whole - known(self.workspace).written_bytes)
 
     def _read_text(self) -> tuple[Windows, dict[str, Windows]]:
         job, options = self.job, self.job.options
@@ -187,10 +187,8 @@ class _Run:
             )
 
     def _finish(self, writer: Writer, report: Report) -> dict[str, Any]:
-        workspace = _known(self.workspace)
-        finish(workspace, writer.files, report.data, memory_of(self.job))
-        if workspace.left:
-            self.progress.say(f"kept {workspace.left}: someone put files into {self.job.output} while it was replaced")
+        workspace = known(self.workspace)
+        finish(workspace, writer.files, report.data, memory_of(self.job), self.progress)
         return report.data
 
     def _dense_perplexity(self, windows: Windows) -> Perplexity:
@@ -212,8 +210,3 @@ def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     """The type of the checkpoint's largest tensor."""
     largest = max(checkpoint.names(), key=lambda name: torch.Size(checkpoint.shape(name)).numel())
     return checkpoint.dtype(largest)
-
-
-def _known(workspace: Workspace | None) -> Workspace:
-    assert workspace is not None
-    return workspace

@@ -246,6 +246,12 @@ def check_harmless(output: Path, inputs: Mapping[Path, bool]) -> None:
             )
 
 
+def known(workspace: Workspace | None) -> Workspace:
+    """The workspace, where there is one: on the main process."""
+    assert workspace is not None
+    return workspace
+
+
 def check_space(directory: Path, needed: int) -> None:
     """Raise `OutputError` if the disk that will hold `directory` has less than `needed` bytes free."""
     existing = directory.absolute()
