@@ -13,8 +13,6 @@ the work folder. The JSON file is written after each result, and what it has for
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import hashlib
 import json
 import sys
 import tempfile
@@ -23,14 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from perplexity import check_files, labels, provenance, write_json
+from perplexity import check_files, code_state, provenance, windows_of, write_json
 from transformers.utils import logging
 
-import llm_snp
 from llm_snp import SnpError
 from llm_snp.cli import BAD_INPUT
 from llm_snp.config import PruneConfig
-from llm_snp.dense.data import evaluation_windows
 from llm_snp.dense.hub import load_config, load_tokenizer, locate
 from llm_snp.dense.whole import whole_model
 from llm_snp.documents.writing import read_report
@@ -55,20 +51,15 @@ class Bench:
         self.device = resolve_device(args.device)
         known = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
         self.data = origin | {"device": device_facts(self.device, torch.float32), "models": known.get("models", {})}
-        sources = sorted(Path(llm_snp.__file__).parent.rglob("*.py"))
-        self.code = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
+        self.code = code_state()
 
     def perplexity(self, directory: Path) -> dict[str, float]:
         """On each corpus, by its label."""
         config = load_config(directory)
         model = whole_model(directory, config, torch.float32, CheckpointError).eval().to(self.device)
         tokenizer, length = load_tokenizer(directory), window_length(PruneConfig(), config)
-        found = {}
-        for source, label in labels(self.args.evaluate).items():
-            windows = evaluation_windows(source, tokenizer, length)
-            windows = dataclasses.replace(windows, tokens=windows.tokens[: self.args.max_windows])
-            found[label] = perplexity_loaded(model, windows, lambda: None).perplexity
-        return found
+        corpora = windows_of(self.args.evaluate, tokenizer, length, self.args.max_windows)
+        return {label: perplexity_loaded(model, windows, lambda: None).perplexity for label, windows in corpora.items()}
 
     def pruned(self, model: Path, sparsity: float, output: Path) -> Path:
         """The result in `output`, made unless it is there."""

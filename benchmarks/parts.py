@@ -12,20 +12,18 @@ from __future__ import annotations
 
 import argparse
 import copy
-import dataclasses
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from perplexity import aligned, check_files, labels, load, provenance, write_json
+from perplexity import aligned, check_files, load, provenance, windows_of, write_json
 from transformers.utils import logging
 
 from llm_snp import SnpError
 from llm_snp.cli import BAD_INPUT
 from llm_snp.config import PruneConfig
-from llm_snp.dense.data import Windows, evaluation_windows
 from llm_snp.dense.hub import locate
 from llm_snp.errors import OptionError
 from llm_snp.evaluation.perplexity import perplexity_loaded
@@ -68,10 +66,7 @@ def measure(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     if not isinstance(pruned, kinds) or len(pruned.get_submodule(family.blocks)) != blocks:
         raise OptionError(f"{args.pruned} is no pruned {args.dense}: its class or number of blocks differs")
     length = window_length(PruneConfig(sequence_length=args.sequence_length), config)
-    corpora: dict[str, Windows] = {}
-    for source, label in labels(args.evaluate).items():
-        windows = evaluation_windows(source, tokenizer, length)
-        corpora[label] = dataclasses.replace(windows, tokens=windows.tokens[: args.max_windows])
+    corpora = windows_of(args.evaluate, tokenizer, length, args.max_windows)
 
     def nats(model: Any) -> dict[str, float]:
         found = {label: perplexity_loaded(model, windows, lambda: None) for label, windows in corpora.items()}

@@ -11,13 +11,15 @@ importing llm_snp makes its pruned models load without --trust-remote-code.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
+import hashlib
 import json
 import os
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +27,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
+import llm_snp
 from llm_snp import SnpError
 from llm_snp.cli import BAD_INPUT
 from llm_snp.config import DTYPES, PruneConfig
 from llm_snp.dense.checkpoint import Checkpoint
-from llm_snp.dense.data import evaluation_windows
+from llm_snp.dense.data import Windows, evaluation_windows
 from llm_snp.dense.hub import config_dtype, load_tokenizer, locate
 from llm_snp.documents.report import versions
 from llm_snp.errors import CheckpointError, OutputError
@@ -65,6 +68,27 @@ def labels(sources: Sequence[str]) -> dict[str, str]:
     """Short names of corpora: the file's name, where that is unambiguous."""
     names = [Path(source).name for source in sources]
     return {s: name if names.count(name) == 1 else s for s, name in zip(sources, names, strict=True)}
+
+
+def windows_of(sources: Sequence[str], tokenizer: Any, length: int, most: int | None = None) -> dict[str, Windows]:
+    """The windows of each text by its label, the first `most` of them (all)."""
+    found = {label: evaluation_windows(source, tokenizer, length) for source, label in labels(sources).items()}
+    return {label: dataclasses.replace(windows, tokens=windows.tokens[:most]) for label, windows in found.items()}
+
+
+def sha256(files: Iterable[Path]) -> str:
+    """One hash over the contents of files."""
+    digest = hashlib.sha256()
+    for path in files:
+        with open(path, "rb") as file:
+            while chunk := file.read(1 << 24):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def code_state() -> str:
+    """A short hash of llm_snp's source: the state of the code that measures."""
+    return sha256(sorted(Path(llm_snp.__file__).parent.rglob("*.py")))[:12]
 
 
 def evaluate(name: str, args: argparse.Namespace) -> dict[str, Any]:

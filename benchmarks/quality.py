@@ -15,28 +15,26 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-import hashlib
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from perplexity import aligned, check_files, labels, provenance
+from perplexity import aligned, check_files, code_state, provenance, sha256, windows_of
 from quality_results import Results, Row, all_rows, rows_matching
 from quality_table import cells, heading, markdown, plot, verdict
 from transformers.utils import logging
 
-import llm_snp
 from llm_snp import SnpError
 from llm_snp.cli import BAD_INPUT
 from llm_snp.config import DTYPES, PruneConfig, shares
 from llm_snp.dense.checkpoint import Checkpoint
-from llm_snp.dense.data import Windows, as_windows, calibration_windows, evaluation_windows
+from llm_snp.dense.data import Windows, as_windows, calibration_windows
 from llm_snp.dense.hub import config_dtype, load_config, load_tokenizer, locate
 from llm_snp.dense.mixture import mix, turns
 from llm_snp.dense.skeleton import Skeleton, run_block
@@ -75,10 +73,8 @@ class Bench:
         if args.own_text:
             fitted = dataclasses.replace(self.calibration, tokens=self.calibration.tokens[: args.own_text])
             self.corpora = {"calibration windows": fitted, "other windows of that text": unseen}
-        for source, label in labels(args.evaluate).items():
-            windows = evaluation_windows(source, tokenizer, length)
-            self.corpora[label] = dataclasses.replace(windows, tokens=windows.tokens[: args.max_windows])
-        name, digest = Path(args.model).name, _sha256(checkpoint.files)
+        self.corpora |= windows_of(args.evaluate, tokenizer, length, args.max_windows)
+        name, digest = Path(args.model).name, sha256(checkpoint.files)
         self.facts: dict[str, Any] = {
             "model": {"name": name, "type": self.config.model_type, "sha256": digest},
             "calibration": {
@@ -201,16 +197,6 @@ def drawn(args: argparse.Namespace, tokenizer: Any, length: int) -> tuple[Window
     return mixed[0], mixed[-1]
 
 
-def _sha256(files: Iterable[Path]) -> str:
-    """One hash over the contents of files."""
-    digest = hashlib.sha256()
-    for path in files:
-        with open(path, "rb") as file:
-            while chunk := file.read(1 << 24):
-                digest.update(chunk)
-    return digest.hexdigest()
-
-
 def fill(bench: Bench, results: Results, rows: Sequence[Row], progress: Progress) -> None:
     """Measure what is not there yet; errors are tried again."""
     todo: list[tuple[Row, float]] = []
@@ -295,8 +281,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         progress.say("load ...")
         bench = Bench(args)
         origin = provenance(__file__, arguments)
-        code = _sha256(sorted(Path(llm_snp.__file__).parent.rglob("*.py")))[:12]
-        results = Results(origin | {"code": code, **bench.facts}, args.json)
+        results = Results(origin | {"code": code_state(), **bench.facts}, args.json)
         fill(bench, results, [row for row in rows if bench.possible(row)], progress)
     except (SnpError, torch.OutOfMemoryError) as error:
         print(f"quality: {str(error).splitlines()[0]}", file=sys.stderr)

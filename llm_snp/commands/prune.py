@@ -9,9 +9,9 @@ from typing import Any
 from ..config import PruneConfig
 from ..dense.hub import find
 from ..system.rank import alone, name_of_process
+from .flags import add_flags, evaluated
 
 HELP = "prune a language model in one shot and write the smaller one as a Hugging Face checkpoint"
-TYPES = {"sparsity": float, "samples": int, "sequence_length": int, "seed": int, "round_to": int}
 METAVARS = {
     "output": "DIR",
     "round_to": "N",
@@ -23,37 +23,17 @@ METAVARS = {
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
     """The flags, with their help from `PruneConfig`."""
-    for f in dataclasses.fields(PruneConfig):
-        flag, text = "--" + f.name.replace("_", "-"), f.metadata["help"].replace("%", "%%")
-        if f.name == "model":
-            p.add_argument("model", nargs="?", metavar="MODEL", help=text)
-        elif f.name in ("calibration", "evaluate"):
-            p.add_argument(flag, action="append", metavar="TEXT", help=text)
-            if f.name == "evaluate":
-                p.add_argument("--no-evaluate", action="store_true", help="measure no perplexity")
-        elif isinstance(f.default, bool):
-            p.add_argument(flag, action="store_true", help=text)
-        else:
-            shown = "" if f.default is None else f" (default: {f.default})"
-            names = f": {', '.join(f.metadata['choices'])}" if f.metadata["choices"] else ""
-            kind = _damping if f.name == "damping" else TYPES.get(f.name, str)
-            metavar = METAVARS.get(f.name, f.name.upper())
-            p.add_argument(flag, type=kind, default=f.default, metavar=metavar, help=text + names + shown)
+    model = PruneConfig.__dataclass_fields__["model"]
+    p.add_argument("model", nargs="?", metavar="MODEL", help=model.metadata["help"])
+    add_flags(p, PruneConfig, METAVARS, "measure no perplexity", but="model")
     p.add_argument("--dry-run", action="store_true", help="print the plan and what the run needs; load no weights")
-
-
-def _damping(text: str) -> float | str:
-    try:
-        return float(text)
-    except ValueError:
-        return text
 
 
 def options_of(args: argparse.Namespace) -> PruneConfig:
     """What the flags say."""
     values: dict[str, Any] = {f.name: getattr(args, f.name) for f in dataclasses.fields(PruneConfig)}
     values["calibration"] = args.calibration and tuple(args.calibration)
-    values["evaluate"] = () if args.no_evaluate else args.evaluate and tuple(args.evaluate)
+    values["evaluate"] = evaluated(args)
     return PruneConfig(**values)
 
 

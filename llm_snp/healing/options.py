@@ -7,12 +7,12 @@ import math
 import os
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..config import DEVICES, flag_of, launcher, shares, words_of
+from ..config import DEVICES, flag_of, launcher, option, shares, words_of
 from ..errors import OptionError, at_least, choose
 
 # Learning rates of all weights, and of LoRA's matrices, that were best on the reference models, of a width of about
@@ -27,33 +27,40 @@ FREE = frozenset(("output", "device", "overwrite", "resume", "quiet", "evaluate"
 
 @dataclass(frozen=True)
 class HealConfig:
-    """Options of `llm_snp heal`, named as its flags are.
+    """Options of `llm_snp heal`, named as its flags are."""
 
-    teacher: directory or Hub id, None for the dense model of the result's report; text: as `--calibration` takes it,
-    each perhaps with its share; tokens: to train on; lora: rank, None for all weights; learning_rate: at its peak, None
-    for the default of what is trained; batch: windows at a time and process, of which a step sums up `accumulate`;
-    text_loss: weight of the text's own loss beside the teacher's predictions; evaluate: texts to measure perplexity on,
-    None for those that the pruning was measured on.
-    """
-
-    directory: str
-    text: tuple[str, ...]
-    tokens: int
-    teacher: str | None = None
-    output: str | None = None
-    lora: int | None = None
-    learning_rate: float | None = None
-    batch: int = 8
-    accumulate: int = 1
-    sequence_length: int = 512
-    text_loss: float = 0.0
-    checkpointing: bool = False
-    seed: int = 0
-    device: str = "auto"
-    evaluate: tuple[str, ...] | None = None
-    overwrite: bool = False
-    resume: bool = False
-    quiet: bool = False
+    directory: str = option(MISSING, "the result of a run")
+    text: tuple[str, ...] = option(
+        MISSING,
+        "text to train on: a file (.txt .raw .json .jsonl, plain or .gz .xz; .parquet), a datasets directory, "
+        "wikitext2 or c4; repeatable, as TEXT:SHARE with another share of the windows than the others have",
+    )
+    tokens: int = option(MISSING, "tokens to train on, such as 1000000")
+    teacher: str | None = option(
+        None, "whose predictions are learned: directory or Hub id (default: the dense model that DIR was made of)"
+    )
+    output: str | None = option(None, "directory for the healed model (default: DIR-healed)")
+    lora: int | None = option(None, "train LoRA matrices of rank R, merged at the end; else all weights")
+    learning_rate: float | None = option(
+        None,
+        f"at its peak (default: {RATE:g} for {WIDTH} hidden dimensions, {LORA_RATE:g} with --lora; less in proportion "
+        "for wider models)",
+    )
+    batch: int = option(8, "windows at a time, of a process")
+    accumulate: int = option(1, "batches whose gradients make one step")
+    sequence_length: int = option(512, "tokens per window, capped by the models")
+    text_loss: float = option(0.0, "weight of the text's own loss; the teacher's predictions have 1 - W")
+    checkpointing: bool = option(False, "compute activations twice instead of keeping them: less memory")
+    seed: int = option(0, "seed of everything random")
+    device: str = option("auto", "auto, cpu or cuda")
+    evaluate: tuple[str, ...] | None = option(
+        None,
+        "text to measure perplexity on, before and after; repeatable (default: those that the pruning was measured on, "
+        "where they are found)",
+    )
+    overwrite: bool = option(False, "replace an earlier result, or an unfinished one, in DIR2")
+    resume: bool = option(False, "go on with an interrupted run of the same command")
+    quiet: bool = option(False, "print the final table only")
 
     def rate(self, width: int) -> float:
         """The learning rate at its peak, for a model of a hidden width."""

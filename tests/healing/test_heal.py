@@ -24,6 +24,7 @@ from llm_snp.documents.writing import read_report
 from llm_snp.healing import training
 from llm_snp.healing.options import HealConfig, command_line
 from llm_snp.healing.pair import find_pair
+from llm_snp.healing.record import label
 from llm_snp.healing.training import Watch, adapted
 from llm_snp.system.manifest import changed, manifest
 
@@ -336,6 +337,12 @@ def test_bad_input(heal: Healer, pruned: Path, dense: Path, tmp_path: Path, monk
     monkeypatch.setattr(training.Heal, "compute_loss", full)
     said = heal.refused(pruned, "--no-evaluate")
     assert said.startswith("the device ran out of memory (CUDA out of memory); give a smaller --batch")
+
+
+def test_a_home_has_the_name_of_a_person_that_is_not_published() -> None:
+    assert label(str(Path.home())) == label("~") == "home"
+    assert label("/somewhere/text.txt") == "text.txt"
+    assert label("wikitext2") == "wikitext2"
 
 
 def test_the_command_can_be_typed_again() -> None:
