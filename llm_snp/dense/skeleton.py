@@ -174,6 +174,13 @@ class Skeleton:
         assert first is not None
         return first, [recorder.call for recorder in self.recorders]
 
+    def features(self, ids: Tensor, hidden: Tensor) -> Tensor:
+        """Hidden states after the last block (B, T, d) to those behind the final norm, which the head reads."""
+        self.recorders[-1].output = hidden
+        found: Tensor = self.model.base_model(input_ids=ids.to(self.device), use_cache=False).last_hidden_state
+        self.recorders[-1].output = None
+        return found
+
     def leave(self, ids: Tensor, hidden: Tensor) -> Tensor:
         """Hidden states after the last block (B, T, d) to logits (B, T, vocabulary); differentiable in `hidden`.
 

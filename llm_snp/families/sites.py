@@ -74,6 +74,11 @@ class Site:
         """Every linear layer of the site once: the producers, what they share, then the consumer."""
         return (*dict.fromkeys(rows.layer for rows in self.producers), *self.shared, self.consumer)
 
+    @property
+    def module(self) -> str:
+        """The module that is nothing but the site, relative to the block; empty if its layers stand in the block."""
+        return self.consumer.rpartition(".")[0]
+
     def part_of(self, state: Mapping[str, Tensor]) -> Tensor:
         """(units,) long: the part that each unit belongs to; state: the tensors of the block."""
         if self.table is not None and self.table in state:

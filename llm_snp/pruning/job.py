@@ -77,9 +77,10 @@ def check_structures(options: PruneConfig, config: Any) -> None:
     if options.structures == "units":
         return
     if options.allocation != "loss":
+        given = "--method everything" if options.in_steps else f"--structures {options.structures}"
         raise OptionError(
-            f"--structures {options.structures} and --allocation {options.allocation} exclude each other: which layers "
-            "go the measured loss decides; give --allocation loss"
+            f"{given} and --allocation {options.allocation} exclude each other: which layers go the measured loss "
+            "decides; give --allocation loss"
         )
     if options.whole_blocks and options.attention == "none":
         raise OptionError(

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..config import PruneConfig
+from ..config import HELD_OUT, PruneConfig
 from ..dense.checkpoint import Checkpoint
 from ..dense.data import Windows
 from ..dense.hub import load_tokenizer
@@ -20,7 +20,8 @@ from ..documents.report import Report
 from ..errors import OptionError
 from ..evaluation.harness import texts_of
 from ..evaluation.perplexity import Perplexity, perplexity_streamed
-from ..pruning.executor import decide, prune_blocks
+from ..pruning.decide import decide
+from ..pruning.executor import prune_blocks
 from ..pruning.job import Job, open_job
 from ..pruning.plan import Plan, check_budget
 from ..pruning.session import Session
@@ -78,10 +79,16 @@ def _pruned(options: PruneConfig) -> tuple[Job, dict[str, Any], Progress, bool]:
 
 def check_processes(options: PruneConfig, count: int) -> None:
     """Raise `OptionError` if `count` processes cannot share the work."""
-    if options.samples < count:
+    if options.samples - options.held_out < count:
         raise OptionError(
             f"--samples is {options.samples}, but each of the {count} processes needs a calibration window; give "
             "more --samples, or start fewer processes"
+        )
+    if options.in_steps and options.held_out < count:
+        raise OptionError(
+            f"--method everything holds out {options.held_out} of the {options.samples} windows of --samples, but "
+            f"each of the {count} processes needs one of them; give --samples of at least {HELD_OUT * count}, or start "
+            "fewer processes"
         )
     if count > 1 and options.device.startswith("cuda:"):
         raise OptionError(
