@@ -26,6 +26,7 @@ from ..errors import CheckpointError, UnsupportedModelError
 from ..system.libraries import ONE_AT_A_TIME, explained
 from .checkpoint import Checkpoint
 from .claims import check_blocks, check_buffers, expected_tensors
+from .experts import one_by_one
 
 # Logits of so many positions at once: with a vocabulary of 50,000 a whole window of them is larger than a block.
 HEAD_TOKENS = 512
@@ -237,11 +238,13 @@ def _copied(block: nn.Module) -> nn.Module:
 def empty_model(config: Any, buffers: bool = False) -> Any:
     """The causal-LM model of a config on meta, with its weights tied; with `buffers` these have memory and values.
 
-    Without, nothing is allocated, whatever the config says. Raises `CheckpointError` if there is no such model.
+    Without, nothing is allocated, whatever the config says. Experts have layers of their own (`experts.Experts`).
+    Raises `CheckpointError` if there is no such model.
     """
     with explained(_cannot_build), ONE_AT_A_TIME, _parameters_on_meta() if buffers else torch.device("meta"):
         model = AutoModelForCausalLM.from_config(computing(config))
         model.tie_weights()
+    one_by_one(model)
     return model
 
 
