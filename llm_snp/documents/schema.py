@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ..system.manifest import is_inside
+from ..system.manifest import HASH, is_inside
 
 LARGEST = 2**63 - 1
 DEEPEST = 32  # levels of lists and objects, of which a report of ours has seven
@@ -273,7 +273,7 @@ class Document(_Part):
     healing: list[Healing] = []  # each of what the one before it has made
     speed: Speed = MISSING
     card: str | None = None
-    files: dict[str, str] = {}
+    files: dict[str, Annotated[str, Field(pattern=f"^{HASH}$")]] = {}
 
     @model_validator(mode="after")
     def fits(self) -> Document:

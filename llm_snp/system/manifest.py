@@ -24,6 +24,7 @@ MEMORY = f"{PRIVATE}/llm_snp.json"
 IGNORE = f"{PRIVATE}/.gitignore"
 WRITTEN = "written"  # in the journal: the names of what else a run has begun to write beside its shards
 ADVICE = "give the directory that a run of llm_snp has written"
+HASH = r"[0-9a-f]{32}"  # of a file, as `digest` writes it
 LISTED = 5  # at most so many names are in an error
 # What runs of versions that kept no list have written, by name.
 EARLIER = re.compile(
@@ -84,12 +85,14 @@ def _object(path: Path) -> dict[str, Any]:
 def manifest(directory: Path, report: Mapping[str, Any] | None = None) -> dict[str, str | None]:
     """Name -> hash of the files that belong to a result, without its report; None where no hash was kept.
 
-    Names that lead out of the directory are never part of it, whatever a report says.
+    Names that lead out of the directory are never part of it, whatever a report says, nor are those without a hash in a
+    report that has them: what a report only names is nobody's proof that a run wrote it.
     """
     report = _report(directory) if report is None else report
     listed = report.get(FILES)
     if isinstance(listed, dict):
-        return {name: found for name, found in listed.items() if is_inside(name) and isinstance(found, str)}
+        found = {name: found for name, found in listed.items() if is_inside(name) and isinstance(found, str)}
+        return {name: one for name, one in found.items() if re.fullmatch(HASH, one)}
     card = report.get("card")
     known = [name for name in names_in(directory) if EARLIER.fullmatch(name) and (name != "README.md" or card)]
     names = [name for name in known if _is_own(directory / name, directory, None)]

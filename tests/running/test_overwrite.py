@@ -11,8 +11,8 @@ import pytest
 from conftest import Prune, Shell
 
 from llm_snp.config import PruneConfig
-from llm_snp.documents.writing import read_report
-from llm_snp.errors import OutputError
+from llm_snp.documents.writing import read_report, write_documents
+from llm_snp.errors import CheckpointError, OutputError
 from llm_snp.pruning.job import open_job
 from llm_snp.running.inputs import inputs_of
 from llm_snp.system.manifest import manifest, strays
@@ -263,6 +263,38 @@ def test_a_report_cannot_make_us_remove_what_lies_elsewhere(shell: Shell, result
     assert set(manifest(result)) == {*report["files"], "linked/victim"}
     shell.prune(dense, "--output", result, "--overwrite")
     assert victim.read_text() == "mine"
+
+
+def test_a_report_cannot_claim_a_file_whose_content_it_does_not_know(result: Path) -> None:
+    (result / ".env").write_text("mine")
+    report = json.loads((result / "report.json").read_text())
+    for unknown in ("", "0" * 31, "0" * 32 + "\n", "x" * 32):
+        claimed = report | {"files": report["files"] | {".env": unknown}}
+        (result / "report.json").write_text(json.dumps(claimed))
+        assert strays(result) == [".env"]
+        with pytest.raises(CheckpointError, match=r"damaged: files\.\.env: string should match pattern"):
+            read_report(result)
+        write_documents(result, claimed)  # whoever has not read it there
+        assert ".env" not in manifest(result)
+
+
+def test_documents_are_not_made_over_what_no_run_wrote(result: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plots that this report has none of go, if they are ours; the others stay, whatever they are called."""
+    monkeypatch.setattr(
+        "llm_snp.documents.writing.plot_images", lambda _: {"plots/kept.png": b"1", "plots/change.png": b"1"}
+    )
+    write_documents(result, read_report(result))
+    (result / "plots" / "healing.png").write_text("mine")
+    (result / "plots" / "change.png").write_text("mine now")
+    monkeypatch.setattr("llm_snp.documents.writing.plot_images", lambda _: {})
+    write_documents(result, read_report(result))
+    assert sorted(path.name for path in (result / "plots").iterdir()) == ["change.png", "healing.png"]
+    assert strays(result) == ["plots/change.png", "plots/healing.png"]
+    monkeypatch.setattr("llm_snp.documents.writing.plot_images", lambda _: {"plots/change.png": b"2"})
+    before = contents(result)
+    with pytest.raises(OutputError, match=r"change\.png is none that a run of llm_snp wrote"):
+        write_documents(result, read_report(result))
+    assert contents(result) == before
 
 
 def test_what_comes_while_a_result_is_replaced_is_kept(result: Path) -> None:
