@@ -354,3 +354,35 @@ def test_a_page_is_written_over_nothing_else(shell: Shell, result: Path, name: s
     assert (code, out) == (2, "")
     assert f"--output {name} {sentence}" in err
     assert contents(shell.directory) == before
+
+
+@pytest.mark.parametrize("link", ["lock", "owner", "training", "training/checkpoint-7", "curves-0.json"])
+def test_a_journal_with_a_link_is_nobody_s(tmp_path: Path, link: str) -> None:
+    """An unfinished run of a stranger: what it holds is written to, and removed."""
+    (tmp_path / "mine" / "checkpoint-7").mkdir(parents=True)
+    journal = tmp_path / "out.partial" / ".llm_snp"
+    (journal / link).parent.mkdir(parents=True)
+    (journal / "owner").touch()
+    (journal / link).unlink(missing_ok=True)
+    (journal / link).symlink_to(tmp_path / "mine")
+    for resume in (False, True):
+        with pytest.raises(OutputError, match=r"out\.partial is in the way and not from llm_snp"):
+            Workspace(tmp_path / "out", overwrite=True, resume=resume)
+    assert (tmp_path / "mine" / "checkpoint-7").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("record", "what"),
+    [("curves-0001", "what was measured"), ("dense-0f", "what was measured"), ("teacher-0f", "what was measured"),
+     ("state-00000004", "the state"), ("block-0001", "1 finished blocks"), ("settings", None), ("models", None)],
+)  # fmt: skip
+def test_nothing_that_cost_time_is_thrown_away(tmp_path: Path, record: str, what: str | None) -> None:
+    Workspace(tmp_path / "out", overwrite=False, resume=False).keep()
+    path = tmp_path / "out.partial" / ".llm_snp" / f"{record}.json"
+    path.write_text("{}")
+    if what:
+        with pytest.raises(OutputError, match=f"holds {what} of an interrupted run; add --resume"):
+            Workspace(tmp_path / "out", overwrite=False, resume=False)
+        assert path.exists()
+    Workspace(tmp_path / "out", overwrite=bool(what), resume=False).keep()
+    assert not path.exists()
