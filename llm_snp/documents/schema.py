@@ -16,6 +16,7 @@ Some = Annotated[int, Field(ge=1, le=LARGEST)]
 Number = Annotated[float, Field(ge=-1e30, le=1e30)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, le=1e30)]
+Length = Annotated[int, Field(ge=2, le=LARGEST)]  # tokens of a window, of which all but the first are predicted
 NotNegative = Annotated[float, Field(ge=0, le=1e30)]
 Name = Annotated[str, Field(min_length=1)]
 Range = Annotated[list[NotNegative], Field(min_length=2, max_length=2)]
@@ -84,7 +85,7 @@ class Text(_Part):
 class Calibration(Text):
     sha256: str
     windows_available: Count
-    sequence_length: Count
+    sequence_length: Length
     texts: list[Text] = []  # of which each has its share
 
 
@@ -145,7 +146,7 @@ class Perplexity(_Part):
     perplexity: Positive
     tokens: Count
     windows: Count
-    sequence_length: Count
+    sequence_length: Length
 
 
 class Perplexities(_Part):
@@ -217,7 +218,7 @@ class HealingText(_Part):
     source: Name
     windows: Some
     held_out: Some
-    sequence_length: Some
+    sequence_length: Length
     passes: Positive
 
 
@@ -277,7 +278,9 @@ class Document(_Part):
 
     @model_validator(mode="after")
     def fits(self) -> Document:
-        """There is a plan for every block, and no file is listed that lies elsewhere."""
+        """There is a plan for every block, parents are of what was pruned before, and no file lies elsewhere."""
+        if (self.parents is MISSING) != (self.sparsity.of_dense is MISSING):
+            raise ValueError("parents and sparsity.of_dense are there together or not at all")
         if len(self.blocks) != len(self.plan.kept):
             raise ValueError(f"it has {len(self.blocks)} blocks and a plan for {len(self.plan.kept)}")
         if outside := [name for name in self.files if not is_inside(name)]:

@@ -77,11 +77,14 @@ def _with_hashes(directory: Path, files: Mapping[str, str | None]) -> dict[str, 
 
 
 def _remember_earlier(directory: Path) -> None:
-    """What earlier versions kept in the report itself: the places of the model and of texts on this machine."""
+    """What earlier versions kept in the report itself: where the model is on this machine.
+
+    Not the texts that it was measured on: `heal` reads those unasked, and a report may be a stranger's.
+    """
     earlier = json.loads((directory / REPORT).read_bytes())
     options = earlier.get("options")
     if FILES not in earlier and isinstance(options, dict) and not recall(directory):
-        remember(directory, {"options": options, "model": options.get("model")})
+        remember(directory, {"model": options.get("model")})
 
 
 def _edited(card: Path, report: dict[str, Any]) -> bool:
@@ -101,7 +104,7 @@ def write_page(path: Path, report: dict[str, Any]) -> None:
         ours = path.is_file() and any(mark in path.read_bytes() for mark in PAGE_MARKS)
         if os.path.lexists(path) and not ours:
             raise OptionError(f"--output {path} is there, and no page of llm_snp; give another name, or move it")
-    write_bytes(path, html_page(report).encode())
+    write_bytes(path, html_page(report).encode(), replace=ours)
 
 
 def _finite(text: str) -> float:
