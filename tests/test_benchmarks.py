@@ -219,6 +219,22 @@ def test_the_yardstick_in_nats_over_dense(place: Path, tmp_path: Path, capsys: p
     assert page.read_text().startswith("# Quality on model\n\nLoss over dense, nats per token, on calibration windows")
 
 
+def test_quality_with_the_speed_of_each_result(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By `bench`: decoding in each cell, the prefill in the last column; with the steps of a result that has some."""
+    file = tmp_path / "quality.json"
+    rows = ["--rows", "^(whole blocks|everything)$", "--sparsity", "0.4", "--json", str(file)]
+    assert quality.main(quality_arguments(place, *rows, "--over-dense", "--speed")) == 0
+    data, out = read(file), capsys.readouterr().out
+    assert "×: of decoding, at each budget" in out
+    for name, choices in (("whole blocks", {"structures": "layers"}), ("everything", {"method": "everything"})):
+        (found,) = [result for result in data["results"] if choices.items() <= result["choices"].items()]
+        assert min(found["speed"].values()) > 0
+        [line] = [line for line in out.splitlines() if line.strip().startswith(name)]
+        assert f"×{found['speed']['decode']:.2f} " in line
+        assert line.split()[-1] == f"{found['speed']['prefill']:.2f}"
+        assert ("steps" in found) is (name == "everything")
+
+
 def test_the_yardstick_says_when_its_model_cannot_be_had(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def fails(command: list[str], check: bool) -> None:
         raise real.subprocess.CalledProcessError(1, command)
