@@ -119,15 +119,14 @@ class Bench:
         options = dataclasses.replace(options, samples=windows)  # of which some may be held out
         with TemporaryDirectory(prefix="llm-snp-quality-") as temporary:
             processes = Processes()
-            left: list[int] = []
             journal = Journal(Path(temporary), processes)
 
             def save(index: int, state: dict[str, torch.Tensor] | None, _: object) -> None:
                 if state is None:
                     return
-                path = f"{blocks}.{len(left)}"
-                left.append(index)
-                writer.shard(index, {f"{path}.{name}": tensor for name, tensor in self.skeleton.turn(state).items()})
+                place = plan.left.index(index)
+                stored = self.skeleton.turn(state)
+                writer.shard(place, {f"{blocks}.{place}.{name}": tensor for name, tensor in stored.items()})
 
             session = Session(
                 self.skeleton, self.family, self.config, options, tokens, processes, Storage(), journal, timer

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny_models import tiny_config
@@ -11,6 +13,7 @@ from llm_snp.core.allocation import SiteCurve, allocate
 from llm_snp.dense.skeleton import empty_model, linear_blocks
 from llm_snp.errors import OptionError
 from llm_snp.families import first_attentions
+from llm_snp.pruning.job import check_structures
 from llm_snp.pruning.layers import allocate_both, allocate_layers, layer_curves, removable
 
 
@@ -77,3 +80,14 @@ def test_the_layers_of_a_model(name: str) -> None:
     ]
     biases = sum(p.numel() for n, p in blocks[0].named_parameters() if n.endswith(("out_proj.bias", "fc2.bias")))
     assert layers[0].gone(0) + layers[1].gone(0) == family.linear_parameters(blocks[0], config) - biases
+
+
+def test_windows_that_go_by_the_number_of_a_block() -> None:
+    """As transformers had it before `layer_types`: a block with another number would get, or lose, its window."""
+    options = PruneConfig(structures="layers").resolved()
+    check_structures(options, SimpleNamespace(use_sliding_window=True, layer_types=["full_attention"]))
+    check_structures(options, SimpleNamespace(use_sliding_window=False))
+    for method in ("best", "everything"):
+        options = PruneConfig(method=method, structures="both").resolved()
+        with pytest.raises(OptionError, match="tells from a block's number whether it has a window"):
+            check_structures(options, SimpleNamespace(use_sliding_window=True))
