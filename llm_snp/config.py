@@ -34,7 +34,8 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 # What is timed unless it is asked for otherwise: tokens of the prefill, tokens to decode, measurements of each.
 PROMPT, NEW, RUNS = 512, 64, 5
 
-# Of so many calibration windows one is held out where candidates are compared (--method everything), at least one.
+# Of so many calibration windows one is held out, and at least one: to choose a ridge (--damping auto), to compare
+# candidates (--method everything).
 HELD_OUT = 8
 
 # Each kind of text serves its own kind best; a mix of two, most others.
