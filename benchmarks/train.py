@@ -27,7 +27,7 @@ from llm_snp.dense.hub import EMBEDDED
 from llm_snp.errors import CorpusError, SnpError
 
 LENGTH = 256
-# About a million parameters each.
+# About a million parameters each; of the mixture's two, a token uses one.
 SHAPES: dict[str, dict[str, Any]] = {
     "llama": {
         "hidden_size": 128,
@@ -37,6 +37,18 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 4,
         "max_position_embeddings": 512,
         "tie_word_embeddings": True,
+    },
+    "mixtral": {
+        "hidden_size": 128,
+        "intermediate_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": True,
+        "router_aux_loss_coef": 0.02,
     },
     "gpt2": {"n_embd": 128, "n_inner": 512, "n_layer": 4, "n_head": 4, "n_positions": 512},
 }
@@ -65,6 +77,8 @@ def train(args: argparse.Namespace) -> None:
     config = AutoConfig.for_model(args.family, vocab_size=len(tokenizer), **SHAPES[args.family], **ids)
     model = AutoModelForCausalLM.from_config(config).train()
     print(f"{args.family}: {model.num_parameters():,} parameters", file=sys.stderr)
+    # Or a mixture would send all tokens to a few of its experts.
+    balanced = {"output_router_logits": True} if hasattr(config, "num_experts_per_tok") else {}
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.rate, betas=(0.9, 0.95), weight_decay=0.1)
     start, mean, step = time.perf_counter(), 0.0, 0
     for tokens in batches(args.text, tokenizer, args.batch, args.seed):
@@ -74,7 +88,7 @@ def train(args: argparse.Namespace) -> None:
             break
         for group in optimizer.param_groups:
             group["lr"] = args.rate * min(1.0, (step + 1) / 100) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * share)))
-        loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+        loss = model(input_ids=tokens, labels=tokens, use_cache=False, **balanced).loss
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -63,6 +63,18 @@ def source(row: LlamaLike) -> str:
     if row.normed == "all heads":
         found = _replaced(found, EAGER, EAGER + PROJECT)
         found = _replaced(found, "from transformers import", "from torch import Tensor\nfrom transformers import")
+    if row.mixture:
+        found = _replaced(
+            found, "from .narrowing", "from .mixture import as_in_files, narrow_mixture_block\nfrom .narrowing"
+        )
+        found = _replaced(found, "NarrowHeads, narrow_llama_block", "NarrowHeads").replace(
+            "narrow_llama", "narrow_mixture"
+        )
+        found = _replaced(
+            found, "block_widths = None\n", f"block_widths = None\n\n\nas_in_files(Snp{row.classes}Config)\n"
+        )
+        beside = ", `shared` ones" if row.mixture.shared else ""
+        found = _replaced(found, "`neurons`", f"`neurons` of each\n    expert{beside}")
     if row.hands_on:
         options = OPTIONS.format(hands_on=row.hands_on)
         found = _replaced(found, "\n\n\n_narrow =", f"\n{options}\n\n_narrow =")

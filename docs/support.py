@@ -6,7 +6,7 @@ import importlib
 
 from transformers import AutoConfig
 
-from llm_snp.families import FAMILIES, REASONS
+from llm_snp.families import FAMILIES, REASONS, SHARED
 from llm_snp.families.llama_like import LLAMA_LIKE
 
 # What is said of the units inside a head.
@@ -30,7 +30,7 @@ def table() -> str:
         if hasattr(config, "num_key_value_heads") and family.queries(AutoConfig.for_model(model_type, **GROUPED)):
             parts.append("query heads")
         attention = ", ".join([*parts, *["heads"] * family.whole_heads])
-        repair = "residual" if all(site.stream for site in family.sites(config)) else "dense"
+        repair = "residual" if all(site.stream for site in family.sites(config) if site.name != SHARED) else "dense"
         lines.append(f"| `{model_type}` | {what} | {attention} | {repair} | {', '.join(sorted(family.stock))} |")
     lines += [f"| `{model_type}` | refused: {reason} | | | |" for model_type, reason in REASONS.items()]
     return "\n".join(lines)

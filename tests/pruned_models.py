@@ -18,7 +18,7 @@ def save_pruned(name: str, kept: Sequence[dict[str, int]], directory: Path, **fi
     dense = tiny_config(name)
     dense = type(dense)(**(dense.to_dict() | fields))
     family = FAMILIES[dense.model_type]
-    widths = [family.widths(dense, block) for block in kept]
+    widths = [family.widths(dense, block, index) for index, block in enumerate(kept)]
     own = {key: value for key, value in dense.to_dict().items() if key not in ("model_type", "architectures")}
     torch.manual_seed(0)
     model = family.pruned_class(family.pruned_class.config_class(**own, block_widths=widths)).float().eval()

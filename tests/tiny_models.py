@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from conftest import POSITIONS, VOCABULARY, copy_tokenizer
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from llm_snp.dense.experts import one_by_one
 from llm_snp.families import FAMILIES
 
 BLOCKS, HIDDEN, NEURONS = 3, 32, 48
@@ -104,6 +109,20 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo3": ("olmo3", GROUPED | {"sliding_window": 16}),
     "olmo-clipped": ("olmo", GROUPED | {"clip_qkv": 4.0}),
 }
+# Many neurons, because experts keep multiples of 8.
+MIXED = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 2 * NEURONS, "norm_topk_prob": True}
+MODELS |= {
+    "mixtral": (
+        "mixtral",
+        GROUPED | {"intermediate_size": 2 * NEURONS, "num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
+    "qwen2_moe": (
+        "qwen2_moe",
+        GROUPED | MIXED | {"shared_expert_intermediate_size": 40, "mlp_only_layers": [1], "intermediate_size": 72},
+    ),
+    "qwen3_moe": ("qwen3_moe", WIDE | MIXED | {"norm_topk_prob": False}),
+    "olmoe": ("olmoe", GROUPED | {"intermediate_size": 2 * NEURONS, "num_experts": 4, "num_experts_per_tok": 2}),
+}
 # Families that the installed transformers does not have are left out.
 KNOWN = [name for name, (model_type, _) in MODELS.items() if model_type in FAMILIES]
 
@@ -131,3 +150,53 @@ def save_tiny(name: str, directory: Path, seed: int = 0) -> Path:
     tiny_model(name, seed).save_pretrained(directory)
     copy_tokenizer(directory)
     return directory
+
+
+def in_float64(name: str) -> Any:
+    """The same; the kernels of torch do not take experts in it."""
+    model = tiny_model(name).double()
+    if FAMILIES[model.config.model_type].mixture is not None:
+        model.set_experts_implementation("eager")
+    return model
+
+
+def by_expert(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a model of transformers with a tensor for each layer of each expert, as they lie in files."""
+    found = {}
+    for name, tensor in state.items():
+        if name.endswith(".experts.gate_up_proj"):
+            for i, (gate, up) in enumerate(part.chunk(2) for part in tensor):
+                found[name.replace("gate_up_proj", f"{i}.gate_proj.weight")] = gate.clone()
+                found[name.replace("gate_up_proj", f"{i}.up_proj.weight")] = up.clone()
+        elif name.endswith(".experts.down_proj"):
+            found |= {name.replace("down_proj", f"{i}.down_proj.weight"): part.clone() for i, part in enumerate(tensor)}
+        else:
+            found[name] = tensor
+    return found
+
+
+def fused(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The other way round."""
+    found, of_experts = {}, {}
+    for name, tensor in state.items():
+        part = re.fullmatch(r"(.*\.experts\.)(\d+)\.(\w+)\.weight", name)
+        if part is None:
+            found[name] = tensor
+        else:
+            of_experts.setdefault(part[1], {}).setdefault(part[3], {})[int(part[2])] = tensor
+    for prefix, layers in of_experts.items():
+        gate, up, down = (
+            torch.stack([layers[layer][i] for i in range(len(layers[layer]))])
+            for layer in ("gate_proj", "up_proj", "down_proj")
+        )
+        found |= {f"{prefix}gate_up_proj": torch.cat([gate, up], 1), f"{prefix}down_proj": down}
+    return found
+
+
+def unfused(model: Any) -> Any:
+    """A copy whose experts have layers of their own, as a model has while it is pruned."""
+    state, model = by_expert(model.state_dict()), copy.deepcopy(model)
+    one_by_one(model)
+    model.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
+    model.tie_weights()
+    return model

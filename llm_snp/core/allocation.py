@@ -7,6 +7,7 @@ cut-off τ, bisected to the budget, without the bisection.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise, product
@@ -162,19 +163,23 @@ def allocate(name: str, curves: Sequence[SiteCurve], budget: float) -> list[int]
 
 
 def alike(curves: Sequence[SiteCurve]) -> list[SiteCurve]:
-    """The sites of the first block, each for those of all blocks: all are to keep the same count.
+    """The first site of each kind, each for those of all blocks: all are to keep the same count.
 
-    A merged curve has the cost and the loss of all blocks together, and the mean of their variance.
+    Those of one name that have other numbers of units are of another kind: MLPs, and experts in their place. A merged
+    curve has the cost and the loss of all blocks together, and the mean of their variance.
     """
     merged = []
-    for first in (curve for curve in curves if curve.block == 0):
-        same = [curve for curve in curves if curve.site == first.site]
+    kinds: dict[tuple[str, int], list[SiteCurve]] = {}
+    for curve in curves:
+        kinds.setdefault((curve.site, curve.units), []).append(curve)
+    for same in kinds.values():
+        first = same[0]
         losses = [curve.loss for curve in same if curve.loss is not None]
         variances = [curve.variance for curve in same if curve.variance is not None]
         merged.append(
             replace(
                 first,
-                cost=first.cost * len(same),
+                cost=sum(curve.cost for curve in same),
                 loss=torch.stack(losses).sum(0) if losses else None,
                 variance=torch.stack(variances).mean(0) if variances else None,
             )
@@ -183,23 +188,31 @@ def alike(curves: Sequence[SiteCurve]) -> list[SiteCurve]:
 
 
 def allocate_alike(name: str, curves: Sequence[SiteCurve], budget: float) -> list[int]:
-    """As `allocate`, with the same counts in every block: those of the first block's sites are returned.
+    """As `allocate`, with the same counts in every block.
 
     There are few such plans: for `loss` each is looked at, with the last site giving what the others leave, to half a
     step of it, and the least loss is taken (see `MARGIN`). Where no plan comes as near, and for other allocations,
     `allocate` decides.
     """
-    *others, last = merged = alike(curves)
+    merged = alike(curves)
+    counts = dict(zip(((one.site, one.units) for one in merged), _alike_counts(name, merged, budget), strict=True))
+    return [counts[curve.site, curve.units] for curve in curves]
+
+
+def _alike_counts(name: str, merged: Sequence[SiteCurve], budget: float) -> list[int]:
+    """What each of `merged` keeps."""
+    *others, last = merged
     if name != "loss":
         return allocate(name, merged, budget)
-    plans = []
+    plans, possible = [], sorted(last.kept_counts)
     for kept in product(*(curve.kept_counts for curve in others)):
         gone = sum((curve.units - count) * curve.cost for curve, count in zip(others, kept, strict=True))
         wanted = last.units - (budget - gone) / last.cost
-        count = min(last.kept_counts, key=lambda k: abs(k - wanted))
+        at = bisect_left(possible, wanted)
+        count = min(reversed(possible[max(0, at - 1) : at + 1]), key=lambda k: abs(k - wanted))
         if abs(count - wanted) <= last.multiple / 2:
             counts = [*kept, count]
             losses = (curve.loss[k].item() for curve, k in zip(merged, counts, strict=True) if curve.loss is not None)
-            whole = all(k == curve.units for curve, k in zip(others, kept, strict=True))
+            whole = all(k == curve.units for curve, k in zip(others, kept, strict=True) if curve.unit == "heads")
             plans.append((sum(losses) * (1 - MARGIN if whole else 1), counts))
     return min(plans)[1] if plans else allocate(name, merged, budget)

@@ -46,6 +46,8 @@ class Moments:
     residual  (d,) or None    sum of r, the target of the repair minus the layer's present output
     cross     (d, m) or None  sum of r (x - shift)ᵀ
     power     () or None      sum of |r|²
+    tokens    n
+    rows      of how many of these x was given: the others, which are routed past a layer, count as zeros
     centred   False for a consumer without a bias: it cannot absorb a mean, so every moment below is about zero
     """
 
@@ -57,13 +59,22 @@ class Moments:
     power: Tensor | None = None
     tokens: int = 0
     centred: bool = True
+    rows: int = 0
     _is_covariance: bool = field(default=False, init=False, repr=False, compare=False)
 
     @classmethod
-    def like(cls, x: Tensor, residual: Tensor | None = None, groups: int = 1, centred: bool = True) -> Moments:
+    def like(
+        cls,
+        x: Tensor,
+        residual: Tensor | None = None,
+        groups: int = 1,
+        centred: bool = True,
+        routed: bool = False,
+    ) -> Moments:
         """Empty sums for batches shaped like x (n, m) and residual (n, d); the shift is the mean of x.
 
-        For matrix units that is rounded to the type of x, and to a part of the spread (`SHIFT_GRID`).
+        For matrix units that is rounded to the type of x, and to a part of the spread (`SHIFT_GRID`). `routed`: where
+        only some tokens are given and the others are zeros, it is zero.
         """
         m = x.shape[-1]
         w = m // groups
@@ -72,8 +83,12 @@ class Moments:
         def zeros(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=x.device)
 
+        if routed:
+            shift = x.new_zeros(m, dtype=torch.float32)
+        else:
+            shift = _short_mean(x) if groups == 1 and _by_matrix_units(x) else x.float().mean(0)
         return cls(
-            shift=_short_mean(x) if groups == 1 and _by_matrix_units(x) else x.float().mean(0),
+            shift=shift,
             first=zeros(m),
             second=zeros(groups, w, w, dtype=wide),
             residual=None if residual is None else zeros(residual.shape[-1]),
@@ -95,9 +110,16 @@ class Moments:
         )
 
     @timed("moments")
-    def add(self, x: Tensor, residual: Tensor | None = None) -> None:
-        """Add a batch: x (n, m) and, if these moments hold a cross moment, residual (n, d)."""
+    def add(self, x: Tensor, residual: Tensor | None = None, tokens: int | None = None) -> None:
+        """Add a batch: x (n, m) and, if these moments hold a cross moment, residual (n, d).
+
+        tokens: of the batch; None: n. Those of which nothing is given count as zeros, which needs a shift of zero.
+        """
         self._as_sums()
+        self.tokens += x.shape[0] if tokens is None else tokens
+        self.rows += x.shape[0]
+        if not x.shape[0]:
+            return
         groups, w, _ = self.second.shape
         short = groups == 1 and _by_matrix_units(x)
         scale = HALF[x.dtype] if short else 1.0
@@ -113,7 +135,6 @@ class Moments:
             by_group = shifted.view(-1, groups, w).transpose(0, 1)
             self.second += by_group.mT @ by_group
         self.first += first
-        self.tokens += x.shape[0]
         if residual is None:
             return
         assert self.cross is not None
@@ -147,11 +168,11 @@ class Moments:
     def reduce(self, total: Callable[[Tensor], None]) -> None:
         """Sum with the moments of other processes, which must have the same shift; `total` sums a tensor in place."""
         self._as_sums()
-        tokens = torch.tensor(self.tokens, dtype=torch.float64, device=self.first.device)
-        for sums in (self.first, self.second, self.residual, self.cross, self.power, tokens):
+        counts = torch.tensor([self.tokens, self.rows], dtype=torch.float64, device=self.first.device)
+        for sums in (self.first, self.second, self.residual, self.cross, self.power, counts):
             if sums is not None:
                 total(sums)
-        self.tokens = int(tokens.item())
+        self.tokens, self.rows = (int(count) for count in counts.tolist())
 
     def merge(self, other: Moments) -> Moments:
         """The moments of both token sets together. Both must have the same shift (ValueError otherwise)."""
@@ -169,6 +190,7 @@ class Moments:
             power=self.power + other.power if both else None,  # type: ignore[operator]
             tokens=self.tokens + other.tokens,
             centred=self.centred,
+            rows=self.rows + other.rows,
         )
 
     @property

@@ -55,9 +55,7 @@ class Checkpoint:
             for key in present if keys is None else keys:
                 if key not in present:
                     raise CheckpointError(f"{self.directory / file} has no tensor {key!r}, which the index expects")
-                name = key
-                for pattern, replacement in renames:
-                    name = re.sub(pattern, replacement, name)
+                name = respelled(key, renames)
                 if name in self._where:
                     raise CheckpointError(f"{self.directory} has {name} twice, as {self._where[name][1]} and as {key}")
                 self._where[name] = (file, key)
@@ -198,6 +196,13 @@ class Checkpoint:
                 raise CheckpointError(
                     f"{name} in {self.directory} has shape {self.shape(name)}, but config.json implies {tuple(shape)}"
                 )
+
+
+def respelled(name: str, pairs: Iterable[tuple[str, str]]) -> str:
+    """A tensor's name with every (regular expression, replacement) applied, one after the other."""
+    for pattern, replacement in pairs:
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 def weight_files(directory: Path) -> dict[str, list[str] | None]:

@@ -25,6 +25,8 @@ SIZES = (
     *BLOCKS,
     *("hidden_size", "n_embd", "word_embed_proj_dim"),
     *("ffn_dim", "ffn_hidden_size", "intermediate_size", "n_inner"),
+    *("moe_intermediate_size", "shared_expert_intermediate_size"),
+    *("num_experts", "num_local_experts", "num_experts_per_tok"),
     *("num_attention_heads", "n_head", "num_key_value_heads", "num_kv_heads", "head_dim"),
     *("vocab_size", "max_position_embeddings", "n_positions"),
 )

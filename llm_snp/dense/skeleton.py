@@ -18,7 +18,7 @@ import torch
 from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from ..core.stopwatch import timed
@@ -26,6 +26,7 @@ from ..errors import CheckpointError, UnsupportedModelError
 from ..system.libraries import ONE_AT_A_TIME, explained
 from .checkpoint import Checkpoint
 from .claims import check_blocks, check_buffers, expected_tensors
+from .experts import one_by_one
 
 # Logits of so many positions at once: with a vocabulary of 50,000 a whole window of them is larger than a block.
 HEAD_TOKENS = 512
@@ -128,6 +129,7 @@ class Skeleton:
         check_blocks(config, checkpoint.names(), checkpoint.directory)
         claimed = empty_model(config)
         shapes, self.tied, harmless = expected_tensors(claimed)
+        self.parameters = sum(parameter.numel() for parameter in claimed.parameters())
         tables = [name for name, buffer in claimed.named_buffers() if not buffer.is_floating_point()]
         checkpoint.audit(shapes, self.tied, harmless, tables)
         check_buffers(claimed, checkpoint.files)
@@ -216,7 +218,7 @@ class Skeleton:
         self, index: int, state: Mapping[str, Tensor], narrow: Callable[[nn.Module], None] | None = None
     ) -> nn.Module:
         """A live block on the device with the given weights; `narrow` changes the shapes of the whole block first."""
-        block = copy.deepcopy((self.blocks if narrow is None else self._whole)[index])
+        block = _copied((self.blocks if narrow is None else self._whole)[index])
         if narrow is not None:
             narrow(block)
         on_device = {
@@ -227,14 +229,22 @@ class Skeleton:
         return block.to(self.device).eval().requires_grad_(False)
 
 
+def _copied(block: nn.Module) -> nn.Module:
+    """A block of its own, but for the config, which its modules only read and which takes longest to copy."""
+    configs = [c for module in block.modules() if isinstance(c := getattr(module, "config", None), PretrainedConfig)]
+    return copy.deepcopy(block, {id(config): config for config in configs})
+
+
 def empty_model(config: Any, buffers: bool = False) -> Any:
     """The causal-LM model of a config on meta, with its weights tied; with `buffers` these have memory and values.
 
-    Without, nothing is allocated, whatever the config says. Raises `CheckpointError` if there is no such model.
+    Without, nothing is allocated, whatever the config says. Experts have layers of their own (`experts.Experts`).
+    Raises `CheckpointError` if there is no such model.
     """
     with explained(_cannot_build), ONE_AT_A_TIME, _parameters_on_meta() if buffers else torch.device("meta"):
         model = AutoModelForCausalLM.from_config(computing(config))
         model.tie_weights()
+    one_by_one(model)
     return model
 
 

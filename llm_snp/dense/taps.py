@@ -17,7 +17,8 @@ class Taps:
     """Inputs and outputs of named submodules while a block runs.
 
     with Taps(block, inputs=["fc2"]) as taps: run the block, then read taps.input("fc2"), (tokens, width).
-    `inputs` and `outputs` hold the tensors themselves, which are part of the autograd graph.
+    `inputs` and `outputs` hold the tensors themselves, which are part of the autograd graph; `arguments` all that was
+    given by position.
 
     With `stop` the block ends as soon as all of them are known, and so does the body of the `with`: what comes after
     the attention's consumer, two thirds of a block, is not computed for the attention's moments.
@@ -26,6 +27,7 @@ class Taps:
     def __init__(self, block: nn.Module, inputs: Iterable[str] = (), outputs: Iterable[str] = (), stop: bool = False):
         self.inputs: dict[str, Tensor] = {}
         self.outputs: dict[str, Tensor] = {}
+        self.arguments: dict[str, tuple[Tensor, ...]] = {}
         self._block, self._in, self._out, self._stop = block, tuple(inputs), tuple(outputs), stop
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
@@ -45,7 +47,7 @@ class Taps:
         for name in self._in:
 
             def before(module: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
-                self.inputs[name] = args[0]
+                self.inputs[name], self.arguments[name] = args[0], args
                 self._seen()
 
             self._hooks.append(self._block.get_submodule(name).register_forward_pre_hook(before))

@@ -18,7 +18,8 @@ CARRIED = ("license", "license_name", "license_link", "language")  # from the de
 TASK = "text-generation"
 # Model types whose attention vLLM cannot run where blocks have widths of their own; those of which llama.cpp takes
 # other heads and neurons in every block; and those of which vLLM's own class reads no width of a head.
-NOT_IN_VLLM, BLOCKWISE_IN_GGUF, NO_HEAD_WIDTH = ("falcon", "gpt2"), ("llama", "mistral", "qwen2"), ("qwen2",)
+NOT_IN_VLLM = ("falcon", "gpt2", "mixtral", "qwen2_moe", "qwen3_moe", "olmoe")
+BLOCKWISE_IN_GGUF, NO_HEAD_WIDTH = ("llama", "mistral", "qwen2"), ("qwen2",)
 PLOT = re.compile(r"^!\[(.*)\]\((plots/[^)]+)\)$", re.MULTILINE)
 
 

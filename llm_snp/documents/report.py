@@ -8,6 +8,7 @@ import platform
 import re
 import resource
 import sys
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,10 @@ from ..dense.hub import card_metadata
 from ..evaluation.harness import harness_rows
 from ..evaluation.perplexity import Perplexity
 from ..evaluation.speed_table import speed_table
-from ..families import SCORES, dropped
+from ..families import SCORES, SHARED, dropped
 from ..pruning.executor import BlockLoss
 from ..pruning.job import Job
+from ..pruning.order import TOKENS_PER_NEURON
 from ..pruning.plan import Plan
 from ..system.device import device_facts, dtype_name
 from ..system.private import public_name
@@ -39,6 +41,8 @@ LIBRARIES = ("torch", "transformers", "accelerate", "safetensors", "huggingface_
 
 # Columns that a quantised tensor of llama.cpp has in a group, at least; k-quants have 256.
 PACKED = 32
+# Experts at most that a note names.
+SHOWN = 8
 
 
 class Report:
@@ -93,7 +97,7 @@ class Report:
                 f"{calibration.tokens.numel()} calibration tokens for layers of up to {widest} inputs: the repair "
                 "rests on the damping; give more --samples"
             )
-        if options.target == "residual" and any(site.stream is None for site in sites):
+        if options.target == "residual" and any(site.stream is None and site.name != SHARED for site in sites):
             self.note(
                 "a norm lies between the pruned layers and the residual stream: they were refitted to their own output "
                 "in the dense model"
@@ -157,8 +161,11 @@ class Report:
                 "total": result.total if result else None,
                 "damping": result.damping if result else None,
             }
+            if result and result.scarce:
+                self.note(_scarce(index, result.scarce))
             asked = self.options.damping
-            if result and not isinstance(asked, str) and result.damping > asked:
+            raised = result and result.damping not in result.scarce.values()
+            if result and raised and not isinstance(asked, str) and result.damping > asked:
                 self.note(
                     f"block {index} {site}: moments were singular, damping raised from {asked:g} to {result.damping:g}"
                 )
@@ -232,6 +239,18 @@ def _curve(curve: SiteCurve) -> dict[str, Any]:
             entry["at_kept"] = at
             entry[name] = [values[k].item() for k in at]
     return entry
+
+
+def _scarce(index: int, dampings: Mapping[str, float]) -> str:
+    """Which experts of a block saw too few tokens, those that saw least first."""
+    experts = sorted(dampings, key=lambda expert: -dampings[expert])
+    shown = ", ".join(f"{expert} ({dampings[expert]:.2g})" for expert in experts[:SHOWN])
+    more = f" and {len(experts) - SHOWN} more" if len(experts) > SHOWN else ""
+    few = "1 expert" if len(experts) == 1 else f"{len(experts)} experts"
+    return (
+        f"block {index} mlp: {few} saw fewer than {TOKENS_PER_NEURON} tokens per neuron, for which the damping was "
+        f"raised: {shown}{more}; give more --samples"
+    )
 
 
 def relative_error(site: dict[str, Any]) -> float | None:

@@ -58,9 +58,9 @@ class Gain:
 
 
 def mlp_of(model: Any) -> Mlp | None:
-    """The MLP widths of a loaded model of a supported family, pruned or not; None for other families."""
+    """The MLP widths of a loaded model of a supported family, pruned or not; None for other families and mixtures."""
     family = _family(model)
-    if family is None:
+    if family is None or family.mixture is not None:
         return None
     site = next(site for site in family.sites(model.config) if site.unit == "neurons")
     consumers = [block.get_submodule(site.consumer) for block in model.get_submodule(family.blocks)]

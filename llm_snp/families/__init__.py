@@ -19,7 +19,7 @@ from .base import OF_PRUNED, Family
 from .gguf import GGUF, Gguf, Positions, positions_of
 from .left import check_widths, dropped, fewer_blocks, first_attentions
 from .llama_like import LLAMA_LIKE
-from .sites import MLP, Rows, Site, linear
+from .sites import MLP, SHARED, Rows, Site, linear
 
 __all__ = [
     "ATTENTION",
@@ -30,6 +30,7 @@ __all__ = [
     "OF_PRUNED",
     "PAIRS",
     "SCORES",
+    "SHARED",
     "WHOLE",
     "Attention",
     "Family",
@@ -51,14 +52,13 @@ __all__ = [
 # Those that are not built like Llama: model type, and the file of this folder that describes it.
 OWN = ("opt", "phi", "phi3", "gpt2", "gpt_neox", "falcon")
 MODEL_TYPES = (*LLAMA_LIKE, *OWN)
-EXPERTS = "each expert reads other tokens, and would need moments, a repair and a width of its own"
+LATENT = "its attention keeps queries, keys and values in a common latent space, which no description here covers"
 # What is asked for and cannot be had, with the reason.
 REASONS = {
-    "mixtral": EXPERTS,
-    "qwen2_moe": EXPERTS,
-    "qwen3_moe": EXPERTS,
-    "olmoe": EXPERTS,
-    "phimoe": EXPERTS,
+    "gpt_oss": "its experts have biases, are stored transposed with gate and up in turn, and clip what they compute",
+    "deepseek_v2": LATENT,
+    "deepseek_v3": LATENT,
+    "phimoe": "its router draws one expert after the other (sparsemixer), which no description here covers",
     "gemma3": "it is the model for images and text; save its language model by itself, as gemma3_text",
 }
 

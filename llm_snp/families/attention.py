@@ -49,8 +49,10 @@ class Shape:
 
     keys     key/value heads; queries: query heads that read each of them
     scores   width of query and key in each head; values: that of the value
-    neurons  of the MLP
+    neurons  of the MLP, or of each expert
     alone    query heads in all, where some of them went alone; None where as many read each key/value head
+    experts  of a block with several MLPs, of which a router picks some for each token; 0 where there is one
+    shared   neurons of the MLP that all tokens go through beside the experts; 0 where there is none
     """
 
     keys: int
@@ -59,6 +61,8 @@ class Shape:
     values: int
     neurons: int
     alone: int | None = None
+    experts: int = 0
+    shared: int = 0
 
 
 def shape_of(config: Any) -> Shape:

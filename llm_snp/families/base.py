@@ -12,6 +12,7 @@ from transformers.activations import ACT2FN
 from ..errors import UnsupportedModelError
 from .attention import ATTENTION, KEY_HEADS, Attention, Shape, heads_of, shape_of
 from .left import dropped
+from .mixture import Mixture
 from .sites import Rows, Site, linear
 
 
@@ -80,7 +81,9 @@ class Family:
     pruned_class of `llm_snp.modeling`: its `config_class` has the widths, its `base_class` is the model without the
                  head, its `narrow` narrows a live block in place
     stock        unit -> (config, count) -> the config fields with which the stock class has as many of them, or None
+    mixture      where a config has the sizes of experts; None: the family has none
     renames      (regular expression, replacement) pairs from other key spellings to the model's own, applied in order
+    stored       such pairs from the model's spelling to that in which transformers expects a file, where it is another
     check        raises `UnsupportedModelError` for a config that would be pruned wrongly
     """
 
@@ -92,7 +95,9 @@ class Family:
     check: Callable[[Any], None]
     inside: Callable[[Any, Shape], Attention | None] = no_directions
     whole_heads: bool = True
+    mixture: Mixture | None = None
     renames: tuple[tuple[str, str], ...] = ()
+    stored: tuple[tuple[str, str], ...] = ()
 
     @property
     def pruned_model_type(self) -> str:
@@ -110,9 +115,14 @@ class Family:
         widths = getattr(config, "block_widths", None)
         return {} if index is None or widths is None else widths[index]
 
+    def dense_shape(self, config: Any, index: int | None = None) -> Shape:
+        """The sizes of a block of the dense model; None: of one with experts, where not all have some."""
+        found = shape_of(config)
+        return found if self.mixture is None else self.mixture.shape(config, found, index)
+
     def shape(self, config: Any, index: int | None = None) -> Shape:
         """The sizes of a block."""
-        dense, left = shape_of(config), self.left(config, index)
+        dense, left = self.dense_shape(config, index), self.left(config, index)
         heads = left.get("heads")
         if heads is not None:
             shared = dense.keys == 1 < self.layout(config, dense)[0].units  # the heads that went are query heads
@@ -122,6 +132,7 @@ class Family:
             scores=left.get("head_dim", 2 * left["pairs"] if "pairs" in left else dense.scores),
             values=left.get("head_dim", left.get("values", dense.values)),
             neurons=left.get("neurons", dense.neurons),
+            shared=left.get("shared", dense.shared),
             alone=left.get("queries"),
         )
 
@@ -169,7 +180,13 @@ class Family:
 
     def widths(self, config: Any, kept: Mapping[str, int], index: int | None = None) -> dict[str, int]:
         """Keyword arguments of `pruned_class.narrow`, an entry of `block_widths`: `kept`, and the rest as it was."""
-        shape = self.shape(config, index)
+        return self._widths(config, kept, self.shape(config, index))
+
+    def whole(self, config: Any, index: int | None = None) -> dict[str, int]:
+        """The same of a block of the dense model."""
+        return self._widths(config, {}, self.dense_shape(config, index))
+
+    def _widths(self, config: Any, kept: Mapping[str, int], shape: Shape) -> dict[str, int]:
         attention = self.inside(config, shape)
         whole = {site.unit: site.units for site in self.layout(config, shape)}
         directions = {} if attention is None else attention.widths(kept)
@@ -186,7 +203,7 @@ class Family:
         """
         widths, attention = self.widths(config, kept, index), self.attention(config)
         if not widths["heads"]:  # nobody reads what it has, and some divide by it
-            widths = self.widths(config, {}) | {"neurons": widths["neurons"]}
+            widths = self.whole(config, index) | {"neurons": widths["neurons"]}
         site = next(site for site in self.sites(config) if site.name == ATTENTION)
         of = heads_of(config)
         shared = of.keys == 1 < site.units  # the heads that go are query heads
@@ -195,7 +212,16 @@ class Family:
         name = next((name for name in KEY_HEADS if hasattr(config, name)), None)
         fields = {"num_attention_heads": heads} | ({} if name is None else {name: read})
         head_dim = {"head_dim": of.width if attention is None else attention.kernel_width(widths)}
-        return fields | head_dim | (self.stock["neurons"](config, widths["neurons"]) or {})
+        for unit in ("neurons", "shared"):
+            if unit in widths:
+                fields |= self.counted(config, unit, widths[unit], index) or {}
+        return fields | head_dim
+
+    def counted(self, config: Any, unit: str, count: int, index: int | None) -> dict[str, int] | None:
+        """The config fields with which the stock class has `count` of a unit in block `index`, or None: see `stock`."""
+        if self.mixture is not None and unit in ("neurons", "shared"):
+            return {self.mixture.field(config, unit, index): count}
+        return self.stock[unit](config, count)
 
     def stock_counts(self, config: Any, site: Site) -> tuple[int, ...]:
         """How many of a site's units the stock class can have, from all of them down."""
@@ -206,28 +232,35 @@ class Family:
     def stock_fields(self, config: Any, kept: Sequence[Mapping[str, int]]) -> dict[str, int] | None:
         """The config fields with which the stock class has the units that are `kept` in each block, or None.
 
-        A stock config has one number for all blocks; those of which nothing is left are not there.
+        A stock config has one number for all blocks, or for all with experts and all without; those of which nothing is
+        left are not there.
         """
-        whole = self.widths(config, {})
-        found = [self.widths(config, block, index) for index, block in enumerate(kept) if not dropped(block)]
-        changed = {name for widths in found for name in widths if widths[name] != whole.get(name)}
-        if any(widths != found[0] for widths in found) or not changed <= set(self.stock):
+        found = {index: self.widths(config, block, index) for index, block in enumerate(kept) if not dropped(block)}
+        changed: set[str] = set()
+        for index, widths in found.items():
+            whole = self.whole(config, index)
+            changed |= {unit for unit in widths if widths[unit] != whole.get(unit)}
+        if not changed <= set(self.stock):
             return None
-        if not all(found[0].values()):  # a layer that no block has any more, where the stock class has one in each
+        if not all(all(widths.values()) for widths in found.values()):  # the stock class has each layer in each block
             return None
         fields: dict[str, int] = {}
-        for unit in changed or ("neurons",):
-            counted = self.stock[unit](config, found[0][unit])
-            if counted is None:
-                return None
-            fields |= counted
+        for index, widths in found.items():
+            for unit in (changed or {"neurons"}) & widths.keys():
+                counted = self.counted(config, unit, widths[unit], index)
+                if counted is None or any(fields.get(name, value) != value for name, value in counted.items()):
+                    return None
+                fields |= counted
         return fields
 
     def linear_parameters(self, block: nn.Module, config: Any) -> int:
         """Parameters of the linear layers of one block as it is, the base of `--sparsity` (METHOD, section 6)."""
-        layers = {
-            name: block.get_submodule(name) for site in self.sites(config) for name in site.layers if _has(block, name)
-        }
+        shapes = [self.shape(config)]
+        if self.mixture is not None and self.mixture.dense is not None:  # blocks with experts, and without
+            shapes.append(replace(shapes[0], experts=0))
+        there = dict(block.named_modules())
+        names = {name for shape in shapes for site in self.layout(config, shape) for name in site.layers}
+        layers = {name: there[name] for name in names if name in there}
         return sum(p.numel() for layer in layers.values() for p in layer.parameters())
 
     def site_cost(self, block: nn.Module, site: Site, with_block: bool = False) -> int:
@@ -241,15 +274,17 @@ class Family:
 
     def beside_cost(self, block: nn.Module, site: Site) -> int:
         """Parameters that go with a site as a whole and are in none of its layers: norms of queries and keys."""
-        if not site.module:
+        if not site.enclosing:
             return 0
         layers = sum(p.numel() for name in site.layers for p in linear(block, name).parameters())
-        return sum(p.numel() for p in block.get_submodule(site.module).parameters()) - layers
+        return sum(p.numel() for p in block.get_submodule(site.enclosing).parameters()) - layers
 
     def unit_cost(self, block: nn.Module, site: Site) -> int:
-        """Parameters that go with one unit: its rows (and biases) of each producer, g columns of the consumer."""
+        """Parameters that go with one unit: its rows (and biases) of each producer, g columns of the consumer; of every
+        expert.
+        """
         producers = sum(_row_cost(block, rows.layer) * rows.per_unit for rows in site.producers)
-        return producers + linear(block, site.consumer).out_features * site.group
+        return (producers + linear(block, site.consumer).out_features * site.group) * max(1, site.experts)
 
     def direction_cost(self, block: nn.Module, site: Site, attention: Attention, unit: str) -> int:
         """Parameters that go with one of `Attention.directions` in all heads of a block, whose attention is `site`."""
@@ -258,11 +293,6 @@ class Family:
         columns = linear(block, site.consumer).out_features * attention.heads * attention.queries
         values = attention.heads * value + columns
         return {"dims": scores + values, "values": values, "pairs": 2 * scores}[unit]
-
-
-def _has(block: nn.Module, name: str) -> bool:
-    """Whether a block has a layer: where nothing is left of an MLP or an attention, its producers are gone."""
-    return name in dict(block.named_modules())
 
 
 def _row_cost(block: nn.Module, name: str) -> int:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..errors import UnsupportedModelError
 from .attention import ATTENTION, PAIRS, WHOLE, Attention, Shape
 from .base import check_config, check_multiple
+from .mixture import Mixture
 from .sites import Rows, Site
 
 
@@ -38,3 +40,25 @@ def check(config: Any) -> None:
     """Raise `UnsupportedModelError` for sizes that do not fit together."""
     check_config(config, "num_attention_heads", "num_key_value_heads", "intermediate_size")
     check_multiple(config, "num_attention_heads", "num_key_value_heads")
+
+
+def check_mixture(mixture: Mixture, config: Any) -> None:
+    """As `check`, and for a mixture without experts, or of which more work on a token than there are."""
+    check(config)
+    sizes = (mixture.neurons, mixture.experts, mixture.picked, mixture.shared, mixture.dense)
+    check_config(config, *(name for name in sizes if name is not None))
+    experts, picked = getattr(config, mixture.experts), getattr(config, mixture.picked)
+    if picked > experts:
+        raise UnsupportedModelError(
+            f"{mixture.picked} is {picked} in config.json, but there are {experts} experts; is it another model's?"
+        )
+    if not any(mixture.sparse(config, index) for index in range(config.num_hidden_layers)):
+        raise UnsupportedModelError(
+            "config.json describes a mixture of experts of which no block has any (decoder_sparse_step "
+            f"{config.decoder_sparse_step}, {len(config.mlp_only_layers)} mlp_only_layers): give one that has some"
+        )
+    if getattr(config, "clip_qkv", None) is not None and getattr(config, "model_type", "").endswith("olmoe"):
+        raise UnsupportedModelError(
+            f"clip_qkv is {config.clip_qkv} in config.json: clipped queries, keys and values are tied to their "
+            "dimensions, and its heads are normed together, so that nothing of its attention could go"
+        )

@@ -36,14 +36,15 @@ def fewer_blocks(config: Any, left: Sequence[int]) -> dict[str, Any]:
 
 def check_widths(family: Any, config: Any) -> None:
     """Raise `CheckpointError` unless `block_widths` says of every block what can be left of it; family: a `Family`."""
-    widths, dense = config.block_widths, family.widths(config, {})
-    whole = dense | ({} if (queries := family.queries(config)) is None else {"queries": queries.units})
+    widths, queries = config.block_widths, family.queries(config)
     blocks, advice = config.num_hidden_layers, "the config.json of another model? Put back the one it was saved with"
     if not isinstance(widths, list) or len(widths) != blocks:
         found = len(widths) if isinstance(widths, list) else "no"
         raise CheckpointError(f"block_widths in config.json has {found} entries for {blocks} blocks; is it {advice}")
     first = first_attentions(config)
     for index, block in enumerate(widths):
+        dense = family.whole(config, index)
+        whole = dense | ({} if queries is None else {"queries": queries.units})
         if not isinstance(block, dict) or not {"heads", "neurons"} <= set(block) <= set(whole):
             expected = ", ".join(dense)
             raise CheckpointError(
@@ -52,7 +53,8 @@ def check_widths(family: Any, config: Any) -> None:
             )
         for unit, left in block.items():
             # Nothing may be left of an attention or an MLP, where the other one is there.
-            least = int(unit not in OTHER or block.get(OTHER[unit]) == 0 or (unit == "heads" and index in first))
+            stays = unit not in OTHER or block.get(OTHER[unit]) == 0 or (unit == "heads" and index in first)
+            least = int(stays or family.mixture is not None)
             if not isinstance(left, int) or isinstance(left, bool) or not least <= left <= whole[unit]:
                 raise CheckpointError(
                     f"block_widths of block {index} in config.json has {str(left)[:SHOWN]} {unit}, expected "

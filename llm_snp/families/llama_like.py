@@ -14,8 +14,9 @@ from typing import Any, Literal
 
 from .attention import PAIRS, WHOLE, Attention, Shape, head_width
 from .base import Family, field
-from .grouped import check, grouped_heads, rotary
-from .sites import MLP, Rows, Site
+from .grouped import check, check_mixture, grouped_heads, rotary
+from .mixture import Mixture, mlps
+from .sites import SHARED, Site
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class LlamaLike:
     output_normed  whether what a layer gives is normed before it joins the residual stream
     counts_heads   whether the stock class takes another number of heads once their width is given
     heads_divide   whether that number, of query heads, has to divide the model's width all the same
+    mixture        where its config has the sizes of experts; None: its blocks have one MLP each
+    renames, stored  as in `Family`
     hands_on       code of what its attention tells attention functions besides the scaling; None: nothing
     """
 
@@ -49,6 +52,9 @@ class LlamaLike:
     counts_heads: bool = False
     heads_divide: bool = False
     hands_on: str | None = None
+    mixture: Mixture | None = None
+    renames: tuple[tuple[str, str], ...] = ()
+    stored: tuple[tuple[str, str], ...] = ()
 
     @property
     def file(self) -> str:
@@ -58,7 +64,9 @@ class LlamaLike:
     def family(self) -> Family:
         """The description, with its classes. Raises `ImportError` if the installed transformers has none such."""
         modeling = importlib.import_module(f"..modeling.{self.file}", __package__)
-        neurons = {"neurons": field("intermediate_size")}
+        neurons = {"neurons": field(self.mixture.neurons if self.mixture else "intermediate_size")}
+        if self.mixture and self.mixture.shared:
+            neurons[SHARED] = field(self.mixture.shared)
         heads = {"heads": partial(_fewer_heads, divide=self.heads_divide)} if self.counts_heads else {}
         return Family(
             model_type=self.model_type,
@@ -68,17 +76,16 @@ class LlamaLike:
             whole_heads=self.normed != "all heads",
             pruned_class=getattr(modeling, f"Snp{self.classes}ForCausalLM"),
             stock=neurons | heads,
-            check=check,
+            check=partial(check_mixture, self.mixture) if self.mixture else check,
+            mixture=self.mixture,
+            renames=self.renames,
+            stored=self.stored,
         )
 
 
 def _sites(config: Any, shape: Shape, output_normed: bool) -> tuple[Site, ...]:
     streams = (None, None) if output_normed else ("input_layernorm", "post_attention_layernorm")
-    gated = (Rows("mlp.gate_proj"), Rows("mlp.up_proj"))
-    return (
-        grouped_heads(config, shape, "o_proj", streams[0]),
-        Site(MLP, "neurons", shape.neurons, 1, gated, "mlp.down_proj", streams[1]),
-    )
+    return (grouped_heads(config, shape, "o_proj", streams[0]), *mlps(shape, streams[1]))
 
 
 def _attention(config: Any, shape: Shape, scores: str) -> Attention | None:
@@ -182,6 +189,57 @@ ROWS = (
         normed="all heads",
         output_normed=True,
         hands_on=WINDOW,
+    ),
+    LlamaLike(
+        model_type="mixtral",
+        classes="Mixtral",
+        about="Mixtral 8x7B and 8x22B: a mixture of experts",
+        since="5.0",  # before, each expert was a module of its own
+        counts_heads=True,
+        hands_on='{"sliding_window": getattr(self.config, "sliding_window", None)}',
+        mixture=Mixture(experts="num_local_experts"),
+        renames=(
+            (r"\.block_sparse_moe\.", ".mlp."),
+            (r"\.mlp\.experts\.(\d+)\.w1\.", r".mlp.experts.\1.gate_proj."),
+            (r"\.mlp\.experts\.(\d+)\.w3\.", r".mlp.experts.\1.up_proj."),
+            (r"\.mlp\.experts\.(\d+)\.w2\.", r".mlp.experts.\1.down_proj."),
+        ),
+        stored=(
+            (r"\.mlp\.", ".block_sparse_moe."),
+            (r"(\.experts\.\d+)\.gate_proj\.", r"\1.w1."),
+            (r"(\.experts\.\d+)\.up_proj\.", r"\1.w3."),
+            (r"(\.experts\.\d+)\.down_proj\.", r"\1.w2."),
+        ),
+    ),
+    LlamaLike(
+        model_type="qwen2_moe",
+        classes="Qwen2Moe",
+        about="Qwen2-MoE and Qwen1.5-MoE: a mixture of experts beside an MLP for all tokens",
+        title="Qwen2-MoE",
+        since="5.0",  # as Mixtral
+        mixture=Mixture(
+            neurons="moe_intermediate_size", shared="shared_expert_intermediate_size", dense="intermediate_size"
+        ),
+    ),
+    LlamaLike(
+        model_type="qwen3_moe",
+        classes="Qwen3Moe",
+        about="Qwen3-MoE: a mixture of experts, with the attention of Qwen3",
+        title="Qwen3-MoE",
+        since="5.0",  # as Mixtral
+        normed="head",
+        counts_heads=True,
+        hands_on=WINDOW,
+        mixture=Mixture(neurons="moe_intermediate_size", dense="intermediate_size"),
+    ),
+    LlamaLike(
+        model_type="olmoe",
+        classes="Olmoe",
+        about="OLMoE: a mixture of experts; one norm for all query heads and one for all keys",
+        title="OLMoE",
+        since="5.0",  # as Mixtral
+        normed="all heads",
+        mixture=Mixture(),
     ),
 )
 LLAMA_LIKE = {row.model_type: row for row in ROWS}

@@ -7,14 +7,14 @@ linear layer that reads it. A *site* is one consumer with its producers in one d
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
 
-MLP = "mlp"
+MLP, SHARED = "mlp", "shared"
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,9 @@ class Rows:
 class Site:
     """One consumer with its producers; module names are relative to the decoder block.
 
-    name         `attention` or `mlp`
-    unit         what is counted: `heads`, `queries` or `neurons`. With grouped queries a head is a key/value head with
-                 the query heads that read it, and these alone are `queries`
+    name         `attention` or `mlp`; `shared` is the MLP that all tokens go through beside the experts
+    unit         what is counted: `heads`, `queries`, `neurons` or `shared` neurons. With grouped queries a
+                 head is a key/value head with the query heads that read it, and these alone are `queries`
     units        how many there are
     group        g, columns of the consumer per unit
     producers    the rows that make the units; consumer: the linear layer that reads them
@@ -54,6 +54,9 @@ class Site:
     table        the buffer of a pruned model that says to which part each unit belongs that is left; without it the
                  parts are runs of units, equally long
     tables       buffers that may be there, with a row for each unit
+    module       what has the experts of a mixture as children 0, 1, ...; None where there are none
+    experts      how many there are, all with as many units: the other names are those of the first, see `members`
+    expert       which of them it is, of a site that `members` has given
     """
 
     name: str
@@ -68,14 +71,42 @@ class Site:
     parts: int = 1
     table: str | None = None
     tables: tuple[str, ...] = ()
+    module: str | None = None
+    experts: int = 0
+    expert: int | None = None
+
+    @property
+    def members(self) -> tuple[Site, ...]:
+        """The site of each expert, which keeps units of its own choice, as many as the others; or the site itself."""
+        return tuple(map(self._of, range(self.experts))) if self.experts else (self,)
+
+    def _of(self, expert: int) -> Site:
+        def named(layer: str) -> str:
+            return layer.replace(f"{self.module}.0.", f"{self.module}.{expert}.")
+
+        producers = tuple(replace(rows, layer=named(rows.layer)) for rows in self.producers)
+        consumer, name = named(self.consumer), f"{self.name}.{expert}"
+        return replace(self, name=name, producers=producers, consumer=consumer, experts=0, expert=expert)
+
+    @property
+    def output(self) -> str:
+        """The module that gives what the site adds to the model: its consumer, or all experts together."""
+        return self.consumer if self.module is None else self.module
+
+    @property
+    def joined(self) -> str:
+        """The module whose output is the site's part of the residual stream: of experts with what is beside them."""
+        return self.consumer if self.module is None else self.module.rpartition(".")[0]
 
     @property
     def layers(self) -> tuple[str, ...]:
         """Every linear layer of the site once: the producers, what they share, then the consumer."""
+        if self.experts:
+            return tuple(layer for member in self.members for layer in member.layers)
         return (*dict.fromkeys(rows.layer for rows in self.producers), *self.shared, self.consumer)
 
     @property
-    def module(self) -> str:
+    def enclosing(self) -> str:
         """The module that is nothing but the site, relative to the block; empty if its layers stand in the block."""
         return self.consumer.rpartition(".")[0]
 

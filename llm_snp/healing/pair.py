@@ -20,7 +20,7 @@ from ..dense.skeleton import empty_model
 from ..dense.whole import whole_model
 from ..documents.shareable import hub_id
 from ..documents.writing import read_report
-from ..errors import CheckpointError, OptionError, SnpError
+from ..errors import CheckpointError, OptionError, SnpError, UnsupportedModelError
 from ..families import FAMILIES
 from ..result.origin import dense_of, is_dense_of
 from ..system.manifest import changed, faults, has_report, manifest
@@ -122,8 +122,14 @@ def open_model(directory: Path, name: str = "", hub: bool = False) -> Model:
     """A model, of which every tensor is accounted for: transformers would make up those that are missing."""
     config = load_config(directory)
     family = FAMILIES.get(config.model_type)
+    pruned = {one.pruned_model_type: one for one in FAMILIES.values()}
+    if (mixed := family or pruned.get(config.model_type)) is not None and mixed.mixture is not None:
+        raise UnsupportedModelError(
+            f"{directory} is a mixture of experts ({config.model_type}), whose tensors are other ones while it is "
+            "trained than in its files: it can be pruned, but not healed"
+        )
     checkpoint = Checkpoint(directory, family.renames if family else ())
-    if family or config.model_type in {one.pruned_model_type for one in FAMILIES.values()}:
+    if family or config.model_type in pruned:
         shapes, tied, harmless = expected_tensors(model := empty_model(config))
         tables = [name for name, buffer in model.named_buffers() if not buffer.is_floating_point()]
         checkpoint.audit(shapes, tied, harmless, tables)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import repeat
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..config import HELD_OUT
 from ..core.moments import Moments
+from ..dense.experts import routes
 from ..dense.skeleton import Call, run_block
 from ..dense.stream import Stream
 from ..dense.taps import Taps
@@ -48,41 +49,50 @@ class Reference:
 @torch.no_grad()
 def calibrate_site(
     index: int, block: nn.Module, stream: Stream, site: Site, reference: Reference | None, hold_out: bool
-) -> SiteMoments:
-    """Moments of a consumer's input in block `index`, with the repair's target from `reference` if there is one.
+) -> list[SiteMoments]:
+    """Moments of what the consumers of a site's members read in block `index`, with the repair's target from
+    `reference` if there is one.
 
-    The residual is r = reference output - present output, plus the difference of the residual streams at the site.
-    Raises `NumericalError` naming the layer if activations overflow.
+    The residual is r = reference output - present output, plus the difference of the residual streams at the site; an
+    expert is to correct as much of it as the router has it say of the token. Raises `NumericalError` naming the layer
+    if activations overflow.
     """
-    layer = linear(block, site.consumer)
-    fit: Moments | None = None
-    held: Moments | None = None
+    centred = linear(block, site.consumer).bias is not None
+    fits: list[Moments] = []
+    helds: list[Moments | None] = []
     dense: Iterable[Tensor | None] = repeat(None)
     if reference is not None and reference.stream is not None:
         dense = (hidden for _, hidden in reference.stream.parts())
     for (rows, hidden, call), other in zip(stream.batches(index), dense, strict=False):
-        x, residual = _read(block, site, rows, hidden, other, call, reference)
-        if fit is None:
-            fit = Moments.like(x, residual, centred=layer.bias is not None)
-            stream.processes.same(fit.shift)
-            held = fit.empty() if hold_out else None
-        if held is None:
-            fit.add(x, residual)
-            continue
-        windows = stream.first + torch.arange(rows.start, rows.stop)
-        out = (windows % HELD_OUT == HELD_OUT - 1) | (windows == stream.windows.shape[0] - 1)
-        token_out = out.repeat_interleave(x.shape[0] // len(windows))
-        for moments, choice in ((fit, ~token_out), (held, token_out)):
-            if choice.any():  # on the host, where it is known
-                here = choice.nonzero().squeeze(1).to(x.device)
-                moments.add(x[here], None if residual is None else residual[here])
-    del x, residual, hidden, other, dense  # solving follows, and needs the memory
-    assert fit is not None
-    fit.reduce(stream.processes.sum)
-    if held is not None:
-        held.reduce(stream.processes.sum)
-    check_finite(fit, index, site.consumer)
-    return SiteMoments(fit, held)
+        tokens = hidden.shape[0] * hidden.shape[1]
+        out = _held_out(stream, rows).repeat_interleave(hidden.shape[1]) if hold_out else None
+        for number, (x, residual, at) in enumerate(_read(block, site, rows, hidden, other, call, reference)):
+            if number == len(fits):
+                fits.append(Moments.like(x, residual, centred=centred, routed=at is not None))
+                stream.processes.same(fits[-1].shift)
+                helds.append(fits[-1].empty() if hold_out else None)
+            held = helds[number]
+            if out is None or held is None:
+                fits[number].add(x, residual, tokens)
+                continue
+            for part, choice in ((fits[number], ~out), (held, out)):
+                if choice.any():  # on the host, where it is known
+                    own = choice if at is None else choice[at.cpu()]
+                    here = own.nonzero().squeeze(1).to(x.device)
+                    part.add(x[here], None if residual is None else residual[here], int(choice.sum()))
+    del x, residual, at, hidden, other, dense  # solving follows, and needs the memory
+    for member, fit, held in zip(site.members, fits, helds, strict=True):
+        for moments in (fit, held):
+            if moments is not None:
+                moments.reduce(stream.processes.sum)
+        check_finite(fit, index, member.consumer)
+    return [SiteMoments(fit, held) for fit, held in zip(fits, helds, strict=True)]
+
+
+def _held_out(stream: Stream, rows: slice) -> Tensor:
+    """Which of the windows `rows` of this process are held out for `--damping auto`; on the host."""
+    windows = stream.first + torch.arange(rows.start, rows.stop)
+    return (windows % HELD_OUT == HELD_OUT - 1) | (windows == stream.windows.shape[0] - 1)
 
 
 def _read(
@@ -93,29 +103,40 @@ def _read(
     other: Tensor | None,
     call: Call,
     reference: Reference | None,
-) -> tuple[Tensor, Tensor | None]:
-    """What a site's consumer reads in a batch (n, m), and the residual (n, d) if there is a reference.
+) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None]]:
+    """For each member what its consumer reads in a batch (n, m), the residual (n, d) if there is a reference, and of
+    which tokens (n,) that is; None: of all.
 
     hidden (B, T, d): what the block reads; other: what the reference reads, None for the same.
     """
-    wanted = [site.consumer]
+    wanted = [member.consumer for member in site.members]
+    if site.module is not None:
+        wanted.append(site.module)
+    streams = []
     if reference is not None and reference.residual:
         assert site.stream is not None
-        wanted.append(site.stream)
-    outputs = [] if reference is None else [site.consumer]
-    with Taps(block, wanted, outputs, stop=True) as taps:
+        streams.append(site.stream)
+    outputs = [] if reference is None else [site.joined]
+    with Taps(block, wanted + streams, outputs, stop=True) as taps:
         run_block(block, hidden, call)
-    if reference is None:
-        return taps.input(site.consumer), None
-    advanced = reference.stream if reference.advance else None
-    with Taps(reference.block, wanted, outputs, stop=advanced is None) as dense:
-        output = run_block(reference.block, hidden if other is None else other, call)
-    residual = dense.output(site.consumer).float() - taps.output(site.consumer).float()
-    if reference.residual:
-        residual += dense.input(wanted[1]).float() - taps.input(wanted[1]).float()
-    if advanced is not None:  # last: what the taps hold may be a view of what is overwritten
-        advanced.put(rows, output)
-    return taps.input(site.consumer), residual
+    residual = None
+    if reference is not None:
+        advanced = reference.stream if reference.advance else None
+        with Taps(reference.block, streams, outputs, stop=advanced is None) as dense:
+            output = run_block(reference.block, hidden if other is None else other, call)
+        residual = dense.output(site.joined).float() - taps.output(site.joined).float()
+        for name in streams:
+            residual += dense.input(name).float() - taps.input(name).float()
+        if advanced is not None:  # last: what the taps hold may be a view of what is overwritten
+            advanced.put(rows, output)
+    if site.module is None:
+        yield taps.input(site.consumer), residual, None
+        return
+    _, picked, weights = taps.arguments[site.module]
+    shares = weights / weights.sum(-1, keepdim=True)
+    for member, (tokens, places) in zip(site.members, routes(picked, site.experts), strict=True):
+        own = None if residual is None else residual[tokens] * shares[tokens, places, None].float()
+        yield taps.input(member.consumer), own, tokens
 
 
 @torch.no_grad()
@@ -127,7 +148,7 @@ def calibrate_block(
     attention: Attention | None = None,
     advance: bool = False,
 ) -> dict[str, Moments]:
-    """Moments of the inputs of all consumers of `sites`, by site name, in one pass.
+    """Moments of the inputs of all consumers of the members of `sites`, by the members' names, in one pass.
 
     With `attention` also those of `query` and `key`, grouped by head, if they can lose directions; as the scores see
     them, turned by position. With `advance` the stream moves on to the next block. Raises `NumericalError` if
@@ -138,20 +159,21 @@ def calibrate_block(
         if advance:
             stream.advance(index, block)
         return found
-    layers = {site.name: site.consumer for site in sites}
+    members = [member for site in sites for member in site.members]
+    layers = {member.name: member.consumer for member in members}
     projections = {} if attention is None else attention.projections
     layers |= {name: layer for name, (layer, _) in projections.items()}
     outputs = {layer for layer, _ in projections.values()}
     for rows, hidden, call in stream.batches(index):
-        with Taps(block, [site.consumer for site in sites], outputs, stop=not advance) as taps:
+        with Taps(block, [member.consumer for member in members], outputs, stop=not advance) as taps:
             output = run_block(block, hidden, call)
-        for site in sites:
-            x = taps.input(site.consumer)
-            if site.name not in found:
-                centred = linear(block, site.consumer).bias is not None
-                found[site.name] = Moments.like(x, centred=centred)
-                stream.processes.same(found[site.name].shift)
-            found[site.name].add(x)
+        for member in members:
+            x = taps.input(member.consumer)
+            if member.name not in found:
+                centred = linear(block, member.consumer).bias is not None
+                found[member.name] = Moments.like(x, centred=centred, routed=member.expert is not None)
+                stream.processes.same(found[member.name].shift)
+            found[member.name].add(x, tokens=hidden.shape[0] * hidden.shape[1])
         for name, (layer, heads) in projections.items():
             x = taps.output(layer)
             if heads.numel() < x.shape[1]:  # one layer for several of them

@@ -7,7 +7,7 @@ Names no family and no criterion. Attention is pruned before the MLP, so that th
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from ..families import Site, dropped
 from .calibrate import Reference, SiteMoments, calibrate_block, calibrate_site
 from .directions import narrow_heads
 from .plan import Plan
-from .repair import SiteResult, refit_consumer, repair_units
+from .repair import SiteResult, refit_consumer, repair_site
 from .sensitivity import read_sensitivity
 from .session import Session
 from .weights import State
@@ -25,11 +25,15 @@ from .weights import State
 
 @dataclass(frozen=True)
 class SiteLoss:
-    """What pruning a site lost: output energies and the damping that was used (`core.repair.Pruned`)."""
+    """What pruning a site lost: output energies and the damping that was used (`core.repair.Pruned`).
+
+    scarce: experts that were given too few tokens, by their number as text, and the damping of each.
+    """
 
     lost: float
     total: float
     damping: float
+    scarce: dict[str, float] = field(default_factory=dict)
 
 
 # site name -> what pruning it lost; empty for a block that stays as it was
@@ -140,8 +144,8 @@ class _BlockPruner:
         self._take(self._from_main(state))
         return True
 
-    def _calibrate(self, site: Site, narrowed: bool, last: bool) -> SiteMoments:
-        """The moments of what the site's consumer reads, with the target it is repaired to.
+    def _calibrate(self, site: Site, narrowed: bool, last: bool) -> list[SiteMoments]:
+        """The moments of what the consumer of each of the site's members reads, with the target it is repaired to.
 
         The live blocks are let go of: solving works on the tensors alone, and needs the memory.
         """
@@ -160,15 +164,15 @@ class _BlockPruner:
             self.dense = None
         return moments
 
-    def _order_and_repair(self, site: Site, moments: SiteMoments, whole: bool) -> SiteLoss:
-        """Keep as many of the site's units as the plan says, and refit its consumer."""
+    def _order_and_repair(self, site: Site, moments: list[SiteMoments], whole: bool) -> SiteLoss:
+        """Keep as many of the site's units as the plan says, and refit its consumer; of experts that of each."""
         options, g, share = self.session.options, self.sensitivity.get(site.name), self.session.share(site)
 
         def solve() -> SiteResult:
             if not whole:
-                return refit_consumer(self.state, site, moments, options, share)
+                return refit_consumer(self.state, site, moments[0], options, share)
             seed = options.seed + 1_000_003 * self.index + sum(map(ord, site.name))
-            return repair_units(self.state, site, moments, self.kept[site.unit], options, g, seed, share)
+            return repair_site(self.state, site, moments, self.kept[site.unit], options, g, seed, share)
 
         result = self.session.processes.on_main(solve)
         loss = self.session.processes.from_main(lambda: _loss(result))
@@ -196,4 +200,5 @@ class _BlockPruner:
 
 def _loss(result: SiteResult | None) -> SiteLoss:
     assert result is not None
-    return SiteLoss(result.lost, result.total, result.damping)
+    scarce = {str(expert): damping for expert, damping in result.scarce.items()}
+    return SiteLoss(result.lost, result.total, result.damping, scarce)

@@ -76,6 +76,11 @@ def check_structures(options: PruneConfig, config: Any) -> None:
     """Raise `OptionError` where layers cannot go as a whole; `options`: resolved."""
     if options.structures == "units":
         return
+    if family_of(config).mixture is not None:
+        raise OptionError(
+            f"--structures {options.structures} is not possible for mixtures of experts, where an MLP layer is "
+            "many experts; leave it out: neurons of all of them go"
+        )
     if options.allocation != "loss":
         given = "--method everything" if options.in_steps else f"--structures {options.structures}"
         raise OptionError(
@@ -131,7 +136,7 @@ def check_format(options: PruneConfig, family: Family, config: Any) -> None:
             "--format stock is for models whose blocks are alike, and those of this one, which is pruned already, are "
             "not: leave it out, or prune the dense model"
         )
-    inside = set(family.widths(config, {})) - {"heads", "neurons"}
+    inside = set(family.widths(config, {})) - {"heads", "neurons", "shared"}
     whole = family.widths(config, {})
     for index in blocks if options.format == "blockwise" else ():
         widths = family.widths(config, {}, index)

@@ -5,7 +5,7 @@ For each block: calibrate, order, advance. What is allocated over the curves is 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import PruneConfig
+from ..config import MOST_DAMPING, PruneConfig
 from ..core.allocation import SiteCurve
 from ..core.linalg import tail_sums
 from ..core.moments import Moments
 from ..core.scores import FreeScores, RotaryPairs
 from ..dense.stream import Stream
-from ..families import ATTENTION, MLP, SCORES, WHOLE, Attention, Site
+from ..families import ATTENTION, MLP, SCORES, SHARED, WHOLE, Attention, Site
 from .calibrate import calibrate_block
 from .kinds import cheapest_kind
-from .order import order_scores, order_units, order_values
+from .order import order_scores, order_units, order_values, scarcity
 from .plan import direction_curves, unit_curve
 from .score_costs import Sample, score_costs
 from .sensitivity import read_sensitivity
@@ -30,7 +30,7 @@ from .session import Session
 from .weights import State, linear_weights
 
 # A block's curves in this order.
-SITES = (ATTENTION, SCORES, MLP)
+SITES = (ATTENTION, SCORES, SHARED, MLP)
 
 
 def measured_curves(session: Session) -> list[SiteCurve]:
@@ -121,7 +121,7 @@ def _order_attention(session: Session, seen: _Seen, site: Site) -> list[SiteCurv
     choices = []
     for kind in _whole_units(session, seen.index, site):
         empty, parts = unit_curve(family, session.config, seen.index, dense, kind, options), kind.part_of(seen.state)
-        choices.append([_unit_curve(empty, weight, kind, seen.moments[site.name], options, g, parts)])
+        choices.append([_unit_curve(empty, [_Member(kind, weight, seen.moments[site.name], parts)], options, g)])
     if attention is not None:
         whole = direction_curves(family, seen.index, dense, site, attention, options)
         values = seen.moments[site.name].covariance
@@ -133,9 +133,11 @@ def _order_later(session: Session, seen: _Seen, site: Site) -> Callable[[], Site
     """What orders the units of a wide site, when as many blocks are seen as there are processes."""
     dense = session.skeleton.blocks[seen.index]
     empty = unit_curve(session.family, session.config, seen.index, dense, site, session.options)
-    weight, _ = linear_weights(seen.state, site.consumer, session.skeleton.device)
-    moments, g = seen.moments[site.name], seen.sensitivity.get(site.name)  # and nothing else of the block is kept
-    return partial(_unit_curve, empty, weight, site, moments, session.options, g, site.part_of(seen.state))
+    members = []  # and nothing else of the block is kept
+    for member in site.members:
+        weight, _ = linear_weights(seen.state, member.consumer, session.skeleton.device)
+        members.append(_Member(member, weight, seen.moments[member.name], member.part_of(seen.state)))
+    return partial(_unit_curve, empty, members, session.options, seen.sensitivity.get(site.name))
 
 
 def _whole_units(session: Session, index: int, site: Site) -> list[Site]:
@@ -146,20 +148,32 @@ def _whole_units(session: Session, index: int, site: Site) -> list[Site]:
     return [site] if queries is None or site.unit == queries.unit else [site, queries]
 
 
-def _unit_curve(
-    curve: SiteCurve,
-    weight: Tensor,
-    site: Site,
-    moments: Moments,
-    options: PruneConfig,
-    g: Tensor | None,
-    parts: Tensor,
-) -> SiteCurve:
-    """parts: which each unit belongs to, see `Site.part_of`."""
-    keep = max(1, round(site.units * (1 - options.sparsity)))
-    seed = torch.Generator().manual_seed(options.seed)
-    subspace = order_units(moments, weight, site, options, options.curve_damping, keep, seed, g, parts)
-    return _with_curves(curve, subspace.variance_curve, subspace.loss_curve, subspace.loss_curve[0], options)
+@dataclass(frozen=True)
+class _Member:
+    """A site with one consumer, its weight (d, m), the moments of what it reads, and see `Site.part_of`."""
+
+    site: Site
+    weight: Tensor
+    moments: Moments
+    parts: Tensor
+
+
+def _unit_curve(curve: SiteCurve, members: Sequence[_Member], options: PruneConfig, g: Tensor | None) -> SiteCurve:
+    """The loss of keeping as many units of each member; an expert that saw no token loses nothing that is known."""
+    keep = max(1, round(curve.units * (1 - options.sparsity)))
+    variance, loss = torch.zeros(2, curve.units + 1, dtype=torch.float64)
+    for member in members:
+        if not member.moments.rows:
+            continue
+        seed = torch.Generator().manual_seed(options.seed)
+        damping = min(MOST_DAMPING, options.curve_damping * scarcity(member.site, member.moments))
+        subspace = order_units(
+            member.moments, member.weight, member.site, options, damping, keep, seed, g, member.parts
+        )
+        variance = variance + tail_sums(subspace.variance).cpu()
+        loss = loss + subspace.loss_curve.cpu()
+    variance = variance / variance[0].clamp_min(torch.finfo(variance.dtype).tiny)
+    return _with_curves(curve, variance, loss, loss[0], options)
 
 
 def _direction_curves(

@@ -18,6 +18,20 @@ from ..core.scores import FreeScores, RotaryPairs
 from ..core.subspace import Subspace, factorise
 from ..families import FREE, Attention, Site
 
+# An expert is damped the more, the fewer tokens per neuron were routed to it, below so many. The default ridge is then
+# their inverse: so large is the share of a neuron's variance that the others explain by chance.
+TOKENS_PER_NEURON = 50
+
+
+def scarcity(site: Site, moments: Moments) -> float:
+    """By how much the damping of an expert is raised for the tokens it did not see; 1 for enough of them, and others.
+
+    What it fits to n tokens it follows by chance in a share of m / n for its m neurons, as every least-squares fit.
+    """
+    if site.expert is None:
+        return 1.0
+    return max(1.0, TOKENS_PER_NEURON * site.units / max(1, moments.rows))
+
 
 def order_units(
     moments: Moments,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,12 +14,14 @@ from ..config import PruneConfig
 from ..core.allocation import ALLOCATIONS, SiteCurve, allocate, allocate_alike
 from ..core.orders import NEEDS_NONNEGATIVE
 from ..errors import OptionError
-from ..families import ATTENTION, MLP, Attention, Family, Site, dropped
+from ..families import ATTENTION, MLP, SHARED, Attention, Family, Site, dropped
 from .layers import allocate_both, allocate_layers, layer_curves, removable
 from .steps import Step, why_steps
 
 # Attention kernels want head dimensions that are multiples of 8; more would forbid pruning heads of 64.
 HEAD_DIM_MULTIPLE = 8
+# The products of all experts at once, which transformers 5 computes them by, want rows that are multiples of 16 bytes.
+EXPERT_MULTIPLE = 8
 
 
 @dataclass(frozen=True)
@@ -140,7 +143,10 @@ def unit_curve(
     family: Family, config: Any, index: int, block: nn.Module, site: Site, options: PruneConfig
 ) -> SiteCurve:
     """A site of a block counted in whole units."""
-    multiple = min(options.round_to, site.units) if site.unit == "neurons" else 1
+    multiple = options.round_to if site.unit in ("neurons", SHARED) else 1
+    if site.experts:
+        multiple = math.lcm(multiple, EXPERT_MULTIPLE)
+    multiple = min(multiple, site.units)
     cost = family.unit_cost(block, site)
     only = family.stock_counts(config, site) if options.format == "stock" and site.name == ATTENTION else None
     return SiteCurve(index, site.name, site.unit, site.units, cost, multiple, least=site.parts, only=only)
@@ -230,7 +236,7 @@ def make_plan(
         curves, counts = allocate_both(curves, layers, asked)
     else:
         _check_removable(options, sum(curve.removable for curve in curves), base)
-        counts = allocate_alike(by, curves, asked) * len(blocks) if alike else allocate(by, curves, asked)
+        counts = (allocate_alike if alike else allocate)(by, curves, asked)
     return planned(family, config, blocks, options, curves, counts, by)
 
 

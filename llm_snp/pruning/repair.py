@@ -5,13 +5,13 @@ The weights are cut from the tensors of the checkpoint, in their own dtype; what
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from ..config import PruneConfig
+from ..config import MOST_DAMPING, PruneConfig
 from ..core.moments import Moments
 from ..core.repair import (
     Pruned,
@@ -24,7 +24,7 @@ from ..core.repair import (
 from ..core.subspace import truncate
 from ..families import Site
 from .calibrate import SiteMoments
-from .order import order_units
+from .order import order_units, scarcity
 from .weights import State, linear_weights, store
 
 # --damping auto tries these, best on the held-out windows wins.
@@ -33,12 +33,38 @@ DAMPING_GRID = (1e-5, 1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 
 @dataclass(frozen=True)
 class SiteResult:
-    """The new tensors of a block (host, dtype of the checkpoint) and what pruning this site lost."""
+    """The new tensors of a block (host, dtype of the checkpoint) and what pruning this site lost.
+
+    scarce: experts that were given too few tokens, and the damping of each.
+    """
 
     state: State
     lost: float
     total: float
     damping: float
+    scarce: dict[int, float] = field(default_factory=dict)
+
+
+def repair_site(
+    state: State,
+    site: Site,
+    moments: Sequence[SiteMoments],
+    keep: int,
+    options: PruneConfig,
+    sensitivity: Tensor | None,
+    seed: int,
+    share: float = 1.0,
+) -> SiteResult:
+    """`repair_units` of every member of a site; moments: of each. The damping is the least of those that saw enough."""
+    lost, total, dampings, scarce = 0.0, 0.0, [], {}
+    for member, own in zip(site.members, moments, strict=True):
+        result = repair_units(state, member, own, keep, options, sensitivity, seed + (member.expert or 0), share)
+        state, lost, total = result.state, lost + result.lost, total + result.total
+        if member.expert is not None and scarcity(member, own.all) > 1:
+            scarce[member.expert] = result.damping
+        else:
+            dampings.append(result.damping)
+    return SiteResult(state, lost, total, min(dampings or scarce.values()), scarce)
 
 
 def repair_units(
@@ -74,7 +100,7 @@ def repair_units(
         return finish(moments, *linear_weights(state, site.consumer, device), columns, refit, damping)
 
     damping = choose_damping(options, moments, linear_weights(state, site.consumer, device), solve)
-    pruned = solve(moments.all, damping)
+    pruned = solve(moments.all, min(MOST_DAMPING, damping * scarcity(site, moments.all)))
     new = dict(state)
     columns = pruned.columns.cpu()
     for name in site.layers[:-1]:
@@ -101,8 +127,8 @@ def _leave_constant(state: State, site: Site, moments: Moments, options: PruneCo
         lost = (pruned.bias - bias).square().sum().item()  # the shift of the mean, which nothing corrects
     layers = (f"{layer}.{suffix}" for layer in site.layers for suffix in ("weight", "bias"))
     gone = {*layers, *site.tables, *((site.table,) if site.table else ())}
-    if site.module:  # with norms of queries and keys
-        gone |= {name for name in state if name.startswith(f"{site.module}.")}
+    if site.enclosing:  # with norms of queries and keys
+        gone |= {name for name in state if name.startswith(f"{site.enclosing}.")}
     new = {name: tensor for name, tensor in state.items() if name not in gone}
     if bias is not None:
         key = f"{site.consumer}.bias"

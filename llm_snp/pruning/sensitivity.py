@@ -100,32 +100,32 @@ def measure_sensitivity(session: Session) -> None:
         gradients = stream
         for i, block, inputs in _backwards(skeleton, kept):
             sites = session.sites(i)
-            consumers = [site.consumer for site in sites]
+            modules = [site.output for site in sites]
             sums: dict[str, Tensor] = {}
-            for name in consumers:
-                d = linear(block, name).out_features
+            for site in sites:
+                d = linear(block, site.consumer).out_features
                 shape = (d, d) if options.sensitivity == "fisher" else (1,)
-                sums[name] = torch.zeros(shape, dtype=torch.float64, device=skeleton.device)
+                sums[site.output] = torch.zeros(shape, dtype=torch.float64, device=skeleton.device)
             for (rows, hidden, call), (_, gradient) in zip(inputs.batches(i), gradients.parts(), strict=True):
                 hidden.requires_grad_(True)
-                with torch.enable_grad(), Taps(block, outputs=consumers) as taps:
+                with torch.enable_grad(), Taps(block, outputs=modules) as taps:
                     output = run_block(block, hidden, call)
-                    outputs = [taps.outputs[name] for name in consumers]
+                    outputs = [taps.outputs[name] for name in modules]
                     with timed("backward"):
                         *at_outputs, at_input = torch.autograd.grad(output, [*outputs, hidden], gradient)
                 with timed("moments"):
-                    for name, g in zip(consumers, at_outputs, strict=True):
+                    for name, g in zip(modules, at_outputs, strict=True):
                         g = g.flatten(0, -2).float()
                         sums[name] += g.mT @ g if options.sensitivity == "fisher" else g.square().sum()
                 # Last: where a consumer's output is added to the residual stream, its gradient shares this memory.
                 gradients.put(rows, at_input)
             found = {}
             for site in sites:
-                processes.sum(sums[site.consumer])
-                found[site.name] = (sums[site.consumer] / stream.windows.numel()).float().cpu()
+                processes.sum(sums[site.output])
+                found[site.name] = (sums[site.output] / stream.windows.numel()).float().cpu()
                 if not torch.isfinite(found[site.name]).all():
                     raise NumericalError(
-                        f"the loss gradient at {site.consumer} of block {i} overflows the type it is computed in; "
+                        f"the loss gradient at {site.output} of block {i} overflows the type it is computed in; "
                         "use --dtype float32 or bfloat16, or --sensitivity relative"
                     )
             session.journal.write_tensors(_name(i), found)

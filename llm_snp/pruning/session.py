@@ -58,7 +58,7 @@ class Session:
         if self.options.target != "residual" or site.stream is None:
             return 1.0
         inputs = sum(
-            linear(block, other.consumer).in_features
+            linear(block, other.consumer).in_features * len(other.members)
             for index, block in enumerate(self.skeleton.blocks)
             for other in self.sites(index)
             if other.stream is not None

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..dense.checkpoint import Checkpoint
+from ..dense.checkpoint import Checkpoint, respelled
 from ..dense.hub import load_config
 from ..dense.skeleton import Skeleton
 from ..documents.report import Report, block_line
-from ..families import OF_PRUNED, Family, dropped, fewer_blocks
+from ..families import FAMILIES, OF_PRUNED, Family, dropped, fewer_blocks
 from ..pruning.executor import BlockLoss, SiteLoss
 from ..pruning.job import Job
 from ..pruning.plan import Plan
@@ -58,8 +58,9 @@ class PrunedBlocks:
         state = processes.tensors_from_main(tensors, self.skeleton.device)
         losses = {site: SiteLoss(**loss) for site, loss in record["losses"].items()}
         self._tell(index, losses, " (finished before)")
-        prefix = self._prefix(index)
-        return self.skeleton.turn({name.removeprefix(prefix): tensor for name, tensor in state.items()}), losses
+        prefix, renames = self._prefix(index), self.report.job.family.renames
+        found = {respelled(name, renames).removeprefix(prefix): tensor for name, tensor in state.items()}
+        return self.skeleton.turn(found), losses
 
     def save(self, index: int, state: State | None, losses: BlockLoss) -> None:
         """Write a block that has just been pruned; of one that went as a whole only tell.
@@ -72,10 +73,9 @@ class PrunedBlocks:
         before = self.journal.read(_name(index))
 
         def write() -> None:
-            stored = self.skeleton.turn(state)
-            found = self.writer.shard(
-                self._place(index), {self._prefix(index) + name: tensor for name, tensor in stored.items()}
-            )
+            prefix, spelling = self._prefix(index), self.report.job.family.stored
+            stored = {respelled(prefix + name, spelling): tensor for name, tensor in self.skeleton.turn(state).items()}
+            found = self.writer.shard(self._place(index), stored)
             if before is None or before[DIGEST] != found:
                 self.journal.forget(_name(later) for later in range(index + 1, len(self._kept)))
             record = {
@@ -139,6 +139,14 @@ def result_config(job: Job, kept: Sequence[dict[str, int]], tokenizer: Any) -> t
     return result, True
 
 
+def own_code(fields: Mapping[str, Any]) -> tuple[dict[str, str], bytes] | None:
+    """`auto_map` and `modeling_snp.py` of this version, for a result with config `fields`; None if it is stock."""
+    for family in FAMILIES.values():
+        if family.pruned_model_type == fields.get("model_type"):
+            return auto_map(family), bundle(Path(inspect.getfile(family.pruned_class))).encode()
+    return None
+
+
 def auto_map(family: Family) -> dict[str, str]:
     """Where transformers' Auto classes find those of a result in the file that it brings along."""
     module, pruned = MODELING.removesuffix(".py"), family.pruned_class
@@ -164,4 +172,5 @@ def write_rest(writer: Writer, job: Job, skeleton: Skeleton, plan: Plan, tokeniz
 
 def open_result(directory: Path, job: Job, dtype: torch.dtype) -> Skeleton:
     """The written model as anyone would find it: its own config, its own weights."""
-    return Skeleton(load_config(directory), job.family.blocks, Checkpoint(directory), job.device, dtype)
+    checkpoint = Checkpoint(directory, job.family.renames)
+    return Skeleton(load_config(directory), job.family.blocks, checkpoint, job.device, dtype)

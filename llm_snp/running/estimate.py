@@ -55,9 +55,10 @@ class Estimate:
 
 @dataclass(frozen=True)
 class _Sizes:
-    """tokens: of the calibration; length: of a window; block: linear parameters; until: those that have run when a
-    site's consumer has; hidden: width of the stream; scores: entries of the moments of query and key; passes: how
-    often all blocks are pruned, as shares of the calibration.
+    """tokens: of the calibration; length: of a window; block: linear parameters that work on a token; until: those that
+    have run when a site's consumer has; hidden: width of the stream; scores: entries of the moments of query and key;
+    passes: how often all blocks are pruned, as shares of the calibration; picked: experts that work on a token, 1 where
+    there are none.
     """
 
     sites: tuple[Site, ...]
@@ -70,6 +71,7 @@ class _Sizes:
     hidden: int
     scores: int
     passes: float
+    picked: int = 1
 
 
 def estimate(
@@ -93,14 +95,16 @@ def estimate(
     total = sum(p.numel() for p in model.parameters())
     outer = total - sum(sizes_of)
     outputs = {site.name: linear(block, site.consumer).out_features for site in sites}
-    widest = max(sites, key=lambda site: site.units * site.group)
+    # Moments are collected of all experts of a block at once, and solved for one after the other.
+    widest = max(sites, key=lambda site: site.units * site.group * len(site.members))
+    experts, picked = len(widest.members), getattr(config, family.mixture.picked) if family.mixture else 1
     m, d = widest.units * widest.group, outputs[widest.name]
     working = working_dtype(m).itemsize
     follows_dense = options.target in ("dense", "residual")
 
     batch = windows_at_once(device, length) * length
-    activations = size * batch * (HIDDEN_COPIES * d + 2 * m) + FLOAT32 * batch * m
-    moments = working * (m * m + (d * m if follows_dense else 0))
+    activations = size * batch * (HIDDEN_COPIES * d + 2 * m * picked) + FLOAT32 * batch * m
+    moments = experts * working * (m * m + (d * m if follows_dense else 0))
     live_blocks = 2 if follows_dense or options.directions else 1
     measuring = live_blocks * per_block * size + moments + activations
     matrices = WORKING_MATRICES.get(options.order or "", 1)
@@ -133,13 +137,14 @@ def estimate(
         sites,
         outputs,
         len(blocks),
-        family.linear_parameters(block, config),
-        _run_until(block, family.sites(config, index)),
+        family.linear_parameters(block, config) - sum(_idle(block, site, picked) for site in sites),
+        _run_until(block, family.sites(config, index), picked),
         options.samples * length,
         length,
         d,
         _score_moments(family.attention(config, index)),
         passes(family, config, blocks, options),
+        picked,
     )
     return Estimate(on_device, on_host, on_disk, operations(sizes, options))
 
@@ -159,10 +164,21 @@ def passes(family: Family, config: Any, blocks: Sequence[torch.nn.Module], optio
     return 1.0 + (1 - options.held_out / options.samples) * 2 * steps
 
 
-def _run_until(block: torch.nn.Module, sites: tuple[Site, ...]) -> dict[str, int]:
-    """Linear parameters of a block that have run when each site's consumer has; `sites` in the order of the forward."""
-    of = [sum(p.numel() for name in site.layers for p in linear(block, name).parameters()) for site in sites]
+def _run_until(block: torch.nn.Module, sites: tuple[Site, ...], picked: int) -> dict[str, int]:
+    """Linear parameters of a block that have run on a token when each site's consumer has; `sites` in the order of the
+    forward.
+    """
+    of = [_parameters(block, site) - _idle(block, site, picked) for site in sites]
     return dict(zip((site.name for site in sites), accumulate(of), strict=True))
+
+
+def _parameters(block: torch.nn.Module, site: Site) -> int:
+    return sum(p.numel() for name in site.layers for p in linear(block, name).parameters())
+
+
+def _idle(block: torch.nn.Module, site: Site, picked: int) -> int:
+    """Parameters of a site that do not work on a token: those of the experts that are not picked."""
+    return _parameters(block, site) * (site.experts - picked) // site.experts if site.experts else 0
 
 
 def _score_moments(attention: Attention | None) -> int:
@@ -186,7 +202,7 @@ def operations(sizes: _Sizes, options: PruneConfig) -> dict[str, float]:
         for site in sizes.sites:
             # A pass for the moments of a site ends in front of its consumer, or behind it if outputs are compared.
             behind = sizes.tokens * (2.0 * sizes.until[site.name] + scores)
-            before = behind - 2.0 * sizes.tokens * sizes.outputs[site.name] * site.units * site.group
+            before = behind - 2.0 * sizes.tokens * sizes.outputs[site.name] * _working(site, sizes)
             narrowed = dims and site.name == ATTENTION
             if follows_dense:  # the dense block goes through whole at the last site
                 forward += pruned * (behind + (once if site is sizes.sites[-1] else behind) + narrowed * before)
@@ -201,10 +217,11 @@ def operations(sizes: _Sizes, options: PruneConfig) -> dict[str, float]:
             found["moments"] += 2 * share * sizes.tokens * sum(d * d for d in sizes.outputs.values())
     for site in sizes.sites:
         m, d = float(site.units * site.group), float(sizes.outputs[site.name])
+        experts, tokens = len(site.members), sizes.tokens * _working(site, sizes) / m  # of all experts together
         by_direction = site.name == ATTENTION and dims
         collected = measures + pruned * (1 + by_direction)
-        found["moments"] += collected * sizes.tokens * m * m
-        found["moments"] += follows_dense * pruned * 2 * sizes.tokens * d * m
+        found["moments"] += collected * tokens * m * m
+        found["moments"] += follows_dense * pruned * 2 * tokens * d * m
         if by_direction:
             found["moments"] += (measures + pruned) * 2 * sizes.tokens * sizes.scores
         order = {
@@ -214,10 +231,15 @@ def operations(sizes: _Sizes, options: PruneConfig) -> dict[str, float]:
             "leverage": m**3,
         }.get(options.order or "", d * m)
         measured = float(measures)
-        found["order"] += (measured + pruned * (not by_direction)) * order
-        found["subspace"] += (measured + pruned) * m**3 / 3 + measured * 2 * d * m * m
+        found["order"] += experts * (measured + pruned * (not by_direction)) * order
+        found["subspace"] += experts * ((measured + pruned) * m**3 / 3 + measured * 2 * d * m * m)
         k = (1 - options.sparsity) * m
         fold = 2 * d * (m - k) * k + d * k * k
         refit = (m**3 / 3 + 2 * d * m * m) if follows_dense else 0.0
-        found["repair"] += pruned * (fold + refit + 4 * d * m * m)
+        found["repair"] += experts * pruned * (fold + refit + 4 * d * m * m)
     return {name: value * sizes.blocks for name, value in found.items()}
+
+
+def _working(site: Site, sizes: _Sizes) -> int:
+    """Columns of a site's consumers that work on a token."""
+    return site.units * site.group * (sizes.picked if site.experts else 1)

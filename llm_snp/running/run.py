@@ -13,7 +13,7 @@ from ..dense.checkpoint import Checkpoint
 from ..dense.data import Windows
 from ..dense.hub import load_tokenizer
 from ..dense.mixture import fitted_and_unseen
-from ..dense.skeleton import Skeleton, empty_model
+from ..dense.skeleton import Skeleton
 from ..dense.storage import Storage, check_offload
 from ..dense.text import Text
 from ..documents.report import Report
@@ -166,20 +166,16 @@ class _Run:
         )
         plan = decide(session)
         progress.say(f"plan: {plan.why}")
-        parameters = sum(p.numel() for p in empty_model(job.config).parameters())
-        report.planned(plan, parameters, custom_code=stock_fields(job, plan) is None)
+        report.planned(plan, skeleton.parameters, custom_code=stock_fields(job, plan) is None)
         writer = Writer(self.directory, len(plan.left) + 1)
         blocks = PrunedBlocks(writer, self.journal, skeleton, report, progress)
         prune_blocks(session, plan, blocks.save, blocks.finished)
         self._write(writer, plan)
-        if not self.evaluation:  # what was written must load all the same
-            self.processes.on_main(lambda: open_result(self.directory, job, self.dtype))
+        pruned = open_result(self.directory, job, self.dtype)  # it must load, also where nothing is evaluated
         for source, windows in self.evaluation.items():
-            pruned = open_result(self.directory, job, self.dtype)
             report.evaluated(source, "pruned", self._evaluate(pruned, windows, "pruned"))
         if overfit is not None:
             for windows, dense in overfit:
-                pruned = open_result(self.directory, job, self.dtype)
                 report.overfit(dense, self._evaluate(pruned, windows, "pruned"))
         for rescue in self.journal.rescued:
             report.note(rescue)

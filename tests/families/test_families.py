@@ -18,7 +18,7 @@ from conftest import LENGTH, Prune, load, logits
 from elsewhere import elsewhere
 from packaging.version import Version
 from safetensors.torch import load_file, save_file
-from tiny_models import BLOCKS, KNOWN, MODELS, save_tiny, tiny_config, tiny_model
+from tiny_models import BLOCKS, KNOWN, MODELS, fused, in_float64, save_tiny, tiny_config, tiny_model, unfused
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 
@@ -77,7 +77,7 @@ def widths_by_block(family: Family, config: Any) -> list[dict[str, int]]:
     """Other widths in every block, and one block whole."""
     found: list[dict[str, int]] = [{}]
     for block in range(1, BLOCKS):
-        sites = (site for site in family.sites(config) if site.name != ATTENTION or family.whole_heads)
+        sites = (site for site in family.sites(config, block) if site.name != ATTENTION or family.whole_heads)
         found.append({site.unit: max(1, site.units * block // BLOCKS) for site in sites})
     return found
 
@@ -86,10 +86,17 @@ def narrowed(config: Any, kept: Sequence[dict[str, int]], state: dict[str, torch
     """The pruned model in float64 in which each block has what is `kept`, with weights cut by hand."""
     family = family_of(config)
     fields = {key: value for key, value in config.to_dict().items() if key not in ("model_type", "architectures")}
-    widths = [family.widths(config, block) for block in kept]
+    widths = [family.widths(config, block, index) for index, block in enumerate(kept)]
     model = family.pruned_class(family.pruned_class.config_class(**fields, block_widths=widths)).double().eval()
-    model.load_state_dict(state, strict=True)
+    model.load_state_dict(fused(state), strict=True)
+    if family.mixture is not None:
+        model.set_experts_implementation("eager")  # the kernels of torch do not take float64
     return model
+
+
+def members(family: Family, config: Any, index: int) -> list[Site]:
+    """The sites of a block, of each expert its own."""
+    return [member for site in family.sites(config, index) for member in site.members]
 
 
 def kept_columns(site: Site, kept: int, seed: int) -> torch.Tensor:
@@ -108,7 +115,8 @@ def test_every_linear_layer_of_a_block_has_one_role(name: str) -> None:
     block = linear_blocks(empty_model(config), family.blocks)[0][0]
     layers = [layer for site in family.sites(config) for layer in site.layers]
     assert len(layers) == len(set(layers))
-    assert set(layers) == {path for path, layer in block.named_modules() if isinstance(layer, nn.Linear)}
+    linears = {path for path, layer in block.named_modules() if isinstance(layer, nn.Linear)}
+    assert set(layers) == {path for path in linears if not path.endswith("shared_expert_gate")}  # it is a router
     for site in family.sites(config):
         assert block.get_submodule(site.consumer).in_features == site.units * site.group
         for rows in site.producers:
@@ -156,14 +164,14 @@ def test_slicing_equals_masking(name: str, ids: torch.Tensor) -> None:
     """In float64: a narrowed model is the dense one whose consumers ignore the units that are gone."""
     config = tiny_config(name)
     family = family_of(config)
-    masked = tiny_model(name).double()
+    masked = unfused(in_float64(name))
     kept = widths_by_block(family, config)
     prefix = family.blocks + "."
     state = {key: value.clone() for key, value in masked.state_dict().items()}
     _, transposed = linear_blocks(empty_model(config), family.blocks)
     for i, block in enumerate(masked.get_submodule(family.blocks)):
-        for site in family.sites(config):
-            columns = kept_columns(site, kept[i].get(site.unit, site.units), seed=i)
+        for site in members(family, config, i):
+            columns = kept_columns(site, kept[i].get(site.unit, site.units), seed=i + (site.expert or 0))
             gone = torch.ones(site.units * site.group, dtype=torch.bool)
             gone[columns] = False
             for layer in site.layers:
@@ -199,7 +207,7 @@ def test_slicing_single_query_heads_equals_masking(name: str, ids: torch.Tensor)
     site = family.queries(config)
     assert site is not None
     assert site.table is not None
-    masked = tiny_model(name).double()
+    masked = in_float64(name)
     state = {key: value.clone() for key, value in masked.state_dict().items()}
     generator = torch.Generator().manual_seed(4)
     order = one_of_each(torch.randperm(site.units, generator=generator), site.part_of({}))
@@ -239,7 +247,7 @@ def test_slicing_directions_equals_masking(name: str, ids: torch.Tensor) -> None
     site = next(site for site in family.sites(config) if site.name == ATTENTION)
     h, q, w = attention.heads, attention.queries, attention.head_dim
     generator = torch.Generator().manual_seed(3)
-    masked = tiny_model(name).double()
+    masked = in_float64(name)
     state = {key: value.clone() for key, value in masked.state_dict().items()}
     kept_of = [
         {unit: max(1, units * i // BLOCKS) if i else units for unit, (_, units) in attention.directions.items()}
@@ -377,11 +385,11 @@ def test_repair_follows_the_dense_model(
 
 def duplicated(model: Any, family: Family) -> Any:
     """The second half of all units is a copy of the first."""
-    model = copy.deepcopy(model)
+    model, parts = copy.deepcopy(model), unfused(model)
     _, transposed = linear_blocks(empty_model(model.config), family.blocks)
     with torch.no_grad():
-        for index, block in enumerate(model.get_submodule(family.blocks)):
-            for site in family.sites(model.config, index):
+        for index, block in enumerate(parts.get_submodule(family.blocks)):
+            for site in members(family, model.config, index):
                 for name, table in block.named_buffers():
                     if name in site.tables:
                         table[site.units // 2 : site.units // 2 * 2] = table[: site.units // 2].clone()
@@ -392,6 +400,7 @@ def duplicated(model: Any, family: Family) -> Any:
                         half = site.units // 2 * rows.per_unit
                         part = values[rows.start : rows.start + 2 * half]
                         part[half:] = part[:half].clone()
+    model.load_state_dict(fused(parts.state_dict()))
     return model
 
 
@@ -543,9 +552,9 @@ def test_heads_that_cannot_go(checkpoints: dict[str, Path], prune: Prune, tmp_pa
 
 def test_what_cannot_be_pruned_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     class Config:
-        model_type = "mixtral"
+        model_type = "gpt_oss"
 
-    with pytest.raises(UnsupportedModelError, match="'mixtral' cannot be pruned: each expert reads other tokens"):
+    with pytest.raises(UnsupportedModelError, match="'gpt_oss' cannot be pruned: its experts have biases"):
         family_of(Config())
     Config.model_type = "gemma2"
     monkeypatch.setattr("llm_snp.families.FAMILIES", {"opt": FAMILIES["opt"]})

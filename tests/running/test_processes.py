@@ -21,7 +21,7 @@ import pytest
 import torch
 from conftest import BLOCKS, LENGTH, Prune, words
 from safetensors import safe_open
-from tiny_models import save_tiny
+from tiny_models import KNOWN, save_tiny
 
 from llm_snp import cli
 from llm_snp.config import PruneConfig
@@ -246,6 +246,14 @@ def test_tables_travel(group: Group, prune: Prune, text: Path, tmp_path: Path, m
     assert_one_speaks(group.run(2, small_batches, *command(dense, tmp_path / "out", text, 8, attention=mode)))
     assert_same(tmp_path / "out", tmp_path / "one")
     assert any(name.endswith(table) for name in tensors(tmp_path / "out"))
+
+
+@pytest.mark.skipif("qwen2_moe" not in KNOWN, reason="this transformers does not have experts as they are needed")
+def test_experts_of_several_processes(group: Group, prune: Prune, text: Path, tmp_path: Path) -> None:
+    dense = save_tiny("qwen2_moe", tmp_path / "dense")
+    prune(dense, tmp_path / "one", samples=8)
+    assert_one_speaks(group.run(2, small_batches, *command(dense, tmp_path / "out", text, 8)))
+    assert_same(tmp_path / "out", tmp_path / "one")
 
 
 def test_what_is_gone_is_gone_everywhere(group: Group, prune: Prune, dense: Path, text: Path, tmp_path: Path) -> None:

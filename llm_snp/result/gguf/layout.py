@@ -72,6 +72,11 @@ class Layout:
 
 def layout(family: Family, config: Any, skeleton: Skeleton) -> Layout:
     """How llama.cpp can have the model. Raises `UnsupportedModelError` with the option that helps, if one does."""
+    if family.mixture is not None:
+        raise UnsupportedModelError(
+            f"experts (models of type {family.model_type!r}) are not written for llama.cpp here; what was pruned with "
+            "--format stock is a stock checkpoint, which llama.cpp's own convert_hf_to_gguf.py reads"
+        )
     rows = GGUF.get(family.model_type, ())
     if not rows:
         raise UnsupportedModelError(
