@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from tiny_models import tiny_config
@@ -84,10 +82,17 @@ def test_the_layers_of_a_model(name: str) -> None:
 
 def test_windows_that_go_by_the_number_of_a_block() -> None:
     """As transformers had it before `layer_types`: a block with another number would get, or lose, its window."""
-    options = PruneConfig(structures="layers").resolved()
-    check_structures(options, SimpleNamespace(use_sliding_window=True, layer_types=["full_attention"]))
-    check_structures(options, SimpleNamespace(use_sliding_window=False))
-    for method in ("best", "everything"):
-        options = PruneConfig(method=method, structures="both").resolved()
-        with pytest.raises(OptionError, match="tells from a block's number whether it has a window"):
-            check_structures(options, SimpleNamespace(use_sliding_window=True))
+    config = tiny_config("qwen2-partly-sliding")
+    check_structures(PruneConfig(structures="layers").resolved(), config)
+    config.layer_types = None
+    for given in ({"structures": "layers"}, {"structures": "both"}, {"method": "everything"}):
+        with pytest.raises(OptionError, match=r"^--\w+ \w+: this transformers tells from a block's number"):
+            check_structures(PruneConfig(**given).resolved(), config)
+
+
+def test_layers_of_experts() -> None:
+    config = tiny_config("mixtral")
+    for given in ({"structures": "layers"}, {"method": "everything"}):
+        flag = " ".join(("--" + next(iter(given)), *given.values()))
+        with pytest.raises(OptionError, match=f"^{flag} is not possible for mixtures of experts"):
+            check_structures(PruneConfig(**given).resolved(), config)
