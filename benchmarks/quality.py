@@ -5,15 +5,15 @@
         --sparsity 0.2 0.3 0.4 0.5 --json quality.json --plot quality.png --markdown quality.md
 
 One checkpoint, one set of calibration windows, one list of budgets; per row the perplexity of the pruned model on
-every corpus and the seconds of pruning (sensitivity, measure and prune phases; no loading, no evaluation). Text is
-tokenised and the dense model evaluated once. The JSON file is written after each result, and what it already has for
-the same model, text, seed and device is not measured again, so an interrupted run can simply be repeated.
+every corpus and the seconds of pruning (sensitivity, measure, steps and prune phases; no loading, no evaluation), with
+--speed also how fast it is beside the dense one, timed in turn as `bench` does. Text is tokenised and the dense model
+evaluated once. The JSON file is written after each result, and what it already has for the same model, text, seed and
+device is not measured again, so an interrupted run can simply be repeated.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import dataclasses
 import math
 import sys
@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from perplexity import aligned, check_files, code_state, provenance, sha256, windows_of
+from quality_floor import least_influential
 from quality_results import Results, Row, all_rows, rows_matching
 from quality_table import cells, heading, markdown, plot, verdict
 from transformers.utils import logging
@@ -37,16 +38,19 @@ from llm_snp.dense.checkpoint import Checkpoint
 from llm_snp.dense.data import Windows, as_windows, calibration_windows
 from llm_snp.dense.hub import config_dtype, load_config, load_tokenizer, locate
 from llm_snp.dense.mixture import mix, turns
-from llm_snp.dense.skeleton import Skeleton, run_block
+from llm_snp.dense.skeleton import Skeleton
 from llm_snp.dense.storage import Storage
 from llm_snp.errors import NumericalError, OptionError
 from llm_snp.evaluation.perplexity import perplexity_streamed
+from llm_snp.evaluation.speed import measure_speed
 from llm_snp.families import family_of
 from llm_snp.pruning.decide import decide
 from llm_snp.pruning.executor import prune_blocks
-from llm_snp.pruning.job import check_structures, fit_for_format, fit_for_heads, for_layers, window_length
-from llm_snp.pruning.plan import Plan, check_order
+from llm_snp.pruning.job import Job, check_structures, fit_for_format, fit_for_heads, for_layers, window_length
+from llm_snp.pruning.plan import check_order
 from llm_snp.pruning.session import Session
+from llm_snp.result.assembly import open_result, write_rest
+from llm_snp.result.carried import Carried
 from llm_snp.result.writer import Writer
 from llm_snp.system.device import device_facts, resolve_device, resolve_dtype
 from llm_snp.system.journal import Journal
@@ -54,20 +58,22 @@ from llm_snp.system.processes import Processes
 from llm_snp.system.progress import Progress
 from llm_snp.system.signals import exit_code
 
+PROMPT, NEW = 256, 64  # tokens that --speed reads and writes
+
 
 class Bench:
     """A checkpoint with its calibration and evaluation windows, read once for all rows."""
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
-        directory = locate(args.model)
+        self.directory = directory = locate(args.model)
         self.config = load_config(directory)
         self.family = family_of(self.config)
         device = resolve_device(args.device)
         dtype = resolve_dtype(args.dtype, device, config_dtype(self.config))
         checkpoint = Checkpoint(directory, self.family.renames)
         self.skeleton = Skeleton(self.config, self.family.blocks, checkpoint, device, dtype)
-        tokenizer = load_tokenizer(directory)
+        self.tokenizer = tokenizer = load_tokenizer(directory)
         length = window_length(PruneConfig(sequence_length=args.sequence_length), self.config)
         self.corpora: dict[str, Windows] = {}
         self.calibration, unseen = drawn(args, tokenizer, length)
@@ -110,33 +116,39 @@ class Bench:
         """Prune on the first calibration windows; gives the result, which lasts as long as the context, and facts."""
         options = for_layers(fit_for_heads(options, self.family, self.config))
         timer, tokens, blocks = Progress(quiet=True), self.calibration.tokens[:windows], self.family.blocks
+        options = dataclasses.replace(options, samples=windows)  # of which some may be held out
         with TemporaryDirectory(prefix="llm-snp-quality-") as temporary:
-            writer, processes = Writer(Path(temporary), len(self.skeleton) + 1), Processes()
-            left: list[int] = []
+            processes = Processes()
             journal = Journal(Path(temporary), processes)
 
             def save(index: int, state: dict[str, torch.Tensor] | None, _: object) -> None:
                 if state is None:
                     return
-                path = f"{blocks}.{len(left)}"
-                left.append(index)
-                writer.shard(index, {f"{path}.{name}": tensor for name, tensor in self.skeleton.turn(state).items()})
+                place = plan.left.index(index)
+                stored = self.skeleton.turn(state)
+                writer.shard(place, {f"{blocks}.{place}.{name}": tensor for name, tensor in stored.items()})
 
             session = Session(
                 self.skeleton, self.family, self.config, options, tokens, processes, Storage(), journal, timer
             )
             plan = least_influential(session) if least_influence else decide(session)
+            writer = Writer(Path(temporary) / "result", len(plan.left) + 1)
+            writer.directory.mkdir()
             prune_blocks(session, plan, save)
-            writer.shard(len(self.skeleton), dict(self.skeleton.checkpoint.tensors(self.skeleton.outer)))
-            writer.index()
-            # The skeleton with the blocks that were written in place of its own.
-            result = copy.copy(self.skeleton)
-            result.checkpoint = Checkpoint(writer.directory)
-            result.blocks = copy.deepcopy([self.skeleton.blocks[index] for index in left])
-            result.recorders = [self.skeleton.recorders[index] for index in left]
-            for block, index in zip(result.blocks, left, strict=True):
-                self.family.pruned_class.narrow(block, **self.family.widths(self.config, plan.kept[index]))
-            yield result, {"achieved": plan.achieved, "seconds": {n: round(s, 3) for n, s in timer.seconds.items()}}
+            device, length = self.skeleton.device, tokens.shape[1]
+            job = Job(options, self.directory, self.config, self.config, self.family, writer.directory, device, length)
+            write_rest(writer, job, self.skeleton, plan, self.tokenizer, Carried(self.directory))
+            facts = {"achieved": plan.achieved, "seconds": {n: round(s, 3) for n, s in timer.seconds.items()}}
+            steps = {"steps": [dataclasses.asdict(step) for step in plan.steps]} if plan.steps else {}
+            yield open_result(writer.directory, job, self.skeleton.dtype), facts | steps
+
+    def speed(self, skeleton: Skeleton) -> dict[str, Any]:
+        """How many times as fast as the dense model a result is, if that was asked for."""
+        if not self.args.speed:
+            return {}
+        here, device = skeleton.checkpoint.directory, skeleton.device
+        ratio = measure_speed(here, self.directory, device, skeleton.dtype, prompt=PROMPT, new=NEW)["ratio"]
+        return {"speed": {name: round(ratio[f"{name}_speedup"], 3) for name in ("prefill", "decode")}}
 
     def perplexity(self, skeleton: Skeleton) -> dict[str, Any]:
         """`perplexity` on every corpus, by its label, and the seconds that `evaluation` took."""
@@ -150,7 +162,7 @@ class Bench:
         """The facts of one result, or the error that there is instead."""
         try:
             with self.pruned(options, self.args.samples, least_influence) as (skeleton, facts):
-                return facts | self.perplexity(skeleton)
+                return facts | self.perplexity(skeleton) | self.speed(skeleton)
         except (OptionError, NumericalError) as error:
             return {"error": str(error)}
 
@@ -158,27 +170,6 @@ class Bench:
         """What only the first run pays for (kernels, libraries) belongs into nobody's seconds."""
         with self.pruned(self.options(Row("", "", {"method": "best"}), 0.1), windows=2):
             pass
-
-
-def least_influential(session: Session) -> Plan:
-    """Without the blocks whose output is most like their input: 1 - cosine, mean over tokens (arXiv 2403.03853)."""
-    skeleton, stream, influence = session.skeleton, session.stream(), []
-    for index, state in skeleton.block_states(range(len(skeleton))):
-        block, total = skeleton.load_block(index, state), 0.0
-        for rows, hidden, call in stream.batches(index):
-            hidden = hidden.clone()  # which may be a view of what is overwritten
-            output = run_block(block, hidden, call)
-            total += (1 - torch.cosine_similarity(hidden.float(), output.float(), dim=-1)).sum().item()
-            stream.put(rows, output)
-        influence.append(total)
-    order = sorted(range(1, len(influence)), key=influence.__getitem__)  # the first one stays, as in llm_snp
-    blocks = skeleton.blocks
-    base = [session.family.linear_parameters(block, session.config) for block in blocks]
-    count = min(len(order), round(session.options.sparsity * sum(base) / base[0]))
-    whole = {site.unit: site.units for site in session.sites(0)}
-    kept = tuple(dict.fromkeys(whole, 0) if index in order[:count] else whole for index in range(len(blocks)))
-    removed = sum(base[index] for index in order[:count])
-    return Plan(kept, (), "loss", session.options.sparsity * sum(base), removed, sum(base), structures="layers")
 
 
 def drawn(args: argparse.Namespace, tokenizer: Any, length: int) -> tuple[Windows, Windows]:
@@ -249,6 +240,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--json", type=Path, metavar="FILE", help="results, written after each; what it has is reused")
     p.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the main rows")
     p.add_argument("--markdown", type=Path, metavar="FILE", help="write the table as Markdown")
+    p.add_argument(
+        "--speed", action="store_true", help="time every result beside the dense model; in the table with --over-dense"
+    )
     p.add_argument(
         "--over-dense", action="store_true", help="table of nats per token over the dense model instead of perplexities"
     )

@@ -96,6 +96,7 @@ class Row:
         found = {name: getattr(resolved, name) for name in CHOICES}
         usual = {"format": "auto", "structures": "units"}
         found |= {name: value for name in usual if (value := getattr(resolved, name)) != usual[name]}
+        found |= {"method": resolved.method} if resolved.in_steps else {}
         return found | ({"least_influence": True} if self.least_influence else {})
 
     @property
@@ -166,8 +167,12 @@ class Results:
         return statistics.median(taken) if taken else None
 
     def faster(self, row: Row, sparsities: Sequence[float]) -> float | None:
-        """The median over the budgets of the dense model's seconds on the evaluation windows over the result's."""
+        """The median over the budgets of how many times as fast as the dense model a result is: by `bench`, or from the
+        seconds on the evaluation windows.
+        """
         found = [self.find(row, sparsity) or {} for sparsity in sparsities]
+        if speeds := [result["speed"]["prefill"] for result in found if "speed" in result]:
+            return statistics.median(speeds)
         times = [result["evaluation"] for result in found if "evaluation" in result]
         dense = self.data.get("dense_evaluation")
         return dense / statistics.median(times) if times and dense else None

@@ -31,8 +31,8 @@ def cells(
 ) -> list[list[str]]:
     """The table: a line per row, under its group; the lowest perplexity of each column is marked.
 
-    With `over_dense` nats per token over the dense model in place of perplexities, and how many times faster than the
-    dense model the result went through the evaluation windows.
+    With `over_dense` nats per token over the dense model in place of perplexities, and how many times as fast as the
+    dense model the result is (`Results.faster`); where that was measured by `bench`, in each cell for decoding.
     """
     corpora = list(results.data["corpora"])
     columns = [(sparsity, corpus) for sparsity in sparsities for corpus in corpora]
@@ -58,7 +58,9 @@ def cells(
 
     def cell(row: Row, sparsity: float) -> str:
         best = [c for c in corpora if lowest[sparsity, c] and values[row.name, sparsity, c] == lowest[sparsity, c]]
-        return joined({corpus: text[row.name, sparsity, corpus] for corpus in corpora}, best)
+        speed = (results.find(row, sparsity) or {}).get("speed")
+        beside = f" ×{speed['decode']:.2f}" if over_dense and speed else ""
+        return joined({corpus: text[row.name, sparsity, corpus] for corpus in corpora}, best) + beside
 
     lines = [
         ["", *(f"{100 * s:g} %{'' if markdown else ' '}" for s in sparsities), "seconds", *["speed"] * over_dense],
@@ -146,6 +148,8 @@ def heading(data: dict[str, Any], over_dense: bool = False) -> str:
     corpora = " / ".join(f"{name} ({corpus['windows']} windows)" for name, corpus in data["corpora"].items())
     what = "Loss over dense, nats per token," if over_dense else "Perplexity"
     speed = " Speed: dense over pruned seconds for these windows." if over_dense else ""
+    if over_dense and any("speed" in result for result in data["results"]):
+        speed = " Speed: dense over pruned seconds of a prefill, measured in turn; ×: of decoding, at each budget."
     return (
         f"{what} on {corpora}, calibrated on {c['windows']} windows of {c['sequence_length']} tokens of "
         f"{c['source']}, seed {c['seed']}.{speed}"

@@ -34,26 +34,22 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 # What is timed unless it is asked for otherwise: tokens of the prefill, tokens to decode, measurements of each.
 PROMPT, NEW, RUNS = 512, 64, 5
 
-# Of so many calibration windows one is held out where candidates are compared (--method everything), at least one.
+# Of so many calibration windows one is held out, and at least one: to choose a ridge (--damping auto), to compare
+# candidates (--method everything).
 HELD_OUT = 8
 
 # Each kind of text serves its own kind best; a mix of two, most others.
 CALIBRATION = ("wikitext2", "c4")
 
+# The combination that lost least in the ablation of benchmarks/quality.py.
+BEST = {"order": "greedy", "allocation": "loss", "target": "residual", "attention": "both", "structures": "units"}
 # A method is a name for a combination of choices, each of which can also be made on its own.
 METHODS: dict[str, dict[str, str]] = {
     # Subspace Node Pruning as its paper has it (arXiv 2405.17506).
     "snp": {"order": "zca", "allocation": "variance", "target": "self", "attention": "heads", "structures": "units"},
-    # The combination that lost least in the ablation of benchmarks/quality.py.
-    "best": {"order": "greedy", "allocation": "loss", "target": "residual", "attention": "both", "structures": "units"},
+    "best": BEST,
     # The loop of Pruning Everything, Everywhere, All at Once (arXiv 2506.04513), each candidate made as `best` is.
-    "everything": {
-        "order": "greedy",
-        "allocation": "loss",
-        "target": "residual",
-        "attention": "both",
-        "structures": "both",
-    },
+    "everything": BEST | {"structures": "both"},
 }
 
 
@@ -69,23 +65,6 @@ def make_plain(options: Any) -> None:
         if value is not None or not kind.endswith(" | None"):
             found = PLAIN[kind.removesuffix(" | None")](value, flag_of(f.name))
             object.__setattr__(options, f.name, found.removeprefix("torch.") if f.name == "dtype" else found)
-
-
-def launcher(processes: int, nodes: int) -> list[str]:
-    """How a command begins that so many processes run, on so many machines."""
-    several = ["--nnodes", str(nodes)] if nodes > 1 else []
-    return ["torchrun", *several, "--nproc-per-node", str(processes // nodes)] if processes > 1 else ["python"]
-
-
-def words_of(name: str, value: Any) -> list[str]:
-    """A field and its value as one types them: several values as a flag each, True as the flag alone."""
-    flag = flag_of(name)
-    if value is True:
-        return [flag]
-    if name == "evaluate" and not value:
-        return ["--no-evaluate"]
-    each = value if isinstance(value, (tuple, list)) else (value,)
-    return [word for one in each for word in ([f"{flag}={one}"] if str(one).startswith("-") else [flag, str(one)])]
 
 
 def option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:

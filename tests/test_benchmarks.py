@@ -29,6 +29,8 @@ from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
 
 import llm_snp
 from llm_snp.dense.hub import EMBEDDED
+from llm_snp.pruning.plan import Plan
+from llm_snp.pruning.session import Session
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -217,6 +219,53 @@ def test_the_yardstick_in_nats_over_dense(place: Path, tmp_path: Path, capsys: p
     assert numbers[-1] == pytest.approx(data["dense_evaluation"] / found["evaluation"], abs=6e-3)
     assert list(data["corpora"])[:2] == ["calibration windows", "other windows of that text"]
     assert page.read_text().startswith("# Quality on model\n\nLoss over dense, nats per token, on calibration windows")
+
+
+def test_quality_with_the_speed_of_each_result(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By `bench`: decoding in each cell, the prefill in the last column; with the steps of a result that has some."""
+    file = tmp_path / "quality.json"
+    rows = ["--rows", "^(whole blocks|everything)$", "--sparsity", "0.4", "--json", str(file)]
+    assert quality.main(quality_arguments(place, *rows, "--over-dense", "--speed")) == 0
+    data, out = read(file), capsys.readouterr().out
+    assert "×: of decoding, at each budget" in out
+    for name, choices in (("whole blocks", {"structures": "layers"}), ("everything", {"method": "everything"})):
+        (found,) = [result for result in data["results"] if choices.items() <= result["choices"].items()]
+        assert min(found["speed"].values()) > 0
+        [line] = [line for line in out.splitlines() if line.strip().startswith(name)]
+        assert f"×{found['speed']['decode']:.2f} " in line
+        assert line.split()[-1] == f"{found['speed']['prefill']:.2f}"
+        assert ("steps" in found) is (name == "everything")
+
+
+def test_quality_without_a_block_in_the_middle(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those behind it move up."""
+    config = OPTConfig.from_pretrained(place / "model")
+    config.num_hidden_layers = 4
+    torch.manual_seed(0)
+    shutil.copytree(place, tmp_path / "place")
+    OPTForCausalLM(config).save_pretrained(tmp_path / "place" / "model")
+
+    def plan(session: Session) -> Plan:
+        whole, gone = {"heads": 4, "neurons": 64}, {"heads": 0, "neurons": 0}
+        base = session.family.linear_parameters(session.skeleton.blocks[0], session.config)
+        return Plan((whole, gone, whole, whole), (), "loss", base, base, 4 * base, structures="layers")
+
+    monkeypatch.setattr(quality, "least_influential", plan)
+    file = tmp_path / "quality.json"
+    rows = ["--rows", "unrepaired", "--sparsity", "0.25", "--json", str(file)]
+    assert quality.main(quality_arguments(tmp_path / "place", *rows)) == 0
+    (result,) = read(file)["results"]
+    model = load(tmp_path / "place" / "model")
+    del model.model.decoder.layers[1]
+    model.config.num_hidden_layers = 3
+    model.save_pretrained(tmp_path / "three")
+    expected = tmp_path / "expected.json"
+    for file in EMBEDDED.glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "three")
+    evaluated = [word for name in ("a.txt", "b.txt") for word in ("--evaluate", str(place / name))]
+    assert perplexity.main([str(tmp_path / "three"), *evaluated, "--device", "cpu", "--json", str(expected)]) == 0
+    found = read(expected)["models"][0]["evaluation"]
+    assert result["perplexity"] == pytest.approx({name: one["perplexity"] for name, one in found.items()}, rel=1e-5)
 
 
 def test_the_yardstick_says_when_its_model_cannot_be_had(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

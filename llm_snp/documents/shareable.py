@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..config import METHODS, PruneConfig, launcher, words_of
+from ..config import METHODS, PruneConfig, flag_of
 from ..system.private import HUB_ID, carried_words, public_name, public_text
 
 CORPORA = {  # Hub id, config and split of the texts that have a name: what is evaluated on
@@ -115,6 +115,23 @@ def before(report: Mapping[str, Any]) -> str:
 def hub_id(model: Mapping[str, Any]) -> str | None:
     """The id of a model, if it was one on the Hub; a report of an earlier version does not say so."""
     return model["name"] if model.get("hub") and HUB_ID.fullmatch(model["name"]) else None
+
+
+def launcher(processes: int, nodes: int) -> list[str]:
+    """How a command begins that so many processes run, on so many machines."""
+    several = ["--nnodes", str(nodes)] if nodes > 1 else []
+    return ["torchrun", *several, "--nproc-per-node", str(processes // nodes)] if processes > 1 else ["python"]
+
+
+def words_of(name: str, value: Any) -> list[str]:
+    """A field and its value as one types them: several values as a flag each, True as the flag alone."""
+    flag = flag_of(name)
+    if value is True:
+        return [flag]
+    if name == "evaluate" and not value:
+        return ["--no-evaluate"]
+    each = value if isinstance(value, (tuple, list)) else (value,)
+    return [word for one in each for word in ([f"{flag}={one}"] if str(one).startswith("-") else [flag, str(one)])]
 
 
 def command_line(options: Mapping[str, Any], processes: int = 1, nodes: int = 1) -> str:

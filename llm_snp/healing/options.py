@@ -12,7 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..config import DEVICES, flag_of, launcher, make_plain, option, shares, words_of
+from ..config import DEVICES, flag_of, make_plain, option, shares
+from ..documents.shareable import launcher, words_of
 from ..errors import OptionError, at_least, choose
 
 # Learning rates of all weights, and of LoRA's matrices, that were best on the reference models, of a width of about

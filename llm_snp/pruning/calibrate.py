@@ -9,6 +9,7 @@ from itertools import repeat
 import torch
 from torch import Tensor, nn
 
+from ..config import HELD_OUT
 from ..core.moments import Moments
 from ..dense.experts import routes
 from ..dense.skeleton import Call, run_block
@@ -16,9 +17,6 @@ from ..dense.stream import Stream
 from ..dense.taps import Taps
 from ..errors import NumericalError
 from ..families import PAIRS, Attention, Site, linear, turn
-
-# --damping auto holds out one window in so many, and at least one.
-HELD_OUT = 8
 
 
 @dataclass(frozen=True)

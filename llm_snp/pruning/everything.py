@@ -81,13 +81,16 @@ class _Loop:
         parent: _Made | None = None
         while not self._met(plan, steps):
             name = f"step-{len(steps):05d}"
-            known = journal.read(name)
+            known, before = journal.read(name), list(plan.kept)
+            if known is not None and known["before"] != before:  # as after curves were measured again elsewhere
+                journal.rescue(f"{name} of the interrupted run began at another plan")
+                known = None
             if known is None:
                 dense = dense or self._make(self._plan(whole), "the dense model")
                 parent = parent or (dense if plan.removed == 0 else self._make(plan, "where the run was interrupted"))
                 step, parent = self._step(len(steps) + 1, dense, parent)
                 plan = parent.plan
-                journal.write(name, {"step": dataclasses.asdict(step), "kept": list(plan.kept)})
+                journal.write(name, {"step": dataclasses.asdict(step), "before": before, "kept": list(plan.kept)})
             else:
                 step, plan = Step.from_json(known["step"]), self._plan(known["kept"])
             steps.append(step)

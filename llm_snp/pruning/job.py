@@ -77,13 +77,13 @@ def check_structures(options: PruneConfig, config: Any) -> None:
     """Raise `OptionError` where layers cannot go as a whole; `options`: resolved."""
     if options.structures == "units":
         return
+    given = "--method everything" if options.in_steps else f"--structures {options.structures}"
     if family_of(config).mixture is not None:
         raise OptionError(
-            f"--structures {options.structures} is not possible for mixtures of experts, where an MLP layer is "
-            "many experts; leave it out: neurons of all of them go"
+            f"{given} is not possible for mixtures of experts, where an MLP layer is many experts; leave it out: "
+            "neurons of all of them go"
         )
     if options.allocation != "loss":
-        given = "--method everything" if options.in_steps else f"--structures {options.structures}"
         raise OptionError(
             f"{given} and --allocation {options.allocation} exclude each other: which layers go the measured loss "
             "decides; give --allocation loss"
@@ -95,7 +95,7 @@ def check_structures(options: PruneConfig, config: Any) -> None:
         )
     if getattr(config, "use_sliding_window", None) and not getattr(config, "layer_types", None):
         raise OptionError(
-            "--structures: this transformers tells from a block's number whether it has a window, and blocks would get "
+            f"{given}: this transformers tells from a block's number whether it has a window, and blocks would get "
             "other numbers; install a newer one"
         )
 

@@ -114,9 +114,17 @@ def test_every_step(name: str, sparsity: float, tmp_path: Path, monkeypatch: pyt
 def test_what_was_decided_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     session = session_for("opt", tmp_path, sparsity=0.25)
     plan = everything(session)
-    monkeypatch.setattr(loop, "prune_blocks", None)  # nothing is made again
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "prune_blocks", None)  # nothing is made again
+        again = everything(session)
+    assert (again.kept, again.steps) == (plan.kept, plan.steps)
+    last = f"step-{len(plan.steps) - 1:05d}"
+    record = session.journal.read(last)
+    assert record is not None
+    session.journal.write(last, record | {"before": [{}] * len(plan.kept), "kept": [{}] * len(plan.kept)})
     again = everything(session)
     assert (again.kept, again.steps) == (plan.kept, plan.steps)
+    assert session.journal.rescued == [f"{last} of the interrupted run began at another plan: made again"]
 
 
 def test_the_more_similar_one_is_taken() -> None:

@@ -11,6 +11,7 @@ from llm_snp.core.allocation import SiteCurve, allocate
 from llm_snp.dense.skeleton import empty_model, linear_blocks
 from llm_snp.errors import OptionError
 from llm_snp.families import first_attentions
+from llm_snp.pruning.job import check_structures
 from llm_snp.pruning.layers import allocate_both, allocate_layers, layer_curves, removable
 
 
@@ -77,3 +78,21 @@ def test_the_layers_of_a_model(name: str) -> None:
     ]
     biases = sum(p.numel() for n, p in blocks[0].named_parameters() if n.endswith(("out_proj.bias", "fc2.bias")))
     assert layers[0].gone(0) + layers[1].gone(0) == family.linear_parameters(blocks[0], config) - biases
+
+
+def test_windows_that_go_by_the_number_of_a_block() -> None:
+    """As transformers had it before `layer_types`: a block with another number would get, or lose, its window."""
+    config = tiny_config("qwen2-partly-sliding")
+    check_structures(PruneConfig(structures="layers").resolved(), config)
+    config.layer_types = None
+    for given in ({"structures": "layers"}, {"structures": "both"}, {"method": "everything"}):
+        with pytest.raises(OptionError, match=r"^--\w+ \w+: this transformers tells from a block's number"):
+            check_structures(PruneConfig(**given).resolved(), config)
+
+
+def test_layers_of_experts() -> None:
+    config = tiny_config("mixtral")
+    for given in ({"structures": "layers"}, {"method": "everything"}):
+        flag = " ".join(("--" + next(iter(given)), *given.values()))
+        with pytest.raises(OptionError, match=f"^{flag} is not possible for mixtures of experts"):
+            check_structures(PruneConfig(**given).resolved(), config)

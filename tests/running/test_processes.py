@@ -268,8 +268,8 @@ def test_what_is_gone_is_gone_everywhere(group: Group, prune: Prune, dense: Path
 def test_the_same_steps_are_taken(group: Group, prune: Prune, dense: Path, text: Path, tmp_path: Path) -> None:
     """Of `--method everything`; sums of the similarities cross, and one process decides."""
     options: dict[str, Any] = {"method": "everything", "attention": "heads", "sensitivity": "relative"}
-    report = prune(dense, tmp_path / "one", 0.2, samples=16, **options)
-    arguments = command(dense, tmp_path / "out", text, 16, sparsity=0.2, **options)
+    report = prune(dense, tmp_path / "one", 0.1662, samples=16, **options)
+    arguments = command(dense, tmp_path / "out", text, 16, sparsity=0.1662, **options)
     assert_one_speaks(group.run(2, small_batches, *arguments))
     assert_same(tmp_path / "out", tmp_path / "one")
     steps = report_of(tmp_path / "out")["steps"]
