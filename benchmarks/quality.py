@@ -134,7 +134,7 @@ class Bench:
             result.blocks = copy.deepcopy([self.skeleton.blocks[index] for index in left])
             result.recorders = [self.skeleton.recorders[index] for index in left]
             for block, index in zip(result.blocks, left, strict=True):
-                self.family.pruned_class.narrow(block, **self.family.widths(self.config, plan.kept[index]))
+                self.family.pruned_class.narrow(block, **self.family.widths(self.config, plan.kept[index], index))
             yield result, {"achieved": plan.achieved, "seconds": {n: round(s, 3) for n, s in timer.seconds.items()}}
 
     def perplexity(self, skeleton: Skeleton) -> dict[str, Any]:
