@@ -179,7 +179,7 @@ def test_what_is_refused(mixtral: Path, tmp_path: Path) -> None:
         preview(PruneConfig(model=str(mixtral), structures="layers", output=str(tmp_path / "out")))
     with pytest.raises(UnsupportedModelError, match=r"is a mixture of experts \(mixtral\), .* but not healed"):
         open_model(mixtral)
-    with pytest.raises(UnsupportedModelError, match=r"'mixtral'\\) are not written for llama.cpp here"):
+    with pytest.raises(UnsupportedModelError, match=r"'mixtral'\) are not written for llama.cpp here"):
         layout(FAMILIES["mixtral"], tiny_config("mixtral"), opened(mixtral))
     for fields, said in (
         ({"num_experts_per_tok": 5}, "num_experts_per_tok is 5 in config.json, but there are 4 experts"),
