@@ -112,8 +112,7 @@ def evaluate(name: str, args: argparse.Namespace) -> dict[str, Any]:
         "device": device_facts(device, dtype),
         "evaluation": {},
     }
-    for source, label in labels(args.evaluate).items():
-        windows = evaluation_windows(source, tokenizer, length)
+    for label, windows in windows_of(args.evaluate, tokenizer, length).items():
         start = time.perf_counter()
         with progress.phase("perplexity", len(windows.tokens), label, unit="window") as step:
             result = perplexity_loaded(model, windows, step)

@@ -42,7 +42,8 @@ from llm_snp.dense.storage import Storage
 from llm_snp.errors import NumericalError, OptionError
 from llm_snp.evaluation.perplexity import perplexity_streamed
 from llm_snp.families import family_of
-from llm_snp.pruning.executor import decide, prune_blocks
+from llm_snp.pruning.decide import decide
+from llm_snp.pruning.executor import prune_blocks
 from llm_snp.pruning.job import check_structures, fit_for_format, fit_for_heads, for_layers, window_length
 from llm_snp.pruning.plan import Plan, check_order
 from llm_snp.pruning.session import Session

@@ -34,15 +34,26 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 # What is timed unless it is asked for otherwise: tokens of the prefill, tokens to decode, measurements of each.
 PROMPT, NEW, RUNS = 512, 64, 5
 
+# Of so many calibration windows one is held out where candidates are compared (--method everything), at least one.
+HELD_OUT = 8
+
 # Each kind of text serves its own kind best; a mix of two, most others.
 CALIBRATION = ("wikitext2", "c4")
 
 # A method is a name for a combination of choices, each of which can also be made on its own.
 METHODS: dict[str, dict[str, str]] = {
     # Subspace Node Pruning as its paper has it (arXiv 2405.17506).
-    "snp": {"order": "zca", "allocation": "variance", "target": "self", "attention": "heads"},
+    "snp": {"order": "zca", "allocation": "variance", "target": "self", "attention": "heads", "structures": "units"},
     # The combination that lost least in the ablation of benchmarks/quality.py.
-    "best": {"order": "greedy", "allocation": "loss", "target": "residual", "attention": "both"},
+    "best": {"order": "greedy", "allocation": "loss", "target": "residual", "attention": "both", "structures": "units"},
+    # The loop of Pruning Everything, Everywhere, All at Once (arXiv 2506.04513), each candidate made as `best` is.
+    "everything": {
+        "order": "greedy",
+        "allocation": "loss",
+        "target": "residual",
+        "attention": "both",
+        "structures": "both",
+    },
 }
 
 
@@ -131,7 +142,12 @@ class PruneConfig:
     samples: int = option(128, "calibration windows, of all texts together")
     sequence_length: int = option(2048, "tokens per window, capped by the model")
     seed: int = option(0, "seed of everything random")
-    method: str = option("best", "preset for order, allocation, target and attention", tuple(METHODS))
+    method: str = option(
+        "best",
+        "preset for order, allocation, target, attention and structures; everything is best in steps, each of which "
+        "takes a layer or as many parameters of units, whichever leaves the hidden states more alike",
+        tuple(METHODS),
+    )
     order: str | None = option(None, "which units stay", ORDERS)
     allocation: str | None = option(None, "how much each layer gives", ALLOCATIONS)
     target: str | None = option(
@@ -157,10 +173,10 @@ class PruneConfig:
         "let the sensitivity weigh the order of the units within a layer, too, not only how much each layer gives "
         "(over-fits small calibration sets)",
     )
-    structures: str = option(
-        "units",
+    structures: str | None = option(
+        None,
         "units (neurons, and what --attention says), layers (attention or MLP layers as a whole, and blocks of which "
-        "both go), or both; the first attention stays",
+        "both go), or both; the first attention stays (default: units)",
         STRUCTURES,
     )
     round_to: int = option(
@@ -243,15 +259,35 @@ class PruneConfig:
                 raise OptionError(f"--damping is {self.damping!r}; give a number of at least 0, or auto")
         elif not 0.0 <= self.damping <= MOST_DAMPING:
             raise OptionError(f"--damping is {self.damping:g}; give a number from 0 to {MOST_DAMPING:g}, or auto")
-        if self.structures == "both" and self.format != "auto":
+        if self.in_steps and self.structures not in (None, "both"):
             raise OptionError(
-                f"--structures both and --format {self.format} exclude each other: what is left are layers of "
-                "all kinds of widths; leave one of them out, or give --structures layers"
+                f"--method everything and --structures {self.structures} exclude each other: it is about layers and "
+                "units, step by step; leave one of them out"
+            )
+        if (self.structures == "both" or self.in_steps) and self.format != "auto":
+            given = "--method everything" if self.in_steps else "--structures both"
+            remedy = "--method best --structures layers" if self.in_steps else "--structures layers"
+            raise OptionError(
+                f"{given} and --format {self.format} exclude each other: what is left are layers of all kinds of "
+                f"widths; leave one of them out, or give {remedy}"
             )
         if self.private and not self.push_to_hub:
             raise OptionError("--private is for the repository that --push-to-hub makes; give that, too")
-        if self.damping == "auto" and self.samples < 2:
-            raise OptionError("--damping auto holds out part of the windows; give --samples of at least 2")
+        least = 2 + self.in_steps
+        if self.damping == "auto" and self.samples < least:
+            raise OptionError(f"--damping auto holds out part of the windows; give --samples of at least {least}")
+        if self.in_steps and self.samples < 2:
+            raise OptionError("--method everything holds out part of the windows; give --samples of at least 2")
+
+    @property
+    def in_steps(self) -> bool:
+        """Whether layers and units go step by step, as their hidden states decide."""
+        return self.method == "everything"
+
+    @property
+    def held_out(self) -> int:
+        """Windows that no candidate of a step is fitted to: its hidden states are compared on them."""
+        return max(1, self.samples // HELD_OUT) if self.in_steps else 0
 
     @property
     def whole_blocks(self) -> bool:

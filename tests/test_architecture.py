@@ -92,8 +92,9 @@ def test_errors_need_nothing() -> None:
 
 
 def test_the_card_reads_only_the_report() -> None:
-    assert own("documents/card") == {"documents/shareable", "documents/healing"}
-    assert not own("documents/healing") | foreign("documents/healing")
+    assert own("documents/card") == {"documents/shareable", "documents/healing", "documents/steps"}
+    for words in ("documents/healing", "documents/steps"):
+        assert not own(words) | foreign(words)
     assert own("documents/shareable") == {"config", "system/private"}
     assert foreign("documents/card") <= {"huggingface_hub"}
 
@@ -115,7 +116,7 @@ def test_a_family_is_a_short_file_or_a_row() -> None:
 def test_what_people_read_is_made_from_the_report_only() -> None:
     tree = ast.parse(MODULES["documents/report"].read_text())
     functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
-    reads = {"before", "harness_rows", "healing_line", "speed_table"}
+    reads = {"before", "harness_rows", "healing_line", "speed_table", "steps_lines"}
     allowed = {*functions, *dir(__builtins__), "Any", "Path", "Report", *reads}
     for name in ("summary", "block_line", "relative_error"):
         function = functions[name]

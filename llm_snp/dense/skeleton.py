@@ -18,7 +18,7 @@ import torch
 from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from ..core.stopwatch import timed
@@ -129,6 +129,7 @@ class Skeleton:
         check_blocks(config, checkpoint.names(), checkpoint.directory)
         claimed = empty_model(config)
         shapes, self.tied, harmless = expected_tensors(claimed)
+        self.parameters = sum(parameter.numel() for parameter in claimed.parameters())
         tables = [name for name, buffer in claimed.named_buffers() if not buffer.is_floating_point()]
         checkpoint.audit(shapes, self.tied, harmless, tables)
         check_buffers(claimed, checkpoint.files)
@@ -174,6 +175,13 @@ class Skeleton:
         assert first is not None
         return first, [recorder.call for recorder in self.recorders]
 
+    def features(self, ids: Tensor, hidden: Tensor) -> Tensor:
+        """Hidden states after the last block (B, T, d) to those behind the final norm, which the head reads."""
+        self.recorders[-1].output = hidden
+        found: Tensor = self.model.base_model(input_ids=ids.to(self.device), use_cache=False).last_hidden_state
+        self.recorders[-1].output = None
+        return found
+
     def leave(self, ids: Tensor, hidden: Tensor) -> Tensor:
         """Hidden states after the last block (B, T, d) to logits (B, T, vocabulary); differentiable in `hidden`.
 
@@ -210,7 +218,7 @@ class Skeleton:
         self, index: int, state: Mapping[str, Tensor], narrow: Callable[[nn.Module], None] | None = None
     ) -> nn.Module:
         """A live block on the device with the given weights; `narrow` changes the shapes of the whole block first."""
-        block = copy.deepcopy((self.blocks if narrow is None else self._whole)[index])
+        block = _copied((self.blocks if narrow is None else self._whole)[index])
         if narrow is not None:
             narrow(block)
         on_device = {
@@ -219,6 +227,12 @@ class Skeleton:
         }
         block.load_state_dict(on_device, assign=True, strict=True)
         return block.to(self.device).eval().requires_grad_(False)
+
+
+def _copied(block: nn.Module) -> nn.Module:
+    """A block of its own, but for the config, which its modules only read and which takes longest to copy."""
+    configs = [c for module in block.modules() if isinstance(c := getattr(module, "config", None), PretrainedConfig)]
+    return copy.deepcopy(block, {id(config): config for config in configs})
 
 
 def empty_model(config: Any, buffers: bool = False) -> Any:

@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from .healing import after_pruning, healing_rows, healing_sentences
 from .shareable import CORPORA, before, hub_id, shareable, texts_of
+from .steps import HEAD, steps_rows, steps_sentences
 
 TAGS = ("llm_snp", "pruned", "structured-pruning")
 CARRIED = ("license", "license_name", "license_link", "language")  # from the dense model's card, as they are
@@ -42,6 +43,7 @@ def model_card(report: dict[str, Any], name: str | None = None, plots: Sequence[
         _harness(report),
         _speed(report),
         _removed(report),
+        _steps(report),
         "\n\n".join(f"![{title}]({path})" for title, path in plots),
         _how_it_was_made(report),
         _limits(report, metadata),
@@ -251,6 +253,11 @@ def _removed(report: dict[str, Any]) -> str:
         kept = (f"{s['kept']} of {s['units']} {s['unit']}" if (s := block.get(site)) else "" for site in sites)
         rows.append((str(block["block"]), *kept))
     return f"## What is left of each block\n\n{_table(('block', *sites), rows)}"
+
+
+def _steps(report: dict[str, Any]) -> str:
+    rows = steps_rows(report)
+    return f"## What each step took\n\n{_table(HEAD, rows)}\n\n{steps_sentences(report)}" if rows else ""
 
 
 def _how_it_was_made(report: dict[str, Any]) -> str:

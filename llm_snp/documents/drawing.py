@@ -203,6 +203,33 @@ def change(report: dict[str, Any]) -> Figure:
     return figure
 
 
+def steps(report: dict[str, Any]) -> Figure | None:
+    """1 - CKA of both candidates of every step with their parent, of what was taken also with the first model."""
+    from matplotlib.ticker import MaxNLocator
+
+    steps = report.get("steps", [])
+    if not steps:
+        return None
+    figure, (axes,) = _figure(2.3)
+    for name, marker, color, label in (("layer", "s", ACCENT, "without a layer"), ("units", "o", DARK, "fewer units")):
+        found = {number: 1 - step[name]["to_parent"] for number, step in enumerate(steps, 1) if step[name]}
+        axes.plot(list(found), list(found.values()), linestyle="", marker=marker, color=color, ms=4, label=label)
+    taken = [(number, step[step["taken"]]) for number, step in enumerate(steps, 1)]
+    numbers = [number for number, _ in taken]
+    ring = CUT | {"mfc": "none"}
+    axes.plot(numbers, [1 - found["to_parent"] for _, found in taken], **ring, ms=9, label="taken")
+    far = [1 - found["to_dense"] for _, found in taken]
+    axes.plot(numbers, far, linestyle=":", color="0.35", linewidth=1.2, label="in all")
+    axes.set_ylim(bottom=0)
+    axes.set_xlim(0.5, len(steps) + 0.5)
+    axes.xaxis.set_major_locator(MaxNLocator(TICKS, integer=True))
+    axes.set_xlabel("step")
+    axes.set_ylabel("1 - CKA")
+    axes.grid(axis="y")
+    figure.legend(loc="outside lower left", ncols=2)
+    return figure
+
+
 def healing(report: dict[str, Any]) -> Figure | None:
     """The curve of each healing over the tokens that were trained on, a panel for each."""
     steps = [step for step in report.get("healing", []) if step["curve"]]

@@ -17,6 +17,7 @@ from .page_template import CSS, TEMPLATE
 from .plots import PLOTS, figures, style
 from .report import relative_error
 from .shareable import before, hub_id, shareable, texts_of
+from .steps import HEAD, steps_rows, steps_sentences
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -53,6 +54,9 @@ def html_page(report: dict[str, Any]) -> str:
         speed=_speed(report),
         after_pruning=after_pruning(report),
         healing=[(step["command"], healing_sentences(step), healing_rows(step)) for step in report.get("healing", [])],
+        steps=steps_rows(report),
+        steps_head=HEAD,
+        steps_sentences=steps_sentences(report) if report.get("steps") else "",
         sites=site_names(report),
         blocks=_blocks(report),
         facts=[

@@ -161,6 +161,13 @@ ridge of the repair, as a share of the mean variance.</p>
 </table>
 </div>
 </section>
+{%- if steps %}
+<section>
+<h2>Steps</h2>
+{{- table("Linear CKA of the hidden states with those before each step", steps_head, steps) }}
+<p>{{ steps_sentences }}</p>
+</section>
+{%- endif %}
 <section>
 <h2>How it was made</h2>
 <pre>{{ report.command }}</pre>

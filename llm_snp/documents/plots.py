@@ -112,6 +112,12 @@ PLOTS: dict[str, Plot] = {
         "budget cut it (none where everything stays).",
         drawing.curves,
     ),
+    "steps": Plot(
+        "Layers or units, step by step",
+        "1 - CKA: how unlike its parent's the hidden states of each candidate are, with a ring around what was taken; "
+        "dotted, how unlike those before the first step that is.",
+        drawing.steps,
+    ),
     "healing": Plot(
         "Healing",
         "KL divergence from the teacher on windows that were not trained on; the mark is what was kept.",

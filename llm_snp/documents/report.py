@@ -33,6 +33,7 @@ from ..version import __version__
 from .healing import healing_line
 from .lineage import dense_base, parents
 from .shareable import before, command_line
+from .steps import steps_lines
 
 FORMAT = 1
 CURVE_POINTS = 33
@@ -131,6 +132,8 @@ class Report:
             "kept": list(plan.kept),
             "curves": [_curve(curve) for curve in plan.curves],
         }
+        if plan.steps:
+            self.data["steps"] = [dataclasses.asdict(step) for step in plan.steps]
         if options.round_to > 1 and abs(plan.removed - plan.asked) > min(c.cost for c in plan.curves):
             self.note(
                 f"--round-to {options.round_to} allows {plan.achieved:.2%} of the block parameters to go, "
@@ -293,6 +296,7 @@ def summary(data: dict[str, Any]) -> str:
         f"{sparsity['of_all_parameters']:.2%} of all"
         + (f"; {sparsity['of_dense']:.2%} of the dense model's blocks in all" if "of_dense" in sparsity else ""),
         *_overfit(data),
+        *(f"steps    {line}" for line in steps_lines(data)),
         *(f"healed   {healing_line(step)}" for step in data.get("healing", [])),
         "seconds  " + ", ".join(f"{name} {value:.1f}" for name, value in data["seconds"].items()),
         *(f"note     {note}" for note in data["notes"]),

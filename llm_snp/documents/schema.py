@@ -194,6 +194,28 @@ class Speed(_Part):
     notes: list[str]
 
 
+class Candidate(_Part):
+    parameters: int
+    to_parent: Share
+    to_dense: Share
+    block: Count | None
+    site: Name | None
+    loss: Number | None
+
+
+class Step(_Part):
+    layer: Candidate | None
+    units: Candidate | None
+    taken: Literal["layer", "units"]
+
+    @model_validator(mode="after")
+    def fits(self) -> Step:
+        """What was taken is there."""
+        if (self.layer if self.taken == "layer" else self.units) is None:
+            raise ValueError(f"of a step {self.taken!r} was taken, which was no candidate")
+        return self
+
+
 class HeldOut(_Part):
     step: Count
     loss: Number
@@ -269,6 +291,7 @@ class Document(_Part):
     peak_memory: PeakMemory
     parents: list[Parent] = MISSING  # of a model that had been pruned before, as far as they are known
     overfit: list[Overfit] = []  # on windows that were calibrated on, and on others
+    steps: list[Step] = []  # of --method everything
     harness: dict[str, Task] = {}
     healing: list[Healing] = []  # each of what the one before it has made
     speed: Speed = MISSING

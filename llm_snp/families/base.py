@@ -242,6 +242,8 @@ class Family:
             changed |= {unit for unit in widths if widths[unit] != whole.get(unit)}
         if not changed <= set(self.stock):
             return None
+        if not all(found[0].values()):  # a layer that no block has any more, where the stock class has one in each
+            return None
         fields: dict[str, int] = {}
         for index, widths in found.items():
             for unit in (changed or {"neurons"}) & widths.keys():
@@ -269,6 +271,13 @@ class Family:
         bias = linear(block, site.consumer).bias
         every = sum(p.numel() for name in site.layers for p in linear(block, name).parameters())
         return every - (0 if bias is None or with_block else bias.numel())
+
+    def beside_cost(self, block: nn.Module, site: Site) -> int:
+        """Parameters that go with a site as a whole and are in none of its layers: norms of queries and keys."""
+        if not site.module:
+            return 0
+        layers = sum(p.numel() for name in site.layers for p in linear(block, name).parameters())
+        return sum(p.numel() for p in block.get_submodule(site.module).parameters()) - layers
 
     def unit_cost(self, block: nn.Module, site: Site) -> int:
         """Parameters that go with one unit: its rows (and biases) of each producer, g columns of the consumer; of every

@@ -1,7 +1,5 @@
-"""The method, from the dense blocks to the pruned ones, with one name for each of its steps.
-
-decide        over the dense model: calibrate and order every site (`measure`), then allocate the budget (`plan`)
-prune_blocks  block by block: calibrate, order, repair each site, save, and advance the hidden states
+"""The method, from the dense blocks to the pruned ones: block by block calibrate, order, repair each site, save, and
+advance the hidden states.
 
 Names no family and no criterion. Attention is pruned before the MLP, so that the MLP is fitted to what it will read.
 """
@@ -18,11 +16,9 @@ from ..dense.stream import Stream
 from ..families import Site, dropped
 from .calibrate import Reference, SiteMoments, calibrate_block, calibrate_site
 from .directions import narrow_heads
-from .left_out import losses_without
-from .measure import measured_curves
-from .plan import Plan, empty_curves, make_plan
+from .plan import Plan
 from .repair import SiteResult, refit_consumer, repair_site
-from .sensitivity import measure_sensitivity, read_sensitivity
+from .sensitivity import read_sensitivity
 from .session import Session
 from .weights import State
 
@@ -46,30 +42,22 @@ BlockLoss = dict[str, SiteLoss]
 Finished = Callable[[int], tuple[State, BlockLoss] | None]
 
 
-def decide(session: Session) -> Plan:
-    """The plan, by measuring passes over the dense model where the allocation asks for them."""
-    options, blocks = session.options, session.skeleton.blocks
-    if options.needs_gradient:
-        measure_sensitivity(session)
-    measured = options.measures and options.structures != "layers"
-    totals = losses_without(session) if options.measures and not measured else None
-    curves = measured_curves(session) if measured else empty_curves(session.family, session.config, blocks, options)
-    assert options.allocation is not None
-    # Nothing to remove: nothing was measured, and every allocation gives the same plan.
-    by = options.allocation if options.sparsity > 0 else "uniform"
-    return make_plan(session.family, session.config, blocks, options, curves, by, totals)
-
-
 def prune_blocks(
-    session: Session, plan: Plan, save: Callable[[int, State | None, BlockLoss], None], finished: Finished | None = None
+    session: Session,
+    plan: Plan,
+    save: Callable[[int, State | None, BlockLoss], None],
+    finished: Finished | None = None,
+    phase: str = "prune",
+    title: str = "",
 ) -> None:
     """Prune all blocks front to back and hand each finished block's tensors to `save`; None of one that is gone.
 
-    A block that `finished` gives is not pruned again: the hidden states only move through it.
+    A block that `finished` gives is not pruned again: the hidden states only move through it. phase, title: see
+    `Progress.phase`.
     """
     skeleton, family, config = session.skeleton, session.family, session.config
     follows_dense = session.options.target in ("dense", "residual")
-    with session.progress.phase("prune", len(skeleton)) as step:
+    with session.progress.phase(phase, len(skeleton), title) as step:
         stream = session.stream()
         dense_stream: Stream | None = None
         for i, dense_state in skeleton.block_states(range(len(skeleton))):

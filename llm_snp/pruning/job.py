@@ -76,15 +76,16 @@ def check_structures(options: PruneConfig, config: Any) -> None:
     """Raise `OptionError` where layers cannot go as a whole; `options`: resolved."""
     if options.structures == "units":
         return
+    given = "--method everything" if options.in_steps else f"--structures {options.structures}"
     if family_of(config).mixture is not None:
         raise OptionError(
-            f"--structures {options.structures} is not possible for mixtures of experts, where an MLP layer is "
+            f"{given} is not possible for mixtures of experts, where an MLP layer is "
             "many experts; leave it out: neurons of all of them go"
         )
     if options.allocation != "loss":
         raise OptionError(
-            f"--structures {options.structures} and --allocation {options.allocation} exclude each other: which layers "
-            "go the measured loss decides; give --allocation loss"
+            f"{given} and --allocation {options.allocation} exclude each other: which layers go the measured loss "
+            "decides; give --allocation loss"
         )
     if options.whole_blocks and options.attention == "none":
         raise OptionError(

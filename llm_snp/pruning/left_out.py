@@ -7,7 +7,7 @@ together in one sweep over the blocks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -40,28 +40,52 @@ def losses_without(session: Session) -> Losses:
     if known is not None:
         session.progress.say("layers: measured by the interrupted run")
         return _losses(session, known["losses"])
-    windows = min(session.tokens.shape[0], max(1, LEFT_OUT_TOKENS // session.tokens.shape[1]))
     with session.progress.phase("measure", len(skeleton)) as step:
-        stream = session.stream(windows)
-        branches: list[Stream] = []
+        left_out = LeftOut(session)
         for i, state in skeleton.block_states(range(len(skeleton))):
-            block = skeleton.load_block(i, state)
-            for branch in branches:
-                branch.advance(i, block)
-            able = _able(session, i)
-            means = _means(session, stream, i, block, [site for site in able if site is not None])
-            for site in able:
-                branches.append(stream.copy())
-                if site is not None:
-                    with _without(block, site, means[site.name]):
-                        branches[-1].advance(i, block)
-            stream.advance(i, block)
+            left_out.block(i, skeleton.load_block(i, state), _able(session, i))
             step()
-        divergence = _divergence(stream, branches)
-    session.processes.sum(divergence)
-    found = (divergence / stream.windows.numel()).tolist()
+        found = left_out.divergences()
     journal.write(NAME, {"losses": found})
     return _losses(session, found)
+
+
+class LeftOut:
+    """The branches of one sweep over the blocks of a model: dense ones, or what has become of them.
+
+    The windows are the first ones of `session`. Each block is given once, in order.
+    """
+
+    def __init__(self, session: Session):
+        windows = min(session.tokens.shape[0], max(1, LEFT_OUT_TOKENS // session.tokens.shape[1]))
+        self.session, self.stream = session, session.stream(windows)
+        self.branches: list[Stream] = []
+        self.keys: list[tuple[int, str]] = []
+
+    @torch.no_grad()
+    def block(self, index: int, block: nn.Module, able: Sequence[Site | None]) -> None:
+        """Move on through a block, and begin the branches without its sites `able`; None: without the block."""
+        for branch in self.branches:
+            branch.advance(index, block)
+        means = _means(self.session, self.stream, index, block, [site for site in able if site is not None])
+        for site in able:
+            self.branches.append(self.stream.copy())
+            if site is not None:
+                self.keys.append((index, site.name))
+                with _without(block, site, means[site.name]):
+                    self.branches[-1].advance(index, block)
+        self.stream.advance(index, block)
+
+    @torch.no_grad()
+    def divergences(self) -> list[float]:
+        """KL divergence in nats per token of each branch, after the last block."""
+        divergence = _divergence(self.stream, self.branches)
+        self.session.processes.sum(divergence)
+        return self.session.processes.from_main((divergence / self.stream.windows.numel()).tolist)
+
+    def losses(self) -> Losses:
+        """The same by block and site, where every branch is without a site."""
+        return dict(zip(self.keys, self.divergences(), strict=True))
 
 
 def _able(session: Session, index: int) -> list[Site | None]:

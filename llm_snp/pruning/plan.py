@@ -16,6 +16,7 @@ from ..core.orders import NEEDS_NONNEGATIVE
 from ..errors import OptionError
 from ..families import ATTENTION, MLP, SHARED, Attention, Family, Site, dropped
 from .layers import allocate_both, allocate_layers, layer_curves, removable
+from .steps import Step, why_steps
 
 # Attention kernels want head dimensions that are multiples of 8; more would forbid pruning heads of 64.
 HEAD_DIM_MULTIPLE = 8
@@ -29,7 +30,8 @@ class Plan:
 
     asked, removed: parameters; base: linear parameters of all blocks, of which `sparsity` is the share.
     curves: what the allocation saw; alike: whether it had to keep the same in every block; beside: other parameters
-    that go, those of blocks that go as a whole; structures: whether it was about units or layers.
+    that go, those of blocks that go as a whole; structures: whether it was about units or layers; steps: in which it
+    was made, if it was.
     """
 
     kept: tuple[dict[str, int], ...]
@@ -41,10 +43,13 @@ class Plan:
     alike: bool = False
     beside: int = 0
     structures: str = "units"
+    steps: tuple[Step, ...] = ()
 
     @property
     def why(self) -> str:
         """The allocation's reason in one sentence, with the number at which the budget was met."""
+        if self.steps:
+            return why_steps(self.steps)
         if self.structures != "units":
             return self._why_layers
         if self.alike:
@@ -218,13 +223,13 @@ def make_plan(
 
     totals: what is lost without each layer, by block and site (default: as the curves have it).
     """
-    bases = [family.linear_parameters(block, config) for block in blocks]
-    base = sum(bases)
+    base = sum(family.linear_parameters(block, config) for block in blocks)
     asked = options.sparsity * base
-    alike = options.format == "stock" and options.structures == "units"
+    alike = options.format == "stock" and options.structures != "layers"
     if totals is None:
         totals = {(curve.block, curve.site): curve.total for curve in curves if curve.total is not None}
-    layers = [] if options.structures == "units" else layer_curves(family, config, blocks, options, totals)
+    by_layer = options.structures in ("layers", "both")
+    layers = layer_curves(family, config, blocks, options, totals) if by_layer else []
     if options.structures == "layers":
         counts, curves = allocate_layers(by, layers, asked, options.whole_blocks), layers
     elif options.structures == "both" and by == "loss":
@@ -232,6 +237,22 @@ def make_plan(
     else:
         _check_removable(options, sum(curve.removable for curve in curves), base)
         counts = (allocate_alike if alike else allocate)(by, curves, asked)
+    return planned(family, config, blocks, options, curves, counts, by)
+
+
+def planned(
+    family: Family,
+    config: Any,
+    blocks: Sequence[nn.Module],
+    options: PruneConfig,
+    curves: Sequence[SiteCurve],
+    counts: Sequence[int],
+    by: str,
+) -> Plan:
+    """The plan in which each of `curves` keeps its count."""
+    bases = [family.linear_parameters(block, config) for block in blocks]
+    alike = options.format == "stock" and options.structures != "layers"
+    asked, structures = options.sparsity * sum(bases), options.structures or "units"
     kept: list[dict[str, int]] = [{} for _ in blocks]
     gone = [0] * len(blocks)
     for curve, count in zip(curves, counts, strict=True):
@@ -242,7 +263,11 @@ def make_plan(
         if dropped(kept[index]):
             gone[index] = bases[index]
             beside += sum(p.numel() for p in block.parameters()) - bases[index]
-    return Plan(tuple(kept), tuple(curves), by, asked, sum(gone), base, alike, beside, options.structures)
+            continue
+        alone = {curve.site for curve in curves if curve.block == index and kept[index][curve.unit] == 0}
+        sites = family.prunable(config, options.attention, index) if alone else ()
+        beside += sum(family.beside_cost(block, site) for site in sites if site.name in alone)
+    return Plan(tuple(kept), tuple(curves), by, asked, sum(gone), sum(bases), alike, beside, structures)
 
 
 def trial_plan(family: Family, config: Any, blocks: Sequence[nn.Module], options: PruneConfig) -> Plan:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from ..dense.checkpoint import Checkpoint, respelled
 from ..dense.hub import load_config
 from ..dense.skeleton import Skeleton
 from ..documents.report import Report, block_line
-from ..families import OF_PRUNED, Family, dropped, fewer_blocks
+from ..families import FAMILIES, OF_PRUNED, Family, dropped, fewer_blocks
 from ..pruning.executor import BlockLoss, SiteLoss
 from ..pruning.job import Job
 from ..pruning.plan import Plan
@@ -137,6 +137,14 @@ def result_config(job: Job, kept: Sequence[dict[str, int]], tokenizer: Any) -> t
     result.architectures = [family.pruned_class.__name__]
     result.auto_map = auto_map(family)
     return result, True
+
+
+def own_code(fields: Mapping[str, Any]) -> tuple[dict[str, str], bytes] | None:
+    """`auto_map` and `modeling_snp.py` of this version, for a result with config `fields`; None if it is stock."""
+    for family in FAMILIES.values():
+        if family.pruned_model_type == fields.get("model_type"):
+            return auto_map(family), bundle(Path(inspect.getfile(family.pruned_class))).encode()
+    return None
 
 
 def auto_map(family: Family) -> dict[str, str]:

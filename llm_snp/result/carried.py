@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePath, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -165,6 +165,13 @@ class Carried:
             )
 
 
+def travels(name: str) -> bool:
+    """Whether a file of that name, in a result, is one that `Carried` has brought there."""
+    path = PurePosixPath(name)
+    template = path.parent.name == TEMPLATES and len(path.parts) == 2 and path.suffix == ".jinja"
+    return name in TOKENIZER_FILES or template or (len(path.parts) == 1 and _names_terms(path))
+
+
 def check_tokenizer_class(directory: Path) -> None:
     """Raise `CheckpointError` if the tokenizer is a class that only code of the directory has."""
     settings = directory / "tokenizer_config.json"
@@ -205,10 +212,10 @@ def _bytes(path: Path) -> bytes:
 
 
 def _is_terms(path: Path) -> bool:
-    """Whether a file has the terms under which the model may be used, by its name."""
-    fits = (
-        TERMS.fullmatch(path.name)
-        and not NO_TERMS.search(path.name)
-        and (path.suffix.lower() in TERMS_ENDINGS or path.suffix[1:].isdecimal())
-    )
-    return bool(fits) and path.is_file() and path.stat().st_size <= LARGEST_TERMS
+    """Whether a file has the terms under which the model may be used."""
+    return _names_terms(path) and path.is_file() and path.stat().st_size <= LARGEST_TERMS
+
+
+def _names_terms(path: PurePath) -> bool:
+    fits = TERMS.fullmatch(path.name) and not NO_TERMS.search(path.name)
+    return bool(fits) and (path.suffix.lower() in TERMS_ENDINGS or path.suffix[1:].isdecimal())

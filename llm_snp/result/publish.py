@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,10 @@ from ..documents.shareable import shareable
 from ..documents.writing import CARD, read_report
 from ..errors import CheckpointError, HubError, OptionError
 from ..system.files import digest, digest_of_bytes
-from ..system.manifest import FILES, REPORT, changed, faults, manifest, strays
+from ..system.manifest import FILES, REPORT, changed, faults, manifest, some, strays
 from ..version import __version__
+from .assembly import MODELING, own_code
+from .carried import SETTINGS, read_object, travels, without_code
 
 # The errors of the library by which the Hub's client speaks HTTP: requests, httpx or httpx2, by its version.
 HTTP_ERRORS: tuple[type[Exception], ...] = tuple(
@@ -30,6 +34,10 @@ HTTP_ERRORS: tuple[type[Exception], ...] = tuple(
 CLIENT_ERRORS: tuple[type[Exception], ...] = (
     *(*HTTP_ERRORS, OSError, RuntimeError),
     *(ValueError, LookupError, TypeError, AttributeError),
+)
+# What a run writes, beside its code, what travels from the dense model, and report and card.
+WRITTEN = re.compile(
+    r"config\.json|model-\d{5,}-of-\d{5,}\.safetensors|model\.safetensors\.index\.json|report\.html|plots/\w+\.png"
 )
 ATTRIBUTES = ".gitattributes"  # the Hub puts it into every new repository
 REASON = 300  # characters at most that an error quotes
@@ -48,9 +56,11 @@ def push(directory: Path, repo: str, private: bool = False, overwrite: bool = Fa
     """Upload a result to `repo` ("user/name") in one commit, and return its URL.
 
     What a run wrote goes up, after it was checked against its hashes, and nothing else (`left_here` tells what that
-    leaves). The repository is made if there is none, as a private one if `private`. With `overwrite` it has afterwards
-    what the result consists of and nothing else. The card says how to load the model from there, unless a person has
-    edited README.md, which then goes up as it is. `directory` itself is not changed.
+    leaves). Hashes notice damage, they do not tell whose a result is: so the one file of code that goes up is this
+    version's, whatever the directory has under its name, and what names other code is refused. The repository is made
+    if there is none, as a private one if `private`. With `overwrite` it has afterwards what the result consists of and
+    nothing else. The card says how to load the model from there, unless a person has edited README.md, which then goes
+    up as it is. `directory` itself is not changed.
 
     Raises `CheckpointError` if the directory is no finished result or not as it was written, and what `check_push`
     raises. After a `HubError` in the middle the same call can be repeated: before the commit nothing of an upload is
@@ -60,7 +70,7 @@ def push(directory: Path, repo: str, private: bool = False, overwrite: bool = Fa
     files = _files(directory, report)
     api = HfApi()
     there = _files_there(api, repo, overwrite)
-    content = files | _documents(directory, report, repo)
+    content = files | _documents(directory, report, repo, files)
     stale = sorted((there or set()) - set(content) - {ATTRIBUTES})
     visibility: dict[str, Any] = {"private": True} if private else {}  # else the owner's default, for most public
     try:
@@ -104,7 +114,7 @@ def _files(directory: Path, report: dict[str, Any]) -> dict[str, Path | bytes]:
         config = json.loads((directory / "config.json").read_bytes()) if (directory / "config.json").exists() else {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{directory} is damaged: its config or index cannot be read; prune again") from error
-    needed = {"config.json", index.name, *map(str, shards)} | ({"modeling_snp.py"} if config.get("auto_map") else set())
+    needed = {"config.json", index.name, *map(str, shards)} | ({MODELING} if config.get("auto_map") else set())
     missing, other = changed(directory, dict.fromkeys(sorted(needed)) | files)
     other += [name for name in sorted(needed) if name.endswith(".safetensors") and not _opens(directory / name)]
     if wrong := faults(missing, other):
@@ -112,7 +122,29 @@ def _files(directory: Path, report: dict[str, Any]) -> dict[str, Path | bytes]:
             f"{directory} is not as it was written: {wrong}; restore that, prune again, or, where only "
             f"plots or the page are wrong, make them anew with `python -m llm_snp report {shlex.quote(str(directory))}`"
         )
-    return {name: directory / name for name in files}
+    return {name: directory / name for name in files} | _own_code(directory, config, files)
+
+
+def _own_code(directory: Path, config: dict[str, Any], files: Iterable[str]) -> dict[str, bytes]:
+    """`modeling_snp.py` of this version for a result that has one.
+
+    Raises `CheckpointError` for files of a kind that no run writes, and for settings that name code.
+    """
+    own = own_code(config)
+    others = [name for name in files if not (WRITTEN.fullmatch(name) or travels(name) or (own and name == MODELING))]
+    if others:
+        raise CheckpointError(
+            f"{directory} has {some(others)} in its report, which no run of llm_snp writes; prune again"
+        )
+    for name in {"config.json", *SETTINGS}.intersection(files):
+        fields = read_object(directory / name, (directory / name).read_bytes())
+        ours = {"auto_map": own[0]} if own and name == "config.json" else {}
+        if fields != without_code(fields) | ours:
+            raise CheckpointError(
+                f"{directory / name} names code, or a place, outside of the result, which no run of llm_snp writes; "
+                "prune again"
+            )
+    return {MODELING: own[1]} if own else {}
 
 
 def _opens(path: Path) -> bool:
@@ -124,12 +156,15 @@ def _opens(path: Path) -> bool:
         return False
 
 
-def _documents(directory: Path, report: dict[str, Any], repo: str) -> dict[str, bytes]:
+def _documents(
+    directory: Path, report: dict[str, Any], repo: str, content: Mapping[str, Path | bytes]
+) -> dict[str, bytes]:
     """Card and report as they go up: the card for loading from `repo`, the report without paths of this machine."""
     card = _card(directory / CARD, report, repo)
     documents = {CARD: (directory / CARD).read_bytes() if card is None else card.encode()}
     report = shareable(report)
     files = {name: found for name, found in manifest(directory, report).items() if found}
+    files |= {name: digest_of_bytes(made) for name, made in content.items() if isinstance(made, bytes)}
     report[FILES] = files | {CARD: digest_of_bytes(documents[CARD])}
     if card is not None:  # so that the card of a downloaded copy is known as ours
         report["card"] = report[FILES][CARD]

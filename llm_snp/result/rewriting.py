@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,9 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ..dense.checkpoint import weight_files
-from ..families import FAMILIES
-from .assembly import MODELING, auto_map
-from .bundle import bundle
+from .assembly import MODELING, own_code
 from .carried import Carried, read_object, without_code
 from .writer import Writer
 
@@ -26,10 +23,8 @@ def rewrite(source: Path, writer: Writer, carried: Carried, tensors: Mapping[str
     """
     files = dict(carried.files)
     fields = without_code(read_object(source / "config.json", (source / "config.json").read_bytes()))
-    for family in FAMILIES.values():
-        if family.pruned_model_type == fields["model_type"]:
-            fields["auto_map"] = auto_map(family)
-            files[MODELING] = bundle(Path(inspect.getfile(family.pruned_class))).encode()
+    if own := own_code(fields):
+        fields["auto_map"], files[MODELING] = own
     files["config.json"] = (json.dumps(fields, indent=2, sort_keys=True) + "\n").encode()
     for number, names in enumerate(shards(source, tensors)):
         writer.shard(number, {name: tensors[name] for name in names})

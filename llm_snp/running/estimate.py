@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from math import ceil
@@ -18,6 +19,8 @@ from ..dense.skeleton import HEAD_TOKENS
 from ..dense.storage import stays_on
 from ..dense.stream import WAITING, windows_at_once
 from ..families import ATTENTION, WHOLE, Attention, Family, Site, linear
+from ..pruning.layers import layer_curves
+from ..pruning.left_out import LEFT_OUT_TOKENS
 from ..pruning.sensitivity import gradient_passes, gradient_windows, inputs_kept
 
 FLOAT64 = 8
@@ -54,7 +57,8 @@ class Estimate:
 class _Sizes:
     """tokens: of the calibration; length: of a window; block: linear parameters that work on a token; until: those that
     have run when a site's consumer has; hidden: width of the stream; scores: entries of the moments of query and key;
-    picked: experts that work on a token, 1 where there are none.
+    passes: how often all blocks are pruned, as shares of the calibration; picked: experts that work on a token, 1 where
+    there are none.
     """
 
     sites: tuple[Site, ...]
@@ -66,6 +70,7 @@ class _Sizes:
     length: int
     hidden: int
     scores: int
+    passes: float
     picked: int = 1
 
 
@@ -113,6 +118,11 @@ def estimate(
     if options.needs_gradient:
         share = gradient_windows(options.samples, len(blocks)) / options.samples
         streams = max(streams, share * (inputs_kept(len(blocks)) + 1))
+    if options.in_steps:  # of the first model, of a parent and of two candidates; and the branches without each layer
+        streams += 4 * options.held_out / options.samples
+        streams += (
+            len(blocks) * len(sites) * min(LEFT_OUT_TOKENS, options.held_out * length) / (options.samples * length)
+        )
     states = ceil(streams * hidden)
     staying = device.type == "cuda" and not options.offload and stays_on(device, hidden)
     if device.type == "cuda":
@@ -133,9 +143,25 @@ def estimate(
         length,
         d,
         _score_moments(family.attention(config, index)),
+        passes(family, config, blocks, options),
         picked,
     )
     return Estimate(on_device, on_host, on_disk, operations(sizes, options))
+
+
+def passes(family: Family, config: Any, blocks: Sequence[torch.nn.Module], options: PruneConfig) -> float:
+    """How often all blocks are pruned: once, and for every candidate of `--method everything`, the dense one first.
+
+    Steps are as large as the layers on average. Candidates are fitted to the windows that are not held out.
+    """
+    if not options.sparsity:
+        return 0.0
+    if not options.in_steps:
+        return 1.0
+    sizes = [layer.gone(0) for layer in layer_curves(family, config, blocks, options, {})]
+    base = sum(family.linear_parameters(block, config) for block in blocks)
+    steps = ceil(options.sparsity * base * len(sizes) / sum(sizes))
+    return 1.0 + (1 - options.held_out / options.samples) * 2 * steps
 
 
 def _run_until(block: torch.nn.Module, sites: tuple[Site, ...], picked: int) -> dict[str, int]:
@@ -170,17 +196,18 @@ def operations(sizes: _Sizes, options: PruneConfig) -> dict[str, float]:
     once = sizes.tokens * (2.0 * sizes.block + scores)
     measures = options.measures and options.structures != "layers"  # which are measured on a few windows only
     forward = once * measures
+    pruned = sizes.passes
     if options.sparsity > 0:
-        forward += once * (1 - 1 / sizes.blocks)  # on to the next block, if there is one
+        forward += pruned * once * (1 - 1 / sizes.blocks)  # on to the next block, if there is one
         for site in sizes.sites:
             # A pass for the moments of a site ends in front of its consumer, or behind it if outputs are compared.
             behind = sizes.tokens * (2.0 * sizes.until[site.name] + scores)
             before = behind - 2.0 * sizes.tokens * sizes.outputs[site.name] * _working(site, sizes)
             narrowed = dims and site.name == ATTENTION
             if follows_dense:  # the dense block goes through whole at the last site
-                forward += behind + (once if site is sizes.sites[-1] else behind) + narrowed * before
+                forward += pruned * (behind + (once if site is sizes.sites[-1] else behind) + narrowed * before)
             else:
-                forward += 2 * behind + before if narrowed else before
+                forward += pruned * (2 * behind + before if narrowed else before)
     found = {"forward": forward, "backward": 0.0, "moments": 0.0, "order": 0.0, "subspace": 0.0, "repair": 0.0}
     if options.needs_gradient:
         share = gradient_windows(options.samples, sizes.blocks) * sizes.length / sizes.tokens
@@ -192,18 +219,18 @@ def operations(sizes: _Sizes, options: PruneConfig) -> dict[str, float]:
         m, d = float(site.units * site.group), float(sizes.outputs[site.name])
         experts, tokens = len(site.members), sizes.tokens * _working(site, sizes) / m  # of all experts together
         by_direction = site.name == ATTENTION and dims
-        collected = measures + (options.sparsity > 0) * (1 + by_direction)
+        collected = measures + pruned * (1 + by_direction)
         found["moments"] += collected * tokens * m * m
-        found["moments"] += follows_dense * 2 * tokens * d * m
+        found["moments"] += follows_dense * pruned * 2 * tokens * d * m
         if by_direction:
-            found["moments"] += (measures + 1) * 2 * sizes.tokens * sizes.scores
+            found["moments"] += (measures + pruned) * 2 * sizes.tokens * sizes.scores
         order = {
             "greedy": m**3 + 2 * d * m * m + ELIMINATION * m**3,
             "zca": (EIGENDECOMPOSITION + 2) * m**3,
             "loo": m**3,
             "leverage": m**3,
         }.get(options.order or "", d * m)
-        measured, pruned = float(measures), float(options.sparsity > 0)
+        measured = float(measures)
         found["order"] += experts * (measured + pruned * (not by_direction)) * order
         found["subspace"] += experts * ((measured + pruned) * m**3 / 3 + measured * 2 * d * m * m)
         k = (1 - options.sparsity) * m

@@ -62,7 +62,9 @@ def preview_text(p: Preview) -> str:
         f"allocation {options.allocation}, target {options.target}, attention {options.attention}"
     ]
     if p.measured:
-        lines.append(f"allocation {options.allocation} is decided by a measuring pass; shown is the uniform plan")
+        by = "which layers and units go is decided step by step" if options.in_steps else ""
+        by = by or f"allocation {options.allocation} is decided by a measuring pass"
+        lines.append(f"{by}; shown is the uniform plan")
     units = {(c.block, c.unit): c.units for c in plan.curves}
     for i, kept in enumerate(plan.kept):
         counts = "  ".join(f"{unit} {k}/{units[i, unit]}" for unit, k in kept.items())

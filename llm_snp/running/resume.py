@@ -126,6 +126,8 @@ def _left(workspace: Workspace, blocks: int, command: str) -> str:
         return f"{workspace.output} is finished all the same"
     if workspace.finished_blocks:
         what = f"{workspace.finished_blocks} of {blocks} blocks are finished"
+    elif steps := count("step-*.json"):
+        what = f"{steps} {'step is' if steps == 1 else 'steps are'} decided"
     elif measured := count("curves-*.json"):
         what = f"{measured} of {blocks} blocks are measured"
     elif count("sensitivity-*.json") == blocks:

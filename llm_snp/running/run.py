@@ -8,19 +8,20 @@ from typing import Any
 
 import torch
 
-from ..config import PruneConfig
+from ..config import HELD_OUT, PruneConfig
 from ..dense.checkpoint import Checkpoint
 from ..dense.data import Windows
 from ..dense.hub import load_tokenizer
 from ..dense.mixture import fitted_and_unseen
-from ..dense.skeleton import Skeleton, empty_model
+from ..dense.skeleton import Skeleton
 from ..dense.storage import Storage, check_offload
 from ..dense.text import Text
 from ..documents.report import Report
 from ..errors import OptionError
 from ..evaluation.harness import texts_of
 from ..evaluation.perplexity import Perplexity, perplexity_streamed
-from ..pruning.executor import decide, prune_blocks
+from ..pruning.decide import decide
+from ..pruning.executor import prune_blocks
 from ..pruning.job import Job, open_job
 from ..pruning.plan import Plan, check_budget
 from ..pruning.session import Session
@@ -78,10 +79,16 @@ def _pruned(options: PruneConfig) -> tuple[Job, dict[str, Any], Progress, bool]:
 
 def check_processes(options: PruneConfig, count: int) -> None:
     """Raise `OptionError` if `count` processes cannot share the work."""
-    if options.samples < count:
+    if options.samples - options.held_out < count:
         raise OptionError(
             f"--samples is {options.samples}, but each of the {count} processes needs a calibration window; give "
             "more --samples, or start fewer processes"
+        )
+    if options.in_steps and options.held_out < count:
+        raise OptionError(
+            f"--method everything holds out {options.held_out} of the {options.samples} windows of --samples, but "
+            f"each of the {count} processes needs one of them; give --samples of at least {HELD_OUT * count}, or start "
+            "fewer processes"
         )
     if count > 1 and options.device.startswith("cuda:"):
         raise OptionError(
@@ -159,20 +166,16 @@ class _Run:
         )
         plan = decide(session)
         progress.say(f"plan: {plan.why}")
-        parameters = sum(p.numel() for p in empty_model(job.config).parameters())
-        report.planned(plan, parameters, custom_code=stock_fields(job, plan) is None)
+        report.planned(plan, skeleton.parameters, custom_code=stock_fields(job, plan) is None)
         writer = Writer(self.directory, len(plan.left) + 1)
         blocks = PrunedBlocks(writer, self.journal, skeleton, report, progress)
         prune_blocks(session, plan, blocks.save, blocks.finished)
         self._write(writer, plan)
-        if not self.evaluation:  # what was written must load all the same
-            self.processes.on_main(lambda: open_result(self.directory, job, self.dtype))
+        pruned = open_result(self.directory, job, self.dtype)  # it must load, also where nothing is evaluated
         for source, windows in self.evaluation.items():
-            pruned = open_result(self.directory, job, self.dtype)
             report.evaluated(source, "pruned", self._evaluate(pruned, windows, "pruned"))
         if overfit is not None:
             for windows, dense in overfit:
-                pruned = open_result(self.directory, job, self.dtype)
                 report.overfit(dense, self._evaluate(pruned, windows, "pruned"))
         for rescue in self.journal.rescued:
             report.note(rescue)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import torch
 
 from ..errors import OptionError
+
+_TURN = threading.RLock()
 
 
 def resolve_device(name: str, local_index: int = 0) -> torch.device:
@@ -45,8 +48,13 @@ def resolve_dtype(name: str, device: torch.device, stored: torch.dtype) -> torch
 
 @contextmanager
 def as_at_start() -> Iterator[None]:
-    """In this thread, torch as a program finds it: gradients, no inference mode, no autocast, tensors on the CPU."""
+    """A run's turn, with torch as a program finds it: gradients, no inference mode, no autocast, tensors on the CPU.
+
+    Those are settings of the thread. Others, torch's default type and its random numbers, are the process's, and
+    transformers changes them while it builds a model: so runs in several threads take turns.
+    """
     with ExitStack() as stack:
+        stack.enter_context(_TURN)
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         for kind in ("cpu", "cuda"):

@@ -15,6 +15,8 @@ from tiny_models import BLOCKS, KNOWN, MODELS, save_tiny, tiny_config, tiny_mode
 from llm_snp.dense.skeleton import empty_model, linear_blocks
 from llm_snp.errors import CheckpointError
 from llm_snp.families import FAMILIES, family_of, first_attentions
+from llm_snp.pruning import decide
+from llm_snp.pruning.session import Session
 
 KEPT = [{}, {"heads": 0}, {"neurons": 0}]
 LAYERED = [name for name in KNOWN if FAMILIES[MODELS[name][0]].mixture is None]  # of experts no layer goes as a whole
@@ -73,6 +75,12 @@ def test_the_cost_of_a_layer_is_what_leaving_it_out_removes(name: str) -> None:
         assert sum(before.values()) - sum(after.values()) == family.site_cost(block, site)
 
 
+@pytest.mark.parametrize("name", KNOWN)
+def test_no_stock_model_is_without_a_layer_in_every_block(name: str) -> None:
+    config = tiny_config(name)
+    assert FAMILIES[MODELS[name][0]].stock_fields(config, [{"neurons": 0}] * BLOCKS) is None
+
+
 SOME = [
     name
     for name in ("opt", "llama-one-key", "gemma3", "gpt2", "gpt_neox", "falcon-new", "phi3", "olmo2")
@@ -96,6 +104,24 @@ def test_blocks_that_go_are_skipped(name: str, prune: Prune, tmp_path: Path, ids
     assert type(result).__module__.startswith("transformers.models.")
     assert result.num_parameters() == report["model"]["parameters_pruned"]
     torch.testing.assert_close(logits(result, ids), logits(model, ids), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in ("gemma3", "qwen3", "olmo2", "phi-normed") if name in KNOWN])
+def test_what_else_is_in_an_attention_goes_with_it(
+    name: str, prune: Prune, tmp_path: Path, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Norms of queries and keys."""
+    directory = save_tiny(name, tmp_path / "dense")
+
+    def losses(session: Session) -> dict[tuple[int, str], float]:
+        return {(i, site.name): float(site.name == "mlp") for i in range(BLOCKS) for site in session.sites(i)}
+
+    monkeypatch.setattr(decide, "losses_without", losses)
+    report = prune(directory, tmp_path / "out", 0.2, structures="layers")
+    assert sum(kept.get("heads") == 0 for kept in report["plan"]["kept"]) == 1
+    result = load(tmp_path / "out")
+    assert result.num_parameters() == report["model"]["parameters_pruned"]
+    assert torch.isfinite(logits(result, ids)).all()
 
 
 @pytest.mark.parametrize("name", SOME[:4])

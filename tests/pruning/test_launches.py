@@ -16,7 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from llm_snp.core import elimination
 from llm_snp.dense import stream
-from llm_snp.pruning.executor import decide, prune_blocks
+from llm_snp.pruning.decide import decide
+from llm_snp.pruning.executor import prune_blocks
 
 BLOCKS, LENGTH = 2, 16
 ELIMINATION, ENTERING = "elimination", "entering"

@@ -16,7 +16,8 @@ from torch import Tensor
 from llm_snp.dense import stream
 from llm_snp.dense.data import Windows
 from llm_snp.evaluation.perplexity import perplexity_streamed
-from llm_snp.pruning.executor import decide, prune_blocks
+from llm_snp.pruning.decide import decide
+from llm_snp.pruning.executor import prune_blocks
 
 
 def results(directory: Path, folder: Path, moves: Callable[[Tensor, torch.device], Any]) -> dict[Any, Tensor]:

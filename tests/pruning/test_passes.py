@@ -15,7 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from llm_snp.dense import skeleton, stream
 from llm_snp.dense.taps import Taps
 from llm_snp.pruning import calibrate, score_costs, sensitivity
-from llm_snp.pruning.executor import decide, prune_blocks
+from llm_snp.pruning.decide import decide
+from llm_snp.pruning.executor import prune_blocks
 
 BLOCKS, WINDOWS, LENGTH = 4, 16, 32
 

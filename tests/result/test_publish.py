@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from llm_snp.dense.hub import locate
 from llm_snp.documents.card import model_card
 from llm_snp.errors import CheckpointError, HubError, OptionError, SnpError
 from llm_snp.result.publish import check_push, push
-from llm_snp.system.files import digest
+from llm_snp.system.files import digest, digest_of_bytes
 from llm_snp.system.manifest import changed, manifest, strays
 
 pytestmark = pytest.mark.documents
@@ -60,6 +61,53 @@ def refusal(kind: type[SnpError], *arguments: str, directory: Path | None = None
     assert "\n" not in message
     assert not message.endswith(".")
     return message
+
+
+def claimed(result: Path, name: str, content: bytes) -> None:
+    """Put a file into a result, and into its report as if a run had written it."""
+    (result / name).parent.mkdir(exist_ok=True)
+    (result / name).write_bytes(content)
+    report = json.loads((result / "report.json").read_bytes())
+    report["files"][name] = digest(result / name)
+    (result / "report.json").write_text(json.dumps(report))
+
+
+def test_the_code_that_goes_up_is_ours(hub: HubServer, result: Path) -> None:
+    """A result may be a stranger's, whose report says that all is well."""
+    own = (result / "modeling_snp.py").read_bytes()
+    claimed(result, "modeling_snp.py", b"import evil")
+    push(result, REPO)
+    files = hub.repositories[REPO].files
+    assert files["modeling_snp.py"] == own
+    assert json.loads(files["report.json"])["files"]["modeling_snp.py"] == digest_of_bytes(own)
+
+
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [
+        ("config.json", {"auto_map": {"AutoModelForCausalLM": "evil--modeling_snp.Evil"}}),
+        ("config.json", {"custom_pipelines": {"text-generation": {"impl": "evil.Evil"}}}),
+        ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["evil--t.T", None]}}),
+        ("generation_config.json", {"custom_generate": "evil/generate"}),
+    ],
+)
+def test_settings_that_name_other_code_do_not_go_up(
+    hub: HubServer, result: Path, name: str, field: dict[str, Any]
+) -> None:
+    path = result / name
+    fields = json.loads(path.read_bytes()) if path.exists() else {}
+    claimed(result, name, json.dumps(fields | field).encode())
+    assert f"{name} names code, or a place, outside of the result" in refusal(CheckpointError, REPO, directory=result)
+    assert not hub.repositories
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenization_evil.py", "pytorch_model.bin", "custom_generate/generate.py", "note.txt"]
+)
+def test_files_of_a_kind_that_no_run_writes_do_not_go_up(hub: HubServer, result: Path, name: str) -> None:
+    claimed(result, name, b"import evil")
+    assert f"has {name} in its report, which no run" in refusal(CheckpointError, REPO, directory=result)
+    assert not hub.repositories
 
 
 def test_one_commit_with_everything(hub: HubServer, pruned: Path) -> None:

@@ -24,10 +24,12 @@ from safetensors import safe_open
 from tiny_models import KNOWN, save_tiny
 
 from llm_snp import cli
+from llm_snp.config import PruneConfig
 from llm_snp.dense import stream
 from llm_snp.errors import NumericalError, OptionError, ProcessError
 from llm_snp.pruning import executor, measure
 from llm_snp.pruning.sensitivity import gradient_windows
+from llm_snp.running.run import check_processes
 from llm_snp.system.processes import Processes
 
 pytestmark = pytest.mark.cpu
@@ -261,6 +263,29 @@ def test_what_is_gone_is_gone_everywhere(group: Group, prune: Prune, dense: Path
     assert any(0 in kept.values() for kept in report["plan"]["kept"])
     assert_one_speaks(group.run(2, small_batches, *command(dense, tmp_path / "out", text, 8, **options)))
     assert_same(tmp_path / "out", tmp_path / "one")
+
+
+def test_the_same_steps_are_taken(group: Group, prune: Prune, dense: Path, text: Path, tmp_path: Path) -> None:
+    """Of `--method everything`; sums of the similarities cross, and one process decides."""
+    options: dict[str, Any] = {"method": "everything", "attention": "heads", "sensitivity": "relative"}
+    report = prune(dense, tmp_path / "one", 0.2, samples=16, **options)
+    arguments = command(dense, tmp_path / "out", text, 16, sparsity=0.2, **options)
+    assert_one_speaks(group.run(2, small_batches, *arguments))
+    assert_same(tmp_path / "out", tmp_path / "one")
+    steps = report_of(tmp_path / "out")["steps"]
+    assert [step["taken"] for step in steps] == [step["taken"] for step in report["steps"]]
+    assert steps[-1][steps[-1]["taken"]]["to_dense"] == pytest.approx(
+        report["steps"][-1][steps[-1]["taken"]]["to_dense"], rel=1e-4
+    )
+
+
+def test_every_process_needs_a_window_that_is_held_out() -> None:
+    options = PruneConfig(method="everything", samples=16)
+    check_processes(options, 2)
+    with pytest.raises(OptionError, match=r"holds out 2 of the 16 windows .* each of the 3 .* at least 24, or"):
+        check_processes(options, 3)
+    with pytest.raises(OptionError, match="but each of the 3 processes needs a calibration window"):
+        check_processes(PruneConfig(method="everything", samples=3), 3)
 
 
 def test_curves_do_not_depend_on_where_the_hidden_states_are(
