@@ -194,6 +194,9 @@ def test_what_is_refused(mixtral: Path, tmp_path: Path) -> None:
     config = other("qwen3_moe", {"decoder_sparse_step": 9})
     with pytest.raises(UnsupportedModelError, match=r"of which no block has any \(decoder_sparse_step 9, 0 mlp_only"):
         family_of(config)
+    config = other("qwen2_moe", {"decoder_sparse_step": 0})
+    with pytest.raises(UnsupportedModelError, match=r"decoder_sparse_step is 0 in config\.json; it must be a whole"):
+        family_of(config)
     config = tiny_config("mixtral")
     config.num_local_experts = 100_000
     with pytest.raises(UnsupportedModelError, match="a model of 300000 experts, and no model has more than 100000"):
