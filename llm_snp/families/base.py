@@ -274,10 +274,10 @@ class Family:
 
     def beside_cost(self, block: nn.Module, site: Site) -> int:
         """Parameters that go with a site as a whole and are in none of its layers: norms of queries and keys."""
-        if not site.module:
+        if not site.enclosing:
             return 0
         layers = sum(p.numel() for name in site.layers for p in linear(block, name).parameters())
-        return sum(p.numel() for p in block.get_submodule(site.module).parameters()) - layers
+        return sum(p.numel() for p in block.get_submodule(site.enclosing).parameters()) - layers
 
     def unit_cost(self, block: nn.Module, site: Site) -> int:
         """Parameters that go with one unit, of every expert: rows (and biases) of its producers, g columns."""

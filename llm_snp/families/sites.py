@@ -106,7 +106,7 @@ class Site:
         return (*dict.fromkeys(rows.layer for rows in self.producers), *self.shared, self.consumer)
 
     @property
-    def module(self) -> str:
+    def enclosing(self) -> str:
         """The module that is nothing but the site, relative to the block; empty if its layers stand in the block."""
         return self.consumer.rpartition(".")[0]
 

@@ -128,8 +128,8 @@ def _leave_constant(state: State, site: Site, moments: Moments, options: PruneCo
         lost = (pruned.bias - bias).square().sum().item()  # the shift of the mean, which nothing corrects
     layers = (f"{layer}.{suffix}" for layer in site.layers for suffix in ("weight", "bias"))
     gone = {*layers, *site.tables, *((site.table,) if site.table else ())}
-    if site.module:  # with norms of queries and keys
-        gone |= {name for name in state if name.startswith(f"{site.module}.")}
+    if site.enclosing:  # with norms of queries and keys
+        gone |= {name for name in state if name.startswith(f"{site.enclosing}.")}
     new = {name: tensor for name, tensor in state.items() if name not in gone}
     if bias is not None:
         key = f"{site.consumer}.bias"
