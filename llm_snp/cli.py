@@ -20,7 +20,7 @@ from typing import NoReturn
 
 from . import __version__
 from .errors import OptionError, SnpError
-from .system.progress import in_terminal, say
+from .system.progress import harmless, in_terminal, say
 from .system.rank import name_of_process
 from .system.signals import ended_by_signals, exit_code
 
@@ -93,7 +93,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _printed() -> Iterator[None]:
     """Let out what a command prints at its end, when all is done: what becomes of it there can harm nothing.
 
-    A reader that is gone, as with `| head`, is left alone; any other reason is told.
+    Without what a terminal obeys (`harmless`). A reader that is gone, as with `| head`, is left alone; any other reason
+    is told.
     """
     text = io.StringIO()
     try:
@@ -103,7 +104,7 @@ def _printed() -> Iterator[None]:
         try:
             if isinstance(sys.stdout, io.TextIOWrapper):  # names of files need not be text
                 sys.stdout.reconfigure(errors="backslashreplace")
-            print(text.getvalue(), end="", flush=True)
+            print(harmless(text.getvalue()), end="", flush=True)
         except OSError as error:
             if not isinstance(error, BrokenPipeError):
                 say(f"llm_snp: what there was to print cannot be written ({error.strerror}); all else is done")

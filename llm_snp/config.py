@@ -62,6 +62,15 @@ def flag_of(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+def make_plain(options: Any) -> None:
+    """Give the fields of a frozen dataclass of options the types that JSON has. Raises `OptionError` for others."""
+    for f in dataclasses.fields(options):
+        value, kind = getattr(options, f.name), str(f.type)
+        if value is not None or not kind.endswith(" | None"):
+            found = PLAIN[kind.removesuffix(" | None")](value, flag_of(f.name))
+            object.__setattr__(options, f.name, found.removeprefix("torch.") if f.name == "dtype" else found)
+
+
 def launcher(processes: int, nodes: int) -> list[str]:
     """How a command begins that so many processes run, on so many machines."""
     several = ["--nnodes", str(nodes)] if nodes > 1 else []
@@ -211,11 +220,7 @@ class PruneConfig:
     quiet: bool = option(False, "print the final table only")
 
     def __post_init__(self) -> None:
-        for f in dataclasses.fields(self):
-            value, kind = getattr(self, f.name), str(f.type)
-            if value is not None or not kind.endswith(" | None"):
-                found = PLAIN[kind.removesuffix(" | None")](value, flag_of(f.name))
-                object.__setattr__(self, f.name, found.removeprefix("torch.") if f.name == "dtype" else found)
+        make_plain(self)
 
     def resolved(self) -> PruneConfig:
         """With the method's choices filled in where none was made, and the defaults that depend on `model`."""

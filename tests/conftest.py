@@ -25,6 +25,7 @@ from llm_snp.cli import main
 from llm_snp.config import PruneConfig
 from llm_snp.dense.hub import EMBEDDED
 from llm_snp.running.run import run
+from llm_snp.system.manifest import recall, remember
 
 HIDDEN, HEADS, BLOCKS, NEURONS, POSITIONS, VOCABULARY = 32, 4, 3, 64, 64, 2048
 LENGTH = 32  # tokens per window
@@ -165,6 +166,13 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ids() -> torch.Tensor:
     """A batch of token ids (3, 40)."""
     return torch.randint(4, VOCABULARY, (3, 40), generator=torch.Generator().manual_seed(7))
+
+
+def copied(result: Path, to: Path) -> Path:
+    """A copy of a result that knows what the result knows of this machine."""
+    shutil.copytree(result, to)
+    remember(to, recall(result))
+    return to
 
 
 Prune = Callable[..., dict[str, Any]]

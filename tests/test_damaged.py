@@ -18,10 +18,14 @@ from conftest import Prune, Shell, paragraphs, weight_files
 from pyarrow import parquet
 from safetensors.torch import load_file
 
+from llm_snp.config import PruneConfig
 from llm_snp.dense import readers
 from llm_snp.dense.hub import card_metadata
 from llm_snp.dense.readers import documents
-from llm_snp.errors import CorpusError
+from llm_snp.errors import CorpusError, OptionError, OutputError
+from llm_snp.healing.options import HealConfig
+from llm_snp.pruning.job import output_of
+from llm_snp.result.origin import ancestors, is_dense_of
 
 DEEP = "[" * 100_000 + "]" * 100_000
 
@@ -272,6 +276,32 @@ def test_a_pipe_is_no_text(shell: Shell, dense: Path) -> None:
 def test_paths(shell: Shell, dense: Path, flags: list[str], message: str) -> None:
     (shell.directory / "loop").symlink_to(shell.directory / "loop")
     assert message in shell.refused(dense, *flags)
+
+
+def test_a_working_directory_whose_name_is_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The libraries that write weights take UTF-8 only: said before the work, not after it."""
+    odd = tmp_path / os.fsdecode(b"caf\xe9")
+    odd.mkdir()
+    monkeypatch.chdir(odd)
+    with pytest.raises(OutputError, match="is no UTF-8 text, and weights cannot be written there"):
+        output_of(PruneConfig(output="out"))
+    assert output_of(PruneConfig(output="../out")) == Path("../out")
+
+
+@pytest.mark.parametrize("field", ["directory", "text", "teacher", "output", "evaluate"])
+def test_names_that_no_report_could_have(field: str) -> None:
+    options: dict[str, Any] = {"directory": "a", "text": ("b",), "tokens": 1}
+    for name in ("caf\udce9", "a\0b"):
+        given = (name,) if field in ("text", "evaluate") else name
+        with pytest.raises(OptionError, match=f"--{field} is .*, which is no UTF-8 text"):
+            HealConfig(**options | {field: given})
+
+
+@pytest.mark.parametrize("name", ["a\0b", "x" * 5000, "/" + "x" * 5000, "x/y/" + "z" * 5000])
+def test_models_that_a_report_names_and_no_disk_can_have(name: str, tmp_path: Path) -> None:
+    report = {"options": {"model": name}, "model": {"hub": True, "name": name}}
+    assert not is_dense_of("other", tmp_path, tmp_path, report)
+    assert ancestors(tmp_path, report) == []
 
 
 def test_an_output_in_the_home_of_nobody(shell: Shell, dense: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 from conftest import Prune, Shell, load, logits
 
 from llm_snp import cli
+from llm_snp.system.progress import say
 
 HEAVY = ("torch", "transformers", "datasets", "matplotlib", "huggingface_hub", "accelerate", "numpy", "pyarrow")
 RUN = "import sys; from llm_snp.cli import main; sys.exit(main(sys.argv[1:]))"
@@ -183,6 +184,15 @@ def test_closed_from_the_beginning(shell: Shell, dense: Path, monkeypatch: pytes
     assert cli.main([str(argument) for argument in (*short(shell, dense), "--no-evaluate")]) == 0
     assert (shell.output / "report.json").is_file()
     assert cli.main([str(dense), "--sparsity", "2"]) == 2
+
+
+def test_what_a_terminal_obeys_is_not_printed(capfd: pytest.CaptureFixture[str]) -> None:
+    with cli._printed():
+        print("note\tone \x1b[2J\x1b]0;title\x07 two \x9b31m\u202e")
+    say("three \x1b[31m\r")
+    found = capfd.readouterr()
+    assert found.out == "note\tone \ufffd[2J\ufffd]0;title\ufffd two \ufffd31m\ufffd\n"
+    assert found.err == "three \ufffd[31m\ufffd\n"
 
 
 def test_names_that_are_no_text_are_printed_all_the_same(capfd: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import copy_tokenizer, paragraphs, save, tiny_opt
+from conftest import copied, copy_tokenizer, paragraphs, save, tiny_opt
 from hub_server import USER, HubServer
 from llama_cpp import ask
 from test_architecture import ROOMS
@@ -105,7 +105,7 @@ def bring(models: Path, names: list[str]) -> None:
     """The results that a command or code reads, if the page has not made them."""
     for name in names:
         if not Path(name).exists():
-            shutil.copytree(models / "made" / RESULT, name)
+            copied(models / "made" / RESULT, Path(name))
 
 
 def run(line: str) -> None:

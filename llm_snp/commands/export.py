@@ -77,7 +77,10 @@ def main(args: argparse.Namespace) -> None:
     from ..result.gguf.writing import export
     from ..system.progress import Progress
 
-    written = export(args.directory, args.gguf, args.type, args.tokenizer_from, Progress(args.quiet))
+    progress = Progress(args.quiet)
+    # What is there when all is written need not be what was there before.
+    replace = lambda: args.overwrite and _is_gguf(args.gguf)  # noqa: E731
+    written = export(args.directory, args.gguf, args.type, args.tokenizer_from, progress, replace)
     file = shlex.quote(str(args.gguf))
     whole = size(args.gguf.stat().st_size)
     print(f"written  {args.gguf}, {whole}, weights in {args.type}, as llama.cpp's {written.architecture.name}")

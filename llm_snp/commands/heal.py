@@ -48,7 +48,7 @@ def options_of(args: argparse.Namespace) -> HealConfig:
 
 def check(args: argparse.Namespace) -> None:
     """Raise `SnpError` for options that cannot be used, and for models that are not there."""
-    expect_result(Path(args.directory))
+    expect_result(Path(args.directory).expanduser())
     options_of(args).validate()
     if args.teacher is not None:
         find(args.teacher)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import stat
 import tempfile
 from contextlib import suppress
@@ -14,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, HubError
 from ..system.libraries import explained, parse_json, reason
-from ..system.plain import encodable
-from ..system.private import is_private, within
+from ..system.private import HUB_ID, carried_words, within
 from .claims import checked_config
 
 if TYPE_CHECKING:  # where a model is can be told without torch
@@ -39,8 +37,6 @@ SIDE_FILES = (
 # Weights as transformers names them. Some repositories have them a second time, in another layout.
 SAFETENSORS = ("model.safetensors", "model-*-of-*.safetensors")
 BIN = "pytorch_model*.bin"
-# Whatever the Hub says of it, nothing else can be a repository there: user/name, or one of the old ones without a user.
-HUB_ID = re.compile(r"([\w.-]+/)?[\w.-]+")
 EMBEDDED = Path(__file__).parent.parent / "demo" / "opt-wiki-1m"
 
 
@@ -62,6 +58,8 @@ def find(model: str | None) -> Path | None:
     """
     if model is None:
         return EMBEDDED
+    if "\0" in model:
+        raise CheckpointError(f"{model!a} is neither a local directory nor a valid Hub id")
     path = Path(os.path.expanduser(model))
     # os.path.lexists is also False for what cannot be a path, such as a name that is too long.
     if os.path.lexists(path) or model.startswith((".", "/", "~")) or model.count("/") > 1:
@@ -204,11 +202,6 @@ def load_tokenizer(directory: Path) -> Any:
     return tokenizer
 
 
-# Of a model card's metadata, what is still true of the pruned model.
-CARRIED = ("license", "license_name", "license_link", "language", "tags", "datasets")
-
-
-MOST_WORDS, MOST_CHARACTERS = 100, 300  # of each field
 CARD_BYTES = 1_000_000
 
 
@@ -227,19 +220,4 @@ def card_metadata(directory: Path) -> dict[str, Any]:
     with suppress(CheckpointError), explained(CheckpointError):
         small = path.is_file() and path.stat().st_size <= CARD_BYTES
         found = metadata_load(path) if small and within(path, directory) else None
-    if not isinstance(found, dict):
-        return {}
-    words = {name: _words(found.get(name)) for name in CARRIED}
-    return {name: value for name, value in words.items() if value}
-
-
-def _words(value: Any) -> str | list[str] | None:
-    """A text or a list of texts as it is, and what else there is in neither."""
-    if isinstance(value, str):
-        value = value.strip()
-        sound = len(value) <= MOST_CHARACTERS and encodable(value) and value.isprintable()
-        return value if sound and not is_private(value) else None
-    if isinstance(value, list):
-        words = [word for one in value[:MOST_WORDS] if isinstance(one, str) and isinstance(word := _words(one), str)]
-        return [word for word in words if word]
-    return None
+    return carried_words(found) if isinstance(found, dict) else {}

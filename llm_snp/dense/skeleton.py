@@ -18,7 +18,7 @@ import torch
 from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from ..core.stopwatch import timed
@@ -229,10 +229,17 @@ class Skeleton:
         return block.to(self.device).eval().requires_grad_(False)
 
 
-def _copied(block: nn.Module) -> nn.Module:
-    """A block of its own, but for the config, which its modules only read and which takes longest to copy."""
-    configs = [c for module in block.modules() if isinstance(c := getattr(module, "config", None), PretrainedConfig)]
-    return copy.deepcopy(block, {id(config): config for config in configs})
+def _copied(module: nn.Module) -> nn.Module:
+    """A module with tables of its own: of parameters, buffers, modules and hooks, and so on down.
+
+    What stands in the tables is shared: it is on meta, or only read, and loading replaces it. Of what else a module
+    has, such as its config, `copy.deepcopy` would make copies for longer than many a layer runs.
+    """
+    made = copy.copy(module)
+    made.__dict__.update({name: table.copy() for name, table in vars(module).items() if isinstance(table, dict)})
+    for name, child in module._modules.items():
+        made._modules[name] = None if child is None else _copied(child)
+    return made
 
 
 def empty_model(config: Any, buffers: bool = False) -> Any:
@@ -284,7 +291,9 @@ def _parameters_on_meta() -> Iterator[None]:
 def _to_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
     if not getattr(_here, "on_meta", False) or parameter.is_meta:
         return None
-    return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+    empty = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+    empty._is_hf_initialized = True  # type: ignore[attr-defined]  # or transformers would draw what has no memory
+    return empty
 
 
 register_module_parameter_registration_hook(_to_meta)  # type: ignore[arg-type]

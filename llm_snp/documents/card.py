@@ -33,6 +33,7 @@ def model_card(report: dict[str, Any], name: str | None = None, plots: Sequence[
     name = name or report["output"]
     title = name.rsplit("/", 1)[-1]
     metadata = _metadata(report, title)
+    report = _as_text(report)
     sections = [
         f"# {title}",
         _summary(report),
@@ -72,6 +73,18 @@ def _metadata(report: dict[str, Any], title: str) -> ModelCardData:
         eval_results=results,
         **{key: card[key] for key in CARRIED if card.get(key)},
     )
+
+
+def _as_text(content: Any) -> Any:
+    """A copy of a report whose texts Markdown takes for texts: no links, no HTML, no end of what is set as code.
+
+    Commands are code as a whole, one line, which ends nothing.
+    """
+    if isinstance(content, str):
+        return re.sub(r"[<\[]", r"\\\g<0>", content.replace("`", "'"))
+    if isinstance(content, dict):
+        return {_as_text(name): value if name == "command" else _as_text(value) for name, value in content.items()}
+    return [_as_text(one) for one in content] if isinstance(content, list) else content
 
 
 def _list(value: Any) -> list[str]:
@@ -279,7 +292,7 @@ def _named(calibration: dict[str, Any]) -> str:
 
 
 def _limits(report: dict[str, Any], metadata: ModelCardData) -> str:
-    model, licence = report["model"], metadata.license_name or metadata.license
+    model, licence = report["model"], _as_text(metadata.license_name or metadata.license)
     terms = f"its licence ({licence})" if licence else "its licence"
     how = (
         "Trained after pruning, on little text: what that text has nothing of may not have come back."

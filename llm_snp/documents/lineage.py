@@ -8,6 +8,7 @@ from typing import Any
 from ..dense.skeleton import empty_model, linear_blocks
 from ..families import Family
 from .healing import healed_tokens
+from .shareable import hub_id
 
 
 def parents(before: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -16,7 +17,7 @@ def parents(before: Mapping[str, Any]) -> list[dict[str, Any]]:
     Each with its name, whether that is one on the Hub, the share of its blocks' linear parameters that went, and how
     many tokens what was left was trained for after that.
     """
-    last = {name: before["model"][name] for name in ("name", "hub")}
+    last = {"name": before["model"]["name"], "hub": hub_id(before["model"]) is not None}
     last |= {"removed": before["sparsity"]["achieved"], "healed": healed_tokens(before)}
     return [*before.get("parents", []), last]
 

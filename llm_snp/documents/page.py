@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
+from functools import cache
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
 from .card import with_error
@@ -36,8 +37,7 @@ UNKNOWN = "–"
 def html_page(report: dict[str, Any]) -> str:
     """The page, with everything in it: style sheet and plots. Local paths are reduced to their last component."""
     report = shareable(report)
-    environment = Environment(autoescape=True, undefined=StrictUndefined)
-    return environment.from_string(TEMPLATE).render(
+    return _template().render(
         report=report,
         name=report["output"],
         on_hub=hub_id(report["model"]) is not None,
@@ -66,6 +66,11 @@ def html_page(report: dict[str, Any]) -> str:
             ("Options", [(name, _listed(value)) for name, value in report["options"].items()]),
         ],
     )
+
+
+@cache
+def _template() -> Template:
+    return Environment(autoescape=True, undefined=StrictUndefined).from_string(TEMPLATE)
 
 
 def _svg(name: str, figure: Figure) -> Markup:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ..system.manifest import is_inside
+from ..system.manifest import HASH, is_inside
 
 LARGEST = 2**63 - 1
 DEEPEST = 32  # levels of lists and objects, of which a report of ours has seven
@@ -16,6 +16,7 @@ Some = Annotated[int, Field(ge=1, le=LARGEST)]
 Number = Annotated[float, Field(ge=-1e30, le=1e30)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, le=1e30)]
+Length = Annotated[int, Field(ge=2, le=LARGEST)]  # tokens of a window, of which all but the first are predicted
 NotNegative = Annotated[float, Field(ge=0, le=1e30)]
 Name = Annotated[str, Field(min_length=1)]
 Range = Annotated[list[NotNegative], Field(min_length=2, max_length=2)]
@@ -84,7 +85,7 @@ class Text(_Part):
 class Calibration(Text):
     sha256: str
     windows_available: Count
-    sequence_length: Count
+    sequence_length: Length
     texts: list[Text] = []  # of which each has its share
 
 
@@ -145,7 +146,7 @@ class Perplexity(_Part):
     perplexity: Positive
     tokens: Count
     windows: Count
-    sequence_length: Count
+    sequence_length: Length
 
 
 class Perplexities(_Part):
@@ -239,7 +240,7 @@ class HealingText(_Part):
     source: Name
     windows: Some
     held_out: Some
-    sequence_length: Some
+    sequence_length: Length
     passes: Positive
 
 
@@ -296,11 +297,13 @@ class Document(_Part):
     healing: list[Healing] = []  # each of what the one before it has made
     speed: Speed = MISSING
     card: str | None = None
-    files: dict[str, str] = {}
+    files: dict[str, Annotated[str, Field(pattern=f"^{HASH}$")]] = {}
 
     @model_validator(mode="after")
     def fits(self) -> Document:
-        """There is a plan for every block, and no file is listed that lies elsewhere."""
+        """There is a plan for every block, parents are of what was pruned before, and no file lies elsewhere."""
+        if (self.parents is MISSING) != (self.sparsity.of_dense is MISSING):
+            raise ValueError("parents and sparsity.of_dense are there together or not at all")
         if len(self.blocks) != len(self.plan.kept):
             raise ValueError(f"it has {len(self.blocks)} blocks and a plan for {len(self.plan.kept)}")
         if outside := [name for name in self.files if not is_inside(name)]:

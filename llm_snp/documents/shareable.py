@@ -9,19 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from ..config import METHODS, PruneConfig, launcher, words_of
-from ..system.private import public_name
+from ..system.private import HUB_ID, carried_words, public_name, public_text
 
 CORPORA = {  # Hub id, config and split of the texts that have a name: what is evaluated on
     "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "test"),
     "c4": ("allenai/c4", "en", "validation"),
 }
+PLACES = ("model", "output", "offload", "calibration", "evaluate")  # options that name files, directories or texts
+FACTS = ("removed", "healed")  # of a model that another one was made of, beside its name
 TASKS = "harness:"  # what begins so among the texts to evaluate on lists tasks
 
 
 def shareable(report: dict[str, Any]) -> dict[str, Any]:
     """A copy of the report in which local paths are reduced to their last component, the command's as well.
 
-    What is no path stays: Hub ids, and the names of texts. Of texts that have the same name then, also one from the
+    What is no path stays: Hub ids, and the names of corpora. Of texts that have the same name then, also one from the
     Hub, the second gets "(2)", and so on. What cannot be printed is replaced, what a card cannot have is left out.
     """
     report = _printable(report)
@@ -34,19 +36,28 @@ def shareable(report: dict[str, Any]) -> dict[str, Any]:
         if isinstance(value, str) and value.startswith(TASKS):
             return TASKS + ",".join(last(task) for task in value.removeprefix(TASKS).split(","))
         local = isinstance(value, str) and ("/" in value or value.startswith("~")) and value not in kept
-        return public_name(Path(value)) if local else value
+        return public_text(value) if local else value
 
-    model["name"], report["output"] = last(model["name"]), last(report["output"])
-    report["options"] = {option: last(value) for option, value in options.items()}
+    def called(value: Any) -> Any:
+        """What is a place or a text: its name alone may be that of a person, whose home it is."""
+        if isinstance(value, (list, tuple)):
+            return [called(one) for one in value]
+        plain = not isinstance(value, str) or value in kept or value in CORPORA or value.startswith(TASKS)
+        return last(value) if plain else public_text(value)
+
+    model["hub"] = hub_id(model) is not None
+    model["name"], report["output"] = called(model["name"]), called(report["output"])
+    report["options"] = {name: (called if name in PLACES else last)(value) for name, value in options.items()}
     if options.get("model") is not None:
         report["options"]["model"] = model["name"]
     if "parents" in report:
-        report["parents"] = [one if one.get("hub") else one | {"name": last(one["name"])} for one in report["parents"]]
-    card = model.get("card") or {}
-    model["card"] = {field: value for field, value in card.items() if _is_text(value)}
+        report["parents"] = [_named(one) | {name: one.get(name, 0) for name in FACTS} for one in report["parents"]]
+    for step in report.get("healing", []):
+        step["teacher"] |= _named(step["teacher"])
+    model["card"] = carried_words(model.get("card") or {})
 
     def text(source: str, taken: Iterable[str] = ()) -> str:
-        names = [short := last(source), *(f"{short} ({i})" for i in range(2, len(report["evaluation"]) + 9))]
+        names = [short := called(source), *(f"{short} ({i})" for i in range(2, len(report["evaluation"]) + 9))]
         return next(name for name in names if name not in taken and (name == source or name not in CORPORA))
 
     taken: list[str] = []
@@ -67,9 +78,12 @@ def shareable(report: dict[str, Any]) -> dict[str, Any]:
 
 
 def _printable(content: Any) -> Any:
-    """A copy of something JSON-ready without characters that a page, a plot or a card cannot have."""
+    """A copy of something JSON-ready without characters that a page, a plot or a card cannot have.
+
+    Each text is one line: more would be headings and lists of their own in a card.
+    """
     if isinstance(content, str):
-        return "".join(one if one.isprintable() or one in "\n\t" else "\ufffd" for one in content)
+        return "".join(one if one.isprintable() else " " if one.isspace() else "\ufffd" for one in content)
     if isinstance(content, Mapping):
         copied: dict[str, Any] = {}
         for name, value in content.items():
@@ -81,8 +95,10 @@ def _printable(content: Any) -> Any:
     return [_printable(one) for one in content] if isinstance(content, (list, tuple)) else content
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(one, str) for one in value))
+def _named(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Name and origin of another model: what cannot be an id on the Hub is a place."""
+    on_hub = hub_id(model) is not None
+    return {"name": model["name"] if on_hub else public_name(Path(model["name"])), "hub": on_hub}
 
 
 def texts_of(calibration: dict[str, Any]) -> list[dict[str, Any]]:
@@ -97,8 +113,8 @@ def before(report: Mapping[str, Any]) -> str:
 
 
 def hub_id(model: Mapping[str, Any]) -> str | None:
-    """The id of the dense model, if it was one on the Hub; a report of an earlier version does not say so."""
-    return model["name"] if model.get("hub") else None
+    """The id of a model, if it was one on the Hub; a report of an earlier version does not say so."""
+    return model["name"] if model.get("hub") and HUB_ID.fullmatch(model["name"]) else None
 
 
 def command_line(options: Mapping[str, Any], processes: int = 1, nodes: int = 1) -> str:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError, OptionError
+from ..errors import CheckpointError, OptionError, OutputError
 from ..system.files import digest, digest_of_bytes, disk, inside, write_bytes, write_together
-from ..system.manifest import FILES, MEMORY, REPORT, expect_result, is_result, manifest, recall, remember
+from ..system.manifest import FILES, MEMORY, REPORT, changed, expect_result, is_result, manifest, recall, remember
 from .card import model_card
 from .page import html_page
 from .plots import FOLDER, PLOTS, plot_images, plot_path
@@ -30,10 +31,12 @@ def write_documents(directory: Path, report: dict[str, Any]) -> list[Path]:
     They are made as a whole, and written aside, before the first takes its name: a failure leaves those that were
     there. A README.md that a person has edited since it was written here is left alone. Sets `report["card"]`, the
     hash that tells, and `report["files"]`, those of everything that belongs to the result. Nothing that is written
-    names a place on this machine (`shareable`). Raises `OutputError` if the disk does not take them.
+    names a place on this machine (`shareable`). Raises `OutputError` if the disk does not take them, or a name
+    is that of a file which the report does not list.
     """
     plots = {plot_path(name): inside(directory, plot_path(name)) for name in PLOTS}
     files = manifest(directory, report)
+    others = {name for name in (*plots, PAGE) if name not in files and os.path.lexists(directory / name)}
     public = shareable(report)
     made = plot_images(public)
     made[PAGE] = html_page(public).encode()
@@ -42,39 +45,46 @@ def write_documents(directory: Path, report: dict[str, Any]) -> list[Path]:
         titles = [(plot.title, plot_path(name)) for name, plot in PLOTS.items() if plot_path(name) in made]
         made[CARD] = model_card(public, plots=titles).encode()
         report["card"] = digest_of_bytes(made[CARD])
-    old = {name: path for name, path in plots.items() if name not in made}
-    files = {name: found for name, found in files.items() if name not in old}
+    if (directory / REPORT).exists() and (taken := sorted(others.intersection(made))):
+        raise OutputError(f"{directory / taken[0]} is none that a run of llm_snp wrote, and in its way; move it")
+    gone = {name: found for name, found in files.items() if name in plots and name not in made}
+    old = set(gone).difference(*changed(directory, gone))
+    files = {name: found for name, found in files.items() if name not in gone}
     files |= {name: digest_of_bytes(content) for name, content in made.items()}
-    report[FILES] = {name: found or _digest(directory / name) for name, found in sorted(files.items())}
+    report[FILES] = _with_hashes(directory, files)
     public |= {"card": report.get("card"), FILES: report[FILES]}
     if not (directory / MEMORY).exists() and is_result(directory):
         _remember_earlier(directory)
     # Last: a directory with it is a result.
     write_together(directory, made | {REPORT: (json.dumps(public, indent=2, allow_nan=False) + "\n").encode()})
     with disk(directory / FOLDER):
-        for path in old.values():
-            path.unlink(missing_ok=True)
+        for name in old:
+            plots[name].unlink(missing_ok=True)
     return [directory / name for name in (*made, REPORT)]
 
 
 def write_report(directory: Path, report: dict[str, Any]) -> None:
     """Write report.json alone, without which a directory is no result, where the other documents cannot be made."""
-    report[FILES] = {name: found or _digest(directory / name) for name, found in manifest(directory, report).items()}
+    report[FILES] = _with_hashes(directory, manifest(directory, report))
     text = json.dumps(shareable(report) | {FILES: report[FILES]}, indent=2, allow_nan=False) + "\n"
     write_bytes(directory / REPORT, text.encode())
 
 
-def _digest(path: Path) -> str:
-    with disk(path):
-        return digest(path)
+def _with_hashes(directory: Path, files: Mapping[str, str | None]) -> dict[str, str]:
+    """A manifest in order; of an earlier version's, which has none, with the hashes that the files have now."""
+    with disk(directory):
+        return {name: digest(directory / name) if found is None else found for name, found in sorted(files.items())}
 
 
 def _remember_earlier(directory: Path) -> None:
-    """What earlier versions kept in the report itself: the places of the model and of texts on this machine."""
+    """What earlier versions kept in the report itself: where the model is on this machine.
+
+    Not the texts that it was measured on: `heal` reads those unasked, and a report may be a stranger's.
+    """
     earlier = json.loads((directory / REPORT).read_bytes())
     options = earlier.get("options")
     if FILES not in earlier and isinstance(options, dict) and not recall(directory):
-        remember(directory, {"options": options, "model": options.get("model")})
+        remember(directory, {"model": options.get("model")})
 
 
 def _edited(card: Path, report: dict[str, Any]) -> bool:
@@ -94,7 +104,7 @@ def write_page(path: Path, report: dict[str, Any]) -> None:
         ours = path.is_file() and any(mark in path.read_bytes() for mark in PAGE_MARKS)
         if os.path.lexists(path) and not ours:
             raise OptionError(f"--output {path} is there, and no page of llm_snp; give another name, or move it")
-    write_bytes(path, html_page(report).encode())
+    write_bytes(path, html_page(report).encode(), replace=ours)
 
 
 def _finite(text: str) -> float:

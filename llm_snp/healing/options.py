@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..config import DEVICES, flag_of, launcher, option, shares, words_of
+from ..config import DEVICES, flag_of, launcher, make_plain, option, shares, words_of
 from ..errors import OptionError, at_least, choose
 
 # Learning rates of all weights, and of LoRA's matrices, that were best on the reference models, of a width of about
@@ -61,6 +61,9 @@ class HealConfig:
     overwrite: bool = option(False, "replace an earlier result, or an unfinished one, in DIR2")
     resume: bool = option(False, "go on with an interrupted run of the same command")
     quiet: bool = option(False, "print the final table only")
+
+    def __post_init__(self) -> None:
+        make_plain(self)
 
     def rate(self, width: int) -> float:
         """The learning rate at its peak, for a model of a hidden width."""

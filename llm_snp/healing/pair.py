@@ -18,11 +18,11 @@ from ..dense.claims import expected_tensors
 from ..dense.hub import load_config, load_tokenizer, locate
 from ..dense.skeleton import empty_model
 from ..dense.whole import whole_model
-from ..documents.shareable import hub_id
+from ..documents.shareable import hub_id, shareable
 from ..documents.writing import read_report
 from ..errors import CheckpointError, OptionError, SnpError, UnsupportedModelError
 from ..families import FAMILIES
-from ..result.origin import dense_of, is_dense_of
+from ..result.origin import COPIED, ancestors, dense_of, is_dense_of
 from ..system.manifest import changed, faults, has_report, manifest
 from ..system.private import public_name
 from .options import HealConfig
@@ -50,12 +50,15 @@ class Model:
 
 @dataclass(frozen=True)
 class Pair:
-    """student: a result, with its report; teacher; its_own: whether that is the dense model of the report."""
+    """student: a result, with its report as others may see it; teacher; its_own: whether that is the dense model of
+    the report; ancestors: where the models are that the student was made of.
+    """
 
     student: Model
     teacher: Model
     report: dict[str, Any]
     its_own: bool
+    ancestors: list[Path]
 
     @property
     def vocabulary(self) -> int:
@@ -82,7 +85,7 @@ def find_pair(options: HealConfig) -> Pair:
     found, name, hub, its_own = _teacher(options.teacher, directory, report)
     teacher = open_model(found, name, hub)
     _check_vocabulary(student, teacher)
-    return Pair(student, teacher, report, its_own)
+    return Pair(student, teacher, shareable(report), its_own, ancestors(directory, report))
 
 
 def _needed(directory: Path, report: dict[str, Any]) -> dict[str, str | None]:
@@ -98,23 +101,24 @@ def _teacher(given: str | None, directory: Path, report: dict[str, Any]) -> tupl
         here = Path(given).expanduser()
         name = public_name(here) if found == here else given
         return found, name, found != here, is_dense_of(given, found, directory, report)
+    its_own, seen = True, {directory.resolve()}
     try:
         found = locate(dense_of(directory, report), report["options"].get("revision"))
+        # A result that was pruned more than once: the model before knows more, if it is there. A report may name its
+        # own directory.
+        while has_report(found) and found.resolve() not in seen:
+            seen.add(found.resolve())
+            earlier = read_report(found)
+            try:
+                before = locate(dense_of(found, earlier), earlier["options"].get("revision"))
+            except SnpError:
+                break
+            found, report, its_own = before, earlier, False
     except SnpError as error:
         raise OptionError(
-            f"the dense model of {directory} is not there to learn from ({' '.join(str(error).split())}); give it with "
-            "--teacher"
+            f"the dense model of {directory} is not there to learn from ({' '.join(str(error).split())}; {COPIED}); "
+            "give it with --teacher"
         ) from error
-    its_own, seen = True, {directory.resolve()}
-    # A result that was pruned more than once: the model before knows more, if it is there. A report may name its own.
-    while has_report(found) and found.resolve() not in seen:
-        seen.add(found.resolve())
-        earlier = read_report(found)
-        try:
-            before = locate(dense_of(found, earlier), earlier["options"].get("revision"))
-        except SnpError:
-            break
-        found, report, its_own = before, earlier, False
     return found, report["model"]["name"], hub_id(report["model"]) is not None, its_own
 
 

@@ -12,7 +12,7 @@ import torch
 from ..documents.report import nodes, peak_host_bytes, versions
 from ..evaluation.perplexity import Perplexity, perplexity_of
 from ..system.device import device_facts
-from ..system.private import public_name
+from ..system.private import public_name, public_text
 from .options import HealConfig, command_line
 from .pair import Pair
 from .text import Material
@@ -101,7 +101,7 @@ def with_healing(
 
 def label(source: str) -> str:
     """A text as others may see it: a corpus by its name, a file by the last component of its path."""
-    return public_name(Path(source))
+    return public_text(source)
 
 
 def labels(sources: Iterable[str]) -> list[str]:

@@ -51,7 +51,8 @@ class States:
     def _remove_after(self, step: int) -> None:
         """What lies there of later steps: the Trainer would take it for newer than what is saved next, and keep it."""
         for folder in self.folder.glob("checkpoint-*"):
-            if int(folder.name.partition("-")[2]) > step:
+            number = folder.name.partition("-")[2]
+            if number.isdecimal() and int(number) > step:
                 with disk(folder):
                     shutil.rmtree(folder)
 
@@ -89,7 +90,7 @@ def inputs_of(options: HealConfig, pair: Pair) -> dict[Path, bool]:
     """What is read, and that nothing may be written in it."""
     texts = [os.path.expanduser(text) for text in (*shares(options.text), *(options.evaluate or ()))]
     local = [Path(text) for text in texts if os.path.exists(text)]
-    return dict.fromkeys([pair.student.directory, pair.teacher.directory, *local], True)
+    return dict.fromkeys([pair.student.directory, pair.teacher.directory, *pair.ancestors, *local], True)
 
 
 def memory_of(options: HealConfig, pair: Pair) -> dict[str, Any]:

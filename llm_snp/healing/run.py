@@ -16,16 +16,15 @@ from ..config import PruneConfig
 from ..dense.data import Windows, evaluation_windows
 from ..dense.readers import HUB_CORPORA
 from ..documents.report import nodes, summary
-from ..errors import CorpusError, HubError, OptionError, OutputError, first_line
+from ..errors import CheckpointError, CorpusError, HubError, OptionError, OutputError, first_line
 from ..evaluation.harness import texts_of
 from ..evaluation.perplexity import Perplexity, perplexity_loaded, perplexity_of
 from ..pruning.job import output_of
-from ..result.carried import Carried
+from ..result.carried import content_of
 from ..result.finishing import finish
-from ..result.rewriting import rewrite, shards
-from ..result.writer import Writer
+from ..result.rewriting import Rewriting
 from ..system.device import as_at_start, resolve_device
-from ..system.files import digest, disk
+from ..system.files import digest, digest_of_bytes, disk
 from ..system.journal import Journal
 from ..system.keeping import kept_for_later
 from ..system.manifest import recall
@@ -93,8 +92,8 @@ class _Healing:
                 f"{self.length}); give more, or a smaller --batch, --accumulate or --sequence-length"
             )
         with progress.phase("load"):
-            self.carried = Carried(student.directory)
-            processes.on_main(lambda: self.carried.check(student.tokenizer))
+            self.rewriting = Rewriting(student.directory)
+            processes.on_main(lambda: self.rewriting.carried.check(student.tokenizer))
             self.journal.expect(
                 "settings", {"llm_snp": __version__, **options.settings(), "number of processes": processes.count}
             )
@@ -115,8 +114,19 @@ class _Healing:
             self.student = student.load(frozen if options.lora else torch.float32)
 
     def _identity(self) -> dict[str, str]:
-        models = {"the result's": self.pair.student, "the teacher's": self.pair.teacher}
-        return {f"the hash of {whose} weights": digest(*model.checkpoint.files) for whose, model in models.items()}
+        """Hashes of what is read of both models. Raises `CheckpointError` if that cannot be read."""
+        student, teacher = self.pair.student, self.pair.teacher
+        found = {
+            "the hash of the result's config.json": digest_of_bytes(self.rewriting.settings),
+            "the hash of the result's tokenizer, templates and terms": self.rewriting.carried.digest,
+            "the hash of the teacher's config.json": digest_of_bytes(content_of(teacher.directory / "config.json")),
+        }
+        try:
+            for whose, model in (("result's", student), ("teacher's", teacher)):
+                found[f"the hash of the {whose} weights"] = digest(*model.checkpoint.files)
+        except OSError as error:
+            raise CheckpointError(f"{error.filename} cannot be read: {error.strerror}") from error
+        return found
 
     def _check_space(self) -> None:
         """The result, and of the training the last state, the best one and the one that is being written."""
@@ -130,8 +140,8 @@ class _Healing:
     def _evaluation(self) -> tuple[dict[str, Windows], list[str]]:
         """Windows of the texts to measure perplexity on, and the earlier ones that are not measured again."""
         report, asked = self.pair.report, self.options.evaluate
-        memory = recall(self.pair.student.directory).get("options")
-        known = texts_of(memory.get("evaluate") or ()) if isinstance(memory, dict) else ()
+        memory = recall(self.pair.student.directory).get("options", {})
+        known = texts_of(memory.get("evaluate") or ())
         found: dict[str, Windows] = {}
         for source in known if asked is None else asked:
             earlier = report["evaluation"].get(label(source))
@@ -186,6 +196,8 @@ class _Healing:
             options, pair, self.material, watch.curve, after, facts, measured, self.device, self.processes.count
         )
         report = with_healing(pair.report, section, measured, self.missing, options.destination)
+        if watch.broken:
+            report["notes"].append(watch.broken)
         return self.processes.from_main(lambda: self._write(tensors, report))
 
     def _train(self, trainer: Heal, watch: Watch) -> None:
@@ -225,13 +237,11 @@ class _Healing:
         return self.processes.from_main(measure)
 
     def _write(self, tensors: dict[str, Tensor], report: dict[str, Any]) -> list[str]:
-        workspace, source = known(self.workspace), self.pair.student.directory
+        workspace = known(self.workspace)
         with self.progress.phase("save"):
-            writer = Writer(workspace.directory, len(shards(source, tensors)))
-            rewrite(source, writer, self.carried, tensors)
+            writer = self.rewriting.write(workspace.directory, tensors)
             open_model(workspace.directory)  # what was written must load
-        for rescue in self.journal.rescued:
-            report["notes"].append(rescue)
+        report["notes"] += self.journal.rescued
         finish(workspace, writer.files, report, memory_of(self.options, self.pair), self.progress)
         return summary(report).splitlines()
 
@@ -246,6 +256,6 @@ def _full(folder: Path) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if "PytorchStreamWriter" not in str(error):
+        if not any(name in str(error) for name in ("PytorchStreamWriter", "inline_container")):
             raise
         raise OutputError(f"{folder} cannot be written ({first_line(error)}); free some space there") from error

@@ -77,6 +77,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self.curve: list[dict[str, float]] = []  # step and NAMES, from step 0 on
         self.step: Callable[[], None] = lambda: None
         self.tell: Callable[[dict[str, float]], None] = lambda entry: None
+        self.broken = ""  # why the training ended before its time, if it could not go on
         self._earlier = 0.0  # seconds of the run that is gone on with
         self._began = time.perf_counter()
 
@@ -225,8 +226,23 @@ class Heal(Trainer):  # type: ignore[misc]
         return {"loss": loss, "kl": kl, "nll": nll, "teacher_nll": teacher}
 
     def evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
-        """`Trainer` calls it where the schedule says so, and keeps the state with the lowest `eval_loss`."""
-        found = self.measure()
+        """`Trainer` calls it where the schedule says so, and keeps the state with the lowest `eval_loss`.
+
+        Where that is not finite any more, it ends the training.
+        """
+        try:
+            found = self.measure()
+        except NumericalError as error:
+            if len(self.watch.curve) < 2:  # nothing to keep
+                raise
+            # Where steps overflow there is nothing to go on with, and earlier ones may have been good.
+            self.watch.broken = f"the training ended early, with what was best until then: {error}"
+            self.control.should_training_stop, self.control.should_evaluate, self.control.should_save = (
+                True,
+                False,
+                False,
+            )
+            return {f"eval_{name}": math.inf for name in NAMES}
         metrics = {f"eval_{name}": found[name] for name in NAMES}
         self.log(metrics | {"seconds": self.watch.seconds})
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

@@ -15,6 +15,7 @@ from ..dense.hub import EMBEDDED, load_config, locate
 from ..errors import OptionError, OutputError, first_line
 from ..families import Family, family_of
 from ..system.device import resolve_device
+from ..system.plain import encodable
 from ..system.private import public_name
 from .plan import check_order
 
@@ -185,6 +186,11 @@ def output_of(options: PruneConfig) -> Path:
     except (OSError, RuntimeError) as error:  # RuntimeError: a circle of links, before Python 3.13
         cause = getattr(error, "strerror", None) or first_line(error)
         raise OutputError(f"--output {output} cannot be made: {cause}; give another directory") from error
+    if not encodable(str(resolved)):
+        raise OutputError(
+            f"--output {output} cannot be made: {str(resolved)!a} is no UTF-8 text, and weights cannot be written "
+            "there; give another directory"
+        )
     if not resolved.name:
         raise OutputError(f"--output {output} is the root of the file system; give a directory below it")
     return output

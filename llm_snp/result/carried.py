@@ -144,7 +144,7 @@ class Carried:
 
         Raises `OutputError` if there is no room to try it, in the system's directory for temporary files.
         """
-        settings = read_object(self.directory / "config.json", _bytes(self.directory / "config.json"))
+        settings = read_object(self.directory / "config.json", content_of(self.directory / "config.json"))
         advice = "save it with `save_pretrained` of its own class, and give that"
         with disk(Path("a temporary file")), TemporaryDirectory(prefix="llm_snp-") as name:
             folder = Path(name)
@@ -175,10 +175,10 @@ def travels(name: str) -> bool:
 def check_tokenizer_class(directory: Path) -> None:
     """Raise `CheckpointError` if the tokenizer is a class that only code of the directory has."""
     settings = directory / "tokenizer_config.json"
-    fields = read_object(settings, _bytes(settings)) if settings.is_file() else {}
+    fields = read_object(settings, content_of(settings)) if settings.is_file() else {}
     named = fields.get("auto_map")
     if named is None:
-        maps = read_object(directory / "config.json", _bytes(directory / "config.json")).get("auto_map")
+        maps = read_object(directory / "config.json", content_of(directory / "config.json")).get("auto_map")
         named = maps if isinstance(maps, dict) and "AutoTokenizer" in maps else None
     reference = named.get("AutoTokenizer") if isinstance(named, dict) else named
     if not reference:
@@ -204,7 +204,8 @@ def read_object(path: Path, content: bytes) -> dict[str, Any]:
     return fields
 
 
-def _bytes(path: Path) -> bytes:
+def content_of(path: Path) -> bytes:
+    """A file as it is. Raises `CheckpointError` if it cannot be read."""
     try:
         return path.read_bytes()
     except OSError as error:

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..documents.writing import write_documents, write_report
 from ..errors import OutputError
+from ..system.files import disk
 from ..system.libraries import explained
 from ..system.manifest import FILES, REPORT, remember
 from ..system.progress import Progress
@@ -29,6 +30,8 @@ def finish(
     directory = workspace.directory
     report[FILES] = dict(files)
     anew = f"`python -m llm_snp report {shlex.quote(str(workspace.output))}` makes them anew"
+    with disk(directory):  # of a run that came so far, and was gone on with: its documents are none of this report
+        (directory / REPORT).unlink(missing_ok=True)
     try:
         with explained(lambda why: OutputError(f"the documents of the result cannot be made ({why}); {anew}")):
             write_documents(directory, report)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ..dense.hub import EMBEDDED
-from ..system.manifest import recall
+from ..dense.hub import EMBEDDED, find
+from ..errors import SnpError
+from ..system.manifest import has_report, recall
+
+COPIED = "a result that was copied does not know where that is"  # see `recall`
 
 
 def dense_of(directory: Path, report: dict[str, Any]) -> str | None:
@@ -18,9 +22,8 @@ def dense_of(directory: Path, report: dict[str, Any]) -> str | None:
     name: str | None = report["options"].get("model")
     if name is None or report["model"].get("hub"):
         return name
-    known = recall(directory).get("model")
-    if isinstance(known, str):
-        return known
+    if (known := recall(directory).get("model")) is not None:
+        return str(known)
     # Reports of earlier versions have the path itself. Without any, a name must not become one on the Hub.
     return name if "/" in name else f"./{name}"
 
@@ -29,4 +32,21 @@ def is_dense_of(given: str, found: Path, directory: Path, report: dict[str, Any]
     """Whether the model that was given, and found there, is the one that a result was made of."""
     name, revision = dense_of(directory, report), report["options"].get("revision")
     local = EMBEDDED if name is None else Path(os.path.expanduser(name))
-    return (given == name and not revision) or (local.is_dir() and found.samefile(local))
+    return (given == name and not revision) or (os.path.isdir(local) and found.samefile(local))
+
+
+def ancestors(directory: Path, report: dict[str, Any]) -> list[Path]:
+    """The directories of the models that a result was made of, the last one first, as far as they are on this machine.
+
+    A report may name its own directory.
+    """
+    from ..documents.writing import read_report  # the door is light
+
+    found: list[Path] = []
+    with suppress(SnpError):
+        while (place := find(dense_of(directory, report))) is not None and place not in found:
+            found.append(place)
+            if not has_report(place):
+                break
+            directory, report = place, read_report(place)
+    return found

@@ -13,18 +13,20 @@ from ..documents.writing import read_report
 from ..errors import CheckpointError
 from ..evaluation.harness import tasks_of, texts_of
 from ..pruning.job import Job
+from ..result.origin import ancestors
 from ..system.manifest import is_result
 
 
 def inputs_of(job: Job) -> dict[Path, bool]:
-    """The model's directory, and the local files and directories among texts, tasks and --offload.
+    """The model's directory, those of what it was made of, and the local ones and files among texts, tasks, --offload.
 
     True of those in which nothing may be written; tasks and hidden states may lie in a directory with all kinds of
     things, such as the one that one works in.
     """
     options = job.options
     texts = [*shares(options.texts), *texts_of(options.evaluate or ())]
-    found = {job.directory: True}
+    before = report_of(job.directory)
+    found = dict.fromkeys([job.directory, *(ancestors(job.directory, before) if before else ())], True)
     for names, closed in ((texts, True), ((*tasks_of(options.evaluate or ()), options.offload), False)):
         for name in names:
             if name and os.path.exists(path := os.path.expanduser(name)):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -33,11 +34,11 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file: temporary name, fsync, rename."""
+def write_bytes(path: Path, content: bytes, replace: bool = True) -> None:
+    """Write a file: temporary name, fsync, rename. Without `replace`, one that is there is an `OutputError`."""
     with disk(path), _temporary(path) as aside:
         _write_new(aside, content)
-        _settle(aside, path)
+        (_settle if replace else _settle_new)(aside, path)
 
 
 def write_together(directory: Path, files: Mapping[str, bytes]) -> None:
@@ -135,11 +136,18 @@ def disk(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
-    """For what somebody else writes: the name to write under. At the end it becomes `path`, after an error it goes."""
+def written_aside(path: Path, replace: Callable[[], bool]) -> Iterator[Path]:
+    """For what somebody else writes: the name to write under. At the end it becomes `path`, after an error it goes.
+
+    replace: asked then, whether what may be there by that name goes; if not, and something has come since, that is an
+    `OutputError`.
+    """
     with disk(path), _temporary(path) as aside:
         yield aside
-        _settle(aside, path)
+        if replace():
+            _settle(aside, path)
+        else:
+            _settle_new(aside, path)
 
 
 def temporary(path: AnyPath) -> AnyPath:
@@ -155,24 +163,79 @@ def whole(path: AnyPath) -> AnyPath:
 
 @contextmanager
 def _temporary(path: Path) -> Iterator[Path]:
-    """The name to write under first. After an error the file goes: half a shard takes the room of what comes next.
+    """An empty file to write to first. After an error it goes: half a shard takes the room of what comes next.
 
-    What a killed run has left under that name goes, too, and a link, which would be written through.
+    What a killed run has left under that name goes, too, and a link, which would be written through. Raises
+    `OutputError` while another process writes to it.
     """
     aside = temporary(path)
-    aside.unlink(missing_ok=True)
+    held = _claimed(aside, path)
     try:
         yield aside
     except BaseException:
         with suppress(OSError):
             aside.unlink(missing_ok=True)
         raise
+    finally:
+        os.close(held)
+
+
+def _claimed(aside: Path, path: Path) -> int:
+    """A new file that this process has locked, as its descriptor: that also a killed process lets go."""
+    while True:
+        try:
+            held = os.open(aside, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        except FileExistsError:
+            _remove_left(aside, path)
+            continue
+        # Between the two another process may have taken it for one that a killed run has left.
+        with suppress(FileNotFoundError):
+            if _lock(held) and os.path.samestat(os.fstat(held), os.lstat(aside)):
+                return held
+        os.close(held)
+
+
+def _remove_left(aside: Path, path: Path) -> None:
+    """Remove what has the name of an unfinished file, unless that is being written."""
+    try:
+        found = os.open(aside, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:  # a link, a folder, what may not be read, or gone by now
+        aside.unlink(missing_ok=True)
+        return
+    try:
+        if not _lock(found):
+            raise OutputError(f"{path} is being written by another process; wait for it, or give another name")
+        aside.unlink(missing_ok=True)
+    finally:
+        os.close(found)
+
+
+def _lock(file: int) -> bool:
+    """Whether this process has an open file for itself; where the disk knows no locks, it says so."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def _write_new(path: Path, content: bytes) -> None:
-    """Write a file that is not there yet, not even as a link."""
-    with open(path, "xb") as file:
+    with open(path, "wb") as file:
         file.write(content)
+
+
+def _settle_new(temporary: Path, final: Path) -> None:
+    """The same where nothing may have that name yet. Raises `OutputError` if something does."""
+    _durable(temporary)
+    try:
+        os.link(temporary, final)
+        temporary.unlink()
+    except OSError as error:
+        if os.path.lexists(final):
+            raise OutputError(f"{final} has come there since this run began, and stays; give another name") from error
+        os.replace(temporary, final)  # a disk without hard links
 
 
 def _settle(temporary: Path, final: Path) -> None:

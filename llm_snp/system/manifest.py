@@ -14,16 +14,19 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..errors import CheckpointError
-from .files import digest, temporary, whole, write_json, write_together
+from .files import digest, disk, temporary, whole, write_json, write_together
+from .plain import encodable
 
 REPORT = "report.json"
 FILES = "files"  # of a report: name -> hash of everything beside it that is part of the result
 JOURNAL = ".llm_snp"  # folder of a run that goes on; in a result only until it has tidied up
 PRIVATE = ".cache/huggingface"
 MEMORY = f"{PRIVATE}/llm_snp.json"
+PLACE = "inode"  # in the memory: of the directory that it is of
 IGNORE = f"{PRIVATE}/.gitignore"
 WRITTEN = "written"  # in the journal: the names of what else a run has begun to write beside its shards
 ADVICE = "give the directory that a run of llm_snp has written"
+HASH = r"[0-9a-f]{32}"  # of a file, as `digest` writes it
 LISTED = 5  # at most so many names are in an error
 # What runs of versions that kept no list have written, by name.
 EARLIER = re.compile(
@@ -84,12 +87,14 @@ def _object(path: Path) -> dict[str, Any]:
 def manifest(directory: Path, report: Mapping[str, Any] | None = None) -> dict[str, str | None]:
     """Name -> hash of the files that belong to a result, without its report; None where no hash was kept.
 
-    Names that lead out of the directory are never part of it, whatever a report says.
+    Names that lead out of the directory are never part of it, whatever a report says, nor are those without a hash in a
+    report that has them: what a report only names is nobody's proof that a run wrote it.
     """
     report = _report(directory) if report is None else report
     listed = report.get(FILES)
     if isinstance(listed, dict):
-        return {name: found for name, found in listed.items() if is_inside(name) and isinstance(found, str)}
+        found = {name: found for name, found in listed.items() if is_inside(name) and isinstance(found, str)}
+        return {name: one for name, one in found.items() if re.fullmatch(HASH, one)}
     card = report.get("card")
     known = [name for name in names_in(directory) if EARLIER.fullmatch(name) and (name != "README.md" or card)]
     names = [name for name in known if _is_own(directory / name, directory, None)]
@@ -207,10 +212,40 @@ def faults(missing: Sequence[str], other: Sequence[str]) -> str:
 
 def remember(directory: Path, facts: Mapping[str, Any]) -> None:
     """Keep what only this machine needs to know of a result: where its dense model is, and the options as given."""
-    content = json.dumps(dict(facts), indent=2) + "\n"
+    with disk(directory):
+        content = json.dumps({**facts, PLACE: directory.stat().st_ino}, indent=2) + "\n"
     write_together(directory, {IGNORE: b"*\n", MEMORY: content.encode()})
 
 
 def recall(directory: Path) -> dict[str, Any]:
-    """What was kept of a result on this machine; empty if it was made elsewhere."""
-    return _object(directory / MEMORY)
+    """What was kept of a result on this machine; empty if it was made elsewhere, or is a copy.
+
+    It names places and texts that are read, and those of a stranger's directory would be of his choice. So it is
+    believed only in the directory in which it was written, by the number that this has in its file system, which
+    nobody can know beforehand: renamed, it keeps that.
+    """
+    memory = _object(directory / MEMORY)
+    try:
+        if memory.pop(PLACE, None) != directory.stat().st_ino:
+            return {}
+    except OSError:
+        return {}
+    return {name: found for name, found in memory.items() if _KINDS.get(name, lambda _: False)(found)}
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and "\0" not in value and encodable(value)
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, (bool, int, float)) or _is_name(value)
+
+
+def _is_options(value: Any) -> bool:
+    """Whether it is what a run was asked for, as JSON has it: texts, numbers, lists of texts."""
+    return isinstance(value, dict) and all(
+        all(map(_is_name, one)) if isinstance(one, list) else _is_plain(one) for one in value.values()
+    )
+
+
+_KINDS = {"options": _is_options, "model": _is_name, "healing": _is_options}

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+from .plain import encodable
 
 # A text that is a path as a whole; words that begin with "/", as some tokens do, are none.
 PLACE = re.compile(
@@ -13,6 +17,11 @@ PLACE = re.compile(
 # Anywhere in a line: homes of people, a name and password of a URL, tokens of the Hub.
 SECRET = re.compile(r"(/|\\)(home|Users)\1[^/\\\s]|(^|[\s\"'=:])/root/\S|\w://[^/\s@]*:[^/\s@]+@|\bhf_[A-Za-z0-9]{30,}")
 LINE = 300  # characters at most; what is longer is a text that may speak of such things
+# Whatever the Hub says of it, nothing else can be a repository there: user/name, or one of the old ones without a user.
+HUB_ID = re.compile(r"([\w.-]+/)?[\w.-]+")
+# Of a model card's metadata, what is still true of the pruned model.
+CARRIED = ("license", "license_name", "license_link", "language", "tags", "datasets")
+MOST_WORDS, MOST_CHARACTERS = 100, 300  # of each field
 HOMES = ("/home", "/Users")
 HOME = "home"
 
@@ -28,9 +37,17 @@ def public_name(path: Path) -> str:
         real = path.expanduser().resolve()
         if str(real.parent) in HOMES or real == Path.home().resolve():
             return HOME
-    except (OSError, RuntimeError):  # nobody has that name, or there is no home; a circle of links
+    except (OSError, RuntimeError, ValueError):  # nobody has that name, or there is no home; a circle of links; no path
         pass
-    return path.name
+    return path.name or str(path)
+
+
+def public_text(given: str) -> str:
+    """The same of a text of a run, which may have its share of the windows behind it: TEXT:SHARE."""
+    text, colon, share = given.rpartition(":")
+    if text and re.fullmatch(r"[\d.eE+-]+", share):
+        return public_name(Path(text)) + colon + share
+    return public_name(Path(given))
 
 
 def within(path: Path, directory: Path) -> bool:
@@ -39,3 +56,24 @@ def within(path: Path, directory: Path) -> bool:
     blobs = target.parent
     cached = blobs.name == "blobs" and (blobs.parent / "snapshots").is_dir()
     return cached or target.is_relative_to(directory.resolve())
+
+
+def carried_words(card: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a card's metadata, parsed, may stand in another card; a link only as one for a browser, or of a file."""
+    words = {name: _words(card.get(name)) for name in CARRIED}
+    link = words["license_link"]
+    if isinstance(link, str) and re.match(r"[\w+.-]*:", link) and not link.startswith(("https://", "http://")):
+        del words["license_link"]
+    return {name: value for name, value in words.items() if value}
+
+
+def _words(value: Any) -> str | list[str] | None:
+    """A text or a list of texts as it is, and what else there is in neither."""
+    if isinstance(value, str):
+        value = value.strip()
+        sound = len(value) <= MOST_CHARACTERS and encodable(value) and value.isprintable()
+        return value if sound and not is_private(value) else None
+    if isinstance(value, list):
+        words = [word for one in value[:MOST_WORDS] if isinstance(one, str) and isinstance(word := _words(one), str)]
+        return [word for word in words if word]
+    return None

@@ -6,6 +6,7 @@ every phase and every finished block.
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections import deque
@@ -20,14 +21,20 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 LINES = 100  # of a phase in a log at most; with more blocks not all of them are told
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # not tabs and ends of lines
 RECENT = 8  # steps whose mean the time left goes by: the first ones of a resumed run take no time
+
+
+def harmless(text: str) -> str:
+    """A text without what a terminal obeys: a name or a report may be a stranger's."""
+    return CONTROL.sub("\ufffd", text)
 
 
 def say(line: str) -> None:
     """A line on standard error. Nothing depends on it: if nobody can read it, it is lost."""
     if sys.stderr is not None:
         with suppress(OSError):
-            print(line, file=sys.stderr, flush=True)
+            print(harmless(line), file=sys.stderr, flush=True)
 
 
 def in_terminal(stream: TextIO | None) -> bool:
@@ -83,7 +90,7 @@ class Progress:
         if in_terminal(sys.stderr):
             from tqdm import tqdm
 
-            tqdm.write(line, file=sys.stderr)
+            tqdm.write(harmless(line), file=sys.stderr)
         else:
             say(line)
 

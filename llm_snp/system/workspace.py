@@ -23,14 +23,16 @@ LOCK = "lock"
 OWNER = "owner"
 BLOCKS = "block-*.json"
 STATES = "state-*.json"  # of a training
+# Records that cost nothing: what a later run is compared with (`Journal.expect`).
+COMPARED = frozenset(("settings", "model", "models", "calibration", "text"))
 
 
 class Workspace:
     """The partial directory of `output`, held by this run until `finish`, `discard` or `keep`.
 
     inputs: what the run reads, see `check_harmless`; resume: go on with what an interrupted run left; without it,
-    and without `overwrite`, finished blocks of such a run are not thrown away but refused. Raises `OutputError`, also
-    if another run holds the directory.
+    and without `overwrite`, what such a run has finished or measured is not thrown away but refused. Raises
+    `OutputError`, also if another run holds the directory.
     """
 
     def __init__(self, output: Path, overwrite: bool, resume: bool, inputs: Mapping[Path, bool] | None = None):
@@ -77,8 +79,9 @@ class Workspace:
             os.rename(_aside(self.output), self.output)
             check_output(self.output, self._overwrite)
         blocks, states = self.finished_blocks, len(list(self.journal.glob(STATES)))
-        if (blocks or states) and not (resume or self._overwrite):
-            what = f"{blocks} finished blocks" if blocks else "the state"
+        records = {path.stem for path in self.journal.glob("*.json")} - COMPARED
+        if records and not (resume or self._overwrite):
+            what = f"{blocks} finished blocks" if blocks else "the state" if states else "what was measured"
             raise OutputError(
                 f"{self.directory} holds {what} of an interrupted run; add --resume to go on with it, or --overwrite "
                 "to start anew"
@@ -199,10 +202,10 @@ def check_partial(output: Path) -> None:
 def _is_ours(partial: Path) -> bool:
     """Whether a run has made it: it says whose it is, or was killed before it had done so and has nothing in it.
 
-    Nothing that is opened for writing may be a link.
+    Nothing in its journal may be a link: all of that is written to, or removed.
     """
     journal = partial / JOURNAL
-    if any(path.is_symlink() for path in (partial, journal, journal / LOCK, journal / OWNER)) or not partial.is_dir():
+    if any(path.is_symlink() for path in (partial, journal, *journal.rglob("*"))) or not partial.is_dir():
         return False
     if (journal / OWNER).is_file():
         return True
@@ -235,7 +238,8 @@ def check_harmless(output: Path, inputs: Mapping[Path, bool]) -> None:
             members = [member.resolve() for member in real.iterdir()] if real.is_dir() else []
             if any(one.is_relative_to(place) for one in (real, *members) for place in places):
                 raise OutputError(
-                    f"--output {output} is or holds {path}, which the run reads; give another directory, or move that"
+                    f"--output {output} is or holds {path}, which the run reads, or its model was made of; give "
+                    "another directory, or move that"
                 )
             if closed and real.is_dir() and resolved.is_relative_to(real):
                 raise OutputError(f"--output {output} lies inside {path}, which the run reads; give another directory")

@@ -110,6 +110,28 @@ def test_over_no_other_file(found: str, shell: Shell, own: Path) -> None:
     assert Path("link").is_symlink()
 
 
+@pytest.mark.parametrize("flags", [(), ("--overwrite",)])
+def test_a_file_that_comes_while_it_is_written_stays(
+    flags: tuple[str, ...], shell: Shell, result: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its room may be somebody else's by the end, and two exports to one name do not write into one file."""
+    write, said = writing.GGUFWriter.write_ti_data_to_file, []
+
+    def meanwhile(self: Any) -> None:
+        write(self)
+        monkeypatch.setattr(writing.GGUFWriter, "write_ti_data_to_file", write)
+        said.append(shell.run("export", result, "--gguf", "new.gguf", "--quiet"))
+        Path("new.gguf").write_text("mine")
+
+    monkeypatch.setattr(writing.GGUFWriter, "write_ti_data_to_file", meanwhile)
+    code, _, err = shell.run("export", result, "--gguf", "new.gguf", "--quiet", *flags)
+    assert code == 2
+    assert "new.gguf has come there since this run began, and stays; give another name" in err
+    assert "new.gguf is being written by another process; wait for it" in said[0][2]
+    assert Path("new.gguf").read_text() == "mine"
+    assert not Path(".new.gguf.llm_snp").exists()
+
+
 def test_a_hidden_file_of_that_name_stays(shell: Shell, own: Path) -> None:
     """A file is written under another name until it is whole: one that nobody else has."""
     Path(".profile").write_text("mine")

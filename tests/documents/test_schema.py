@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from test_documents import SHAPES, healed, made_up, with_measurements
 
 import llm_snp.documents.writing as writing
 from llm_snp.documents.card import model_card
+from llm_snp.documents.lineage import parents
 from llm_snp.documents.page import html_page
 from llm_snp.documents.plots import plot_images
 from llm_snp.documents.report import summary
@@ -78,10 +80,89 @@ def test_whatever_fits_can_be_shown(tmp_path: Path) -> None:
             continue
         model_card(found)
         summary(found)
-        if number % 10 == 0:  # a second each
+        if number % 20 == 0:  # a second each
             plot_images(found)
             html_page(found)
     assert CASES / 4 < refused < CASES
+
+
+def full() -> dict[str, Any]:
+    """A report with every section that there is, of a model that had been pruned before and has lost whole layers."""
+    report = healed(with_measurements(made_up(2)))
+    report["parents"] = [{"name": "first", "hub": False, "removed": 0.2, "healed": 7}]
+    report["sparsity"] |= {"of_dense": 0.4, "dense_block_parameters": 9}
+    report["overfit"] = [{"source": name, "windows": 8, "loss": 0.1} for name in ("c4", "other windows")]
+    report["blocks"][1]["attention"] |= {"kept": 0, "lost": None, "total": None, "damping": None}
+    report["model"]["card"] = {"license": "mit", "tags": ["a"]}
+    return report
+
+
+def test_every_key_may_be_missing_or_of_another_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One at a time: the report is refused, or its documents can be made, and those of what is made of it."""
+    monkeypatch.setattr("llm_snp.documents.page.figures", lambda _: {})  # for `test_whatever_fits_can_be_shown`
+    source, report = random.Random(1), full()
+    assert fault(report) == ""
+    shown = 0
+    for path in places(report):
+        if "curves" in path and path[2:3] not in ((0,), ()):
+            continue
+        for value in (GONE, source.choice(DAMAGES[1:])):
+            changed = damaged(report, path, value)
+            if fault(changed) or "llm_snp" not in changed["versions"]:  # which `read_report` has looked for before
+                continue
+            changed["model"].setdefault("custom_code", True)  # as `read_report` does
+            assert fault(shareable(changed)) == "", (path, value)
+            summary(changed)
+            parents(changed)
+            if value is GONE or shown % 10 == 0:
+                model_card(changed)
+                html_page(changed)
+            shown += 1
+    assert shown > 50
+
+
+def test_what_a_stranger_s_report_says_of_others_is_text() -> None:
+    """It goes into the cards of whoever heals or prunes that result: no heading, no link, no place."""
+    report = full()
+    evil = "x`</td><script>evil()</script>\n\n# evil\n`"
+    report["parents"] = [
+        {"name": "/home/ann/m", "hub": True, "removed": 0.1, "healed": 0, "path": "/home/ann/z"},
+        {"name": evil, "hub": False, "removed": 0.1},
+        {"name": "ann/m", "hub": True, "removed": 0.1, "healed": 5},
+    ]
+    report["notes"] += ["first\n\n# evil [x](javascript:evil)", "a `code` span"]
+    report["healing"][0]["teacher"] = {"name": "/home/ann/t", "hub": True}
+    report["model"] |= {"name": "/home/ann/dense", "hub": True}
+    report["model"]["card"] = {"license": "mit", "license_link": "javascript:x", "tags": ["/home/ann/t"], "evil": "x"}
+    public = shareable(report)
+    assert public["parents"][0] == {"name": "m", "hub": False, "removed": 0.1, "healed": 0}
+    assert public["parents"][2] == {"name": "ann/m", "hub": True, "removed": 0.1, "healed": 5}
+    assert parents(report)[-1]["hub"] is False
+    assert public["healing"][0]["teacher"] == {"name": "t", "hub": False}
+    assert public["model"]["card"] == {"license": "mit"}
+    card = model_card(report)
+    assert "/home/" not in json.dumps(public) + card
+    body = card.split("\n---\n", 1)[1]
+    assert "base_model" not in card
+    assert not re.search(r"^# evil|(?<!\\)<script|(?<!\\)\[x\]|`code`", body, re.MULTILINE)
+
+
+@pytest.mark.parametrize("where", ["calibration", "evaluate", "offload"])
+@pytest.mark.parametrize("given", ["ann", "ann:2", "~", "~/", "../home/ann"])
+def test_a_home_is_not_named_however_it_was_given(
+    where: str, given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "home" / "ann").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(tmp_path / "home" / "ann"))
+    monkeypatch.chdir(tmp_path / "home")
+    report = made_up(1)
+    report["options"][where] = [given, "c4"]
+    name = given.removesuffix(":2")
+    report["calibration"]["source"] = name
+    report["evaluation"] = {name: report["evaluation"]["c4"]}
+    public = shareable(report)
+    assert public["options"][where] == ["home:2" if given == "ann:2" else "home", "c4"]
+    assert "ann" not in json.dumps({key: public[key] for key in ("options", "calibration", "evaluation", "command")})
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import BLOCKS, HIDDEN, NEURONS, POSITIONS, VOCABULARY, Prune, load, save, tiny_opt
+from conftest import BLOCKS, HIDDEN, NEURONS, POSITIONS, VOCABULARY, Prune, copied, load, save, tiny_opt
 from packaging.version import Version
 from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM
 
@@ -338,7 +338,7 @@ def run_bench(*given: str | Path) -> None:
 @pytest.fixture
 def result(pruned: Path, tmp_path: Path) -> Path:
     """A result of one's own to bench."""
-    return Path(shutil.copytree(pruned, tmp_path / "result"))
+    return copied(pruned, tmp_path / "result")
 
 
 def report_of(directory: Path) -> dict[str, Any]:

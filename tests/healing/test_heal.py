@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import LENGTH, Prune, Shell, load, logits, paragraphs, save, tiny_opt, weight_files
+from conftest import LENGTH, Prune, Shell, copied, load, logits, paragraphs, save, tiny_opt, weight_files
 from tiny_models import save_tiny
 from torch import Tensor
 
@@ -21,11 +21,14 @@ from llm_snp.documents.page import html_page
 from llm_snp.documents.plots import PLOTS
 from llm_snp.documents.schema import fault
 from llm_snp.documents.writing import read_report
+from llm_snp.errors import NumericalError, OutputError
 from llm_snp.healing import training
 from llm_snp.healing.options import HealConfig, command_line
 from llm_snp.healing.pair import find_pair
 from llm_snp.healing.record import label
+from llm_snp.healing.run import _full, _Healing
 from llm_snp.healing.training import Watch, adapted
+from llm_snp.result.rewriting import Rewriting
 from llm_snp.system.manifest import changed, manifest
 
 pytestmark = [pytest.mark.cpu]
@@ -227,6 +230,7 @@ def test_a_damaged_state_is_not_gone_on_with(heal: Healer, pruned: Path, monkeyp
         assert heal(pruned, "--no-evaluate")[0] == 130
         states = sorted(Path("healed.partial/.llm_snp/training").iterdir())
         (states[-1] / "optimizer.pt").write_bytes(b"damaged")
+        states[-1].with_name("checkpoint-old").mkdir()  # no state
         patch.undo()
     code, _, err = heal(pruned, "--no-evaluate", "--resume")
     assert code == 0, err
@@ -264,6 +268,60 @@ def test_never_worse_than_before(heal: Healer, pruned: Path, monkeypatch: pytest
     assert not list(Path().iterdir())
 
 
+def test_what_happens_while_it_trains_costs_nothing(
+    heal: Healer, pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The directory that it began with is another one by the end, and the loss overflows: the best state is written."""
+    result = copied(pruned, tmp_path / "result")
+    measure, measured = training.Heal.measure, []
+
+    def breaks(self: training.Heal) -> dict[str, float]:
+        measured.append(self.state.global_step)
+        (result / "config.json").unlink(missing_ok=True)
+        if len(measured) == 3:
+            raise NumericalError("the loss is not finite after 4 steps; give a smaller --learning-rate")
+        return measure(self)
+
+    monkeypatch.setattr(training.Heal, "measure", breaks)
+    code, _, err = heal(result, "--no-evaluate")
+    assert code == 0, err
+    report = report_of(Path("healed"))
+    assert report["notes"][-1].startswith("the training ended early, with what was best until then: the loss is not")
+    assert (report["healing"][0]["steps"], report["healing"][0]["held_out"]["after"]["step"]) == (2, 2)
+    assert without_weights(Path("healed")) == without_weights(pruned)
+
+
+def test_models_that_are_others_by_now(heal: Healer, pruned: Path, tmp_path: Path) -> None:
+    options = HealConfig(str(pruned), ("x",), 1)
+    run = object.__new__(_Healing)
+    run.pair, run.rewriting = find_pair(options), Rewriting(pruned)
+    before = run._identity()
+    run.rewriting.settings += b" "
+    changed = {name for name, value in run._identity().items() if value != before[name]}
+    assert changed == {"the hash of the result's config.json"}
+    assert "the hash of the teacher's config.json" in before
+
+
+def test_a_report_of_an_earlier_version_is_read_without_its_places(pruned: Path, tmp_path: Path, dense: Path) -> None:
+    result = copied(pruned, tmp_path / "result")
+    report = report_of(result)
+    del report["files"], report["model"]["hub"]
+    report["model"]["name"] = report["options"]["model"] = str(dense)
+    report["evaluation"] = {str(tmp_path / "x.txt"): next(iter(report["evaluation"].values()))}
+    (result / "report.json").write_text(json.dumps(report))
+    shutil.rmtree(result / ".cache")
+    pair = find_pair(HealConfig(str(result), ("x",), 1))
+    assert pair.teacher.directory == dense
+    assert str(tmp_path) not in json.dumps(pair.report)
+    assert str(dense.parent) not in json.dumps(pair.report)
+
+
+@pytest.mark.parametrize("said", ["[enforce fail at inline_container.cc:659]", "PytorchStreamWriter failed writing"])
+def test_a_disk_that_is_full_for_torch(said: str) -> None:
+    with pytest.raises(OutputError, match="free some space there"), _full(Path("states")):
+        raise RuntimeError(said)
+
+
 def test_it_ends_when_the_loss_rises_and_keeps_the_best_step() -> None:
     watch = Watch(lambda step, state: None)
     for step, value in enumerate((1.0, 1.5, 0.8, 0.9)):
@@ -277,7 +335,7 @@ def test_it_ends_when_the_loss_rises_and_keeps_the_best_step() -> None:
 def test_no_code_and_no_adapter_of_the_directory(heal: Healer, pruned: Path, tmp_path: Path) -> None:
     """A result of a stranger, with hashes that fit: its code is neither run nor handed on."""
     result = tmp_path / "strange"
-    shutil.copytree(pruned, result)
+    copied(pruned, result)
     (result / "modeling_snp.py").write_text("raise RuntimeError('this was run')")
     fields = json.loads((result / "config.json").read_text())
     fields["auto_map"] = {"AutoConfig": "stranger/repo--evil.Config"}
@@ -343,6 +401,8 @@ def test_a_home_has_the_name_of_a_person_that_is_not_published() -> None:
     assert label(str(Path.home())) == label("~") == "home"
     assert label("/somewhere/text.txt") == "text.txt"
     assert label("wikitext2") == "wikitext2"
+    assert label("~:2") == label(f"{Path.home()}:2") == "home:2"
+    assert label("text:part") == "text:part"
 
 
 def test_the_command_can_be_typed_again() -> None:

@@ -20,7 +20,7 @@ from llm_snp.documents.writing import read_report, write_documents
 from llm_snp.pruning.job import default_output, open_job
 from llm_snp.result.origin import dense_of
 from llm_snp.running.resume import again, finished_before
-from llm_snp.system.manifest import MEMORY, recall
+from llm_snp.system.manifest import MEMORY, recall, remember
 from llm_snp.system.private import public_name
 
 pytestmark = [pytest.mark.documents, pytest.mark.cpu]
@@ -90,7 +90,15 @@ def test_what_this_machine_needs_is_where_the_hub_and_git_leave_it_out(home: Pat
 
 
 def test_elsewhere_a_result_does_not_know_where_its_model_is(home: Path, tmp_path: Path) -> None:
+    """Nor what it was measured on: a stranger's directory may say that of whatever it likes to be read."""
     copy = Path(shutil.copytree(home / "out" / "tiny-30", tmp_path / "copy"))
+    assert recall(copy) == {}
+    remember(copy, recall(home / "out" / "tiny-30"))
+    copy = copy.rename(tmp_path / "renamed")
+    assert dense_of(copy, read_report(copy)) == str(home / "models" / "tiny")
+    for wrong in ({"model": "a\0b"}, {"model": ["a"]}, {"options": []}, {"options": {"evaluate": [5]}}, {"other": "x"}):
+        remember(copy, wrong)
+        assert recall(copy) == {}
     shutil.rmtree(copy / ".cache")
     assert dense_of(copy, read_report(copy)) == "./tiny"
     (copy / MEMORY).parent.mkdir(parents=True)
@@ -151,6 +159,7 @@ def test_a_report_of_an_earlier_version_is_cleaned_when_it_is_written_anew(home:
         assert SECRET.encode() not in content, name
         assert str(home).encode() not in content, name
     assert dense_of(copy, read_report(copy)) == f"{home}/models/tiny"
+    assert "options" not in recall(copy)
 
 
 def test_a_home_directory_is_not_called_by_the_name_of_who_lives_there(

@@ -11,12 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import BLOCKS, Prune, Shell, load, logits, weight_files
+from conftest import BLOCKS, Prune, Shell, copied, load, logits, weight_files
 from safetensors.torch import load_file, save_file
 
 from llm_snp.documents.card import model_card
 from llm_snp.documents.report import summary
 from llm_snp.documents.shareable import shareable
+from llm_snp.errors import OptionError
+from llm_snp.healing.options import HealConfig
+from llm_snp.healing.pair import find_pair
+from llm_snp.healing.resume import inputs_of
 from llm_snp.system.journal import Journal
 
 
@@ -128,7 +132,7 @@ def test_beforehand(once: Path, shell: Shell) -> None:
 def test_speed_beside_the_parent_or_another(
     twice: tuple[Path, dict[str, Any]], dense: Path, once: Path, shell: Shell, tmp_path: Path
 ) -> None:
-    output = shutil.copytree(twice[0], tmp_path / "copy")
+    output = copied(twice[0], tmp_path / "copy")
     short = ("--device", "cpu", "--prompt", "8", "--new", "2", "--runs", "1")
     sizes = {path: load(path).num_parameters() for path in (dense, once)}
     for against in (dense, once):
@@ -137,6 +141,23 @@ def test_speed_beside_the_parent_or_another(
         assert "pruned" in out
     known = json.loads((output / "report.json").read_text())["speed"]  # of what it was made of
     assert known["dense"]["weight_bytes"] == 4 * sizes[once]
+
+
+def test_what_a_model_was_made_of_stays(twice: tuple[Path, Any], once: Path, dense: Path, shell: Shell) -> None:
+    pair = find_pair(HealConfig(str(twice[0]), ("x",), 1))
+    assert pair.ancestors == [once, dense]
+    assert {once, dense, twice[0]} <= set(inputs_of(HealConfig(str(twice[0]), ("x",), 1), pair))
+    assert "its model was made of; give another" in shell.refused(twice[0], "--output", once, "--overwrite")
+
+
+def test_a_model_before_whose_report_is_damaged(twice: tuple[Path, Any], once: Path) -> None:
+    report = (once / "report.json").read_bytes()
+    (once / "report.json").write_bytes(report[:99])
+    try:
+        with pytest.raises(OptionError, match=r"damaged or truncated.*; give it with --teacher"):
+            find_pair(HealConfig(str(twice[0]), ("x",), 1))
+    finally:
+        (once / "report.json").write_bytes(report)
 
 
 def test_an_interrupted_run_goes_on(once: Path, prune: Prune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,8 +11,8 @@ import pytest
 from conftest import Prune, Shell
 
 from llm_snp.config import PruneConfig
-from llm_snp.documents.writing import read_report
-from llm_snp.errors import OutputError
+from llm_snp.documents.writing import read_report, write_documents
+from llm_snp.errors import CheckpointError, OutputError
 from llm_snp.pruning.job import open_job
 from llm_snp.running.inputs import inputs_of
 from llm_snp.system.manifest import manifest, strays
@@ -265,6 +265,38 @@ def test_a_report_cannot_make_us_remove_what_lies_elsewhere(shell: Shell, result
     assert victim.read_text() == "mine"
 
 
+def test_a_report_cannot_claim_a_file_whose_content_it_does_not_know(result: Path) -> None:
+    (result / ".env").write_text("mine")
+    report = json.loads((result / "report.json").read_text())
+    for unknown in ("", "0" * 31, "0" * 32 + "\n", "x" * 32):
+        claimed = report | {"files": report["files"] | {".env": unknown}}
+        (result / "report.json").write_text(json.dumps(claimed))
+        assert strays(result) == [".env"]
+        with pytest.raises(CheckpointError, match=r"damaged: files\.\.env: string should match pattern"):
+            read_report(result)
+        write_documents(result, claimed)  # whoever has not read it there
+        assert ".env" not in manifest(result)
+
+
+def test_documents_are_not_made_over_what_no_run_wrote(result: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plots that this report has none of go, if they are ours; the others stay, whatever they are called."""
+    monkeypatch.setattr(
+        "llm_snp.documents.writing.plot_images", lambda _: {"plots/kept.png": b"1", "plots/change.png": b"1"}
+    )
+    write_documents(result, read_report(result))
+    (result / "plots" / "healing.png").write_text("mine")
+    (result / "plots" / "change.png").write_text("mine now")
+    monkeypatch.setattr("llm_snp.documents.writing.plot_images", lambda _: {})
+    write_documents(result, read_report(result))
+    assert sorted(path.name for path in (result / "plots").iterdir()) == ["change.png", "healing.png"]
+    assert strays(result) == ["plots/change.png", "plots/healing.png"]
+    monkeypatch.setattr("llm_snp.documents.writing.plot_images", lambda _: {"plots/change.png": b"2"})
+    before = contents(result)
+    with pytest.raises(OutputError, match=r"change\.png is none that a run of llm_snp wrote"):
+        write_documents(result, read_report(result))
+    assert contents(result) == before
+
+
 def test_what_comes_while_a_result_is_replaced_is_kept(result: Path) -> None:
     workspace = Workspace(result, overwrite=True, resume=False)
     for name in ("report.json", "config.json"):
@@ -322,3 +354,35 @@ def test_a_page_is_written_over_nothing_else(shell: Shell, result: Path, name: s
     assert (code, out) == (2, "")
     assert f"--output {name} {sentence}" in err
     assert contents(shell.directory) == before
+
+
+@pytest.mark.parametrize("link", ["lock", "owner", "training", "training/checkpoint-7", "curves-0.json"])
+def test_a_journal_with_a_link_is_nobody_s(tmp_path: Path, link: str) -> None:
+    """An unfinished run of a stranger: what it holds is written to, and removed."""
+    (tmp_path / "mine" / "checkpoint-7").mkdir(parents=True)
+    journal = tmp_path / "out.partial" / ".llm_snp"
+    (journal / link).parent.mkdir(parents=True)
+    (journal / "owner").touch()
+    (journal / link).unlink(missing_ok=True)
+    (journal / link).symlink_to(tmp_path / "mine")
+    for resume in (False, True):
+        with pytest.raises(OutputError, match=r"out\.partial is in the way and not from llm_snp"):
+            Workspace(tmp_path / "out", overwrite=True, resume=resume)
+    assert (tmp_path / "mine" / "checkpoint-7").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("record", "what"),
+    [("curves-0001", "what was measured"), ("dense-0f", "what was measured"), ("teacher-0f", "what was measured"),
+     ("state-00000004", "the state"), ("block-0001", "1 finished blocks"), ("settings", None), ("models", None)],
+)  # fmt: skip
+def test_nothing_that_cost_time_is_thrown_away(tmp_path: Path, record: str, what: str | None) -> None:
+    Workspace(tmp_path / "out", overwrite=False, resume=False).keep()
+    path = tmp_path / "out.partial" / ".llm_snp" / f"{record}.json"
+    path.write_text("{}")
+    if what:
+        with pytest.raises(OutputError, match=f"holds {what} of an interrupted run; add --resume"):
+            Workspace(tmp_path / "out", overwrite=False, resume=False)
+        assert path.exists()
+    Workspace(tmp_path / "out", overwrite=bool(what), resume=False).keep()
+    assert not path.exists()

@@ -37,12 +37,20 @@ ALWAYS_F32 = ("position_embd.weight",)
 SCALINGS = {"linear": RopeScalingType.LINEAR, "yarn": RopeScalingType.YARN}
 
 
-def export(directory: Path, path: Path, kind: str, tokenizer_from: Path | None, progress: Progress) -> Layout:
-    """Write the result in `directory` as the GGUF file `path`, over one that is there, with weights of type `kind`.
+def export(
+    directory: Path,
+    path: Path,
+    kind: str,
+    tokenizer_from: Path | None,
+    progress: Progress,
+    replace: Callable[[], bool] = lambda: False,
+) -> Layout:
+    """Write the result in `directory` as the GGUF file `path`, with weights of type `kind`.
 
-    One tensor is in memory at a time. The file has another name until it is whole. Raises `CheckpointError` for a
-    directory that is no result or is damaged, `UnsupportedModelError` for what llama.cpp cannot have, `OptionError` for
-    a tokenizer that cannot be taken over, and `OutputError` if the disk does not take it.
+    replace: asked at the end, whether a file that is there by then goes. One tensor is in memory at a time. The file
+    has another name until it is whole. Raises `CheckpointError` for a directory that is no result or is damaged,
+    `UnsupportedModelError` for what llama.cpp cannot have, `OptionError` for a tokenizer that cannot be taken over, and
+    `OutputError` if the disk does not take it, or a file is there that stays.
     """
     report = read_report(directory) if has_report(directory) else None
     config = load_config(directory)
@@ -70,7 +78,7 @@ def export(directory: Path, path: Path, kind: str, tokenizer_from: Path | None, 
         needed += count
     _check_room(path, needed)
     with (
-        written_aside(path) as aside,
+        written_aside(path, replace) as aside,
         closing(writer),
         progress.phase("export", len(arranged.outputs), unit="tensor") as step,
     ):
