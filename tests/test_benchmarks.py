@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import experts
 import heal
 import memory
 import parts
@@ -25,6 +26,7 @@ import torch
 import train
 import transformers
 from conftest import load
+from tiny_models import KNOWN, save_tiny
 from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
 
 import llm_snp
@@ -494,3 +496,33 @@ def test_a_small_model_is_trained(
     write_text(text, 100, seed=3)
     assert train.main(arguments) == 2
     assert "is too short for one step" in capsys.readouterr().err
+
+
+@pytest.mark.skipif("mixtral" not in KNOWN, reason="this transformers does not have experts as they are needed")
+def test_experts_beside_neurons_of_experts(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without any that go at random or by REAP the model is what it was; rows of llm_snp remove as much."""
+    save_tiny("mixtral", tmp_path / "model")
+    monkeypatch.setattr(experts, "ROWS", experts.ROWS[1:3])
+    arguments = [str(tmp_path / "model"), *quality_arguments(place)[1:-5], "--samples", "8", "--quiet", "--gone", "2"]
+    file, page = tmp_path / "experts.json", tmp_path / "experts.md"
+    assert experts.main([*arguments, "--json", str(file), "--markdown", str(page)]) == 0
+    (found,) = read(file)["results"]
+    assert (found["experts"], found["of"]) == (2, 4)
+    assert 0.4 < found["share"] < 0.5
+    for row in found["rows"].values():
+        assert row["achieved"] == pytest.approx(found["share"], abs=0.03)
+        assert set(row["perplexity"]) == {"a.txt", "b.txt"}
+    assert "| experts, REAP | " in page.read_text()
+    assert "2 of 4 (" in capsys.readouterr().out
+    assert experts.main([*arguments, "--gone", "3"]) == 2
+    assert "of this model 1 to 2 experts of a block can go" in capsys.readouterr().err
+    skeleton = experts.Bench(experts.parser().parse_args(arguments)).skeleton
+    block, all_of_them = skeleton.load_block(0, skeleton.block_state(0)), [torch.arange(4)] * 3
+    same = experts.without(skeleton, all_of_them).load_block(0, skeleton.block_state(0))
+    assert {name: value.tolist() for name, value in same.state_dict().items()} == {
+        name: value.tolist() for name, value in block.state_dict().items()
+    }
+    scores = torch.tensor([0.3, 0.1, 0.2, 0.4])
+    assert experts.least([scores], 2)[0].tolist() == [0, 3]

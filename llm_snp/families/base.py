@@ -232,20 +232,22 @@ class Family:
     def stock_fields(self, config: Any, kept: Sequence[Mapping[str, int]]) -> dict[str, int] | None:
         """The config fields with which the stock class has the units that are `kept` in each block, or None.
 
-        A stock config has one number for all blocks, or for all with experts and all without; those of which nothing is
-        left are not there.
+        A stock config has one number for all blocks that are alike; those of which nothing is left are not there.
         """
-        found = {index: self.widths(config, block, index) for index, block in enumerate(kept) if not dropped(block)}
+        found: dict[Shape, tuple[int, dict[str, int]]] = {}  # the first of those that are alike in the dense model
         changed: set[str] = set()
-        for index, widths in found.items():
-            whole = self.whole(config, index)
+        for index, block in enumerate(kept):
+            widths, whole = self.widths(config, block, index), self.whole(config, index)
+            if dropped(block):
+                continue
+            if found.setdefault(self.dense_shape(config, index), (index, widths))[1] != widths:
+                return None
             changed |= {unit for unit in widths if widths[unit] != whole.get(unit)}
-        if not changed <= set(self.stock):
-            return None
-        if not all(all(widths.values()) for widths in found.values()):  # the stock class has each layer in each block
+        # A layer that no block has any more, where the stock class has one in each.
+        if not changed <= set(self.stock) or any(0 in widths.values() for _, widths in found.values()):
             return None
         fields: dict[str, int] = {}
-        for index, widths in found.items():
+        for index, widths in found.values():
             for unit in (changed or {"neurons"}) & widths.keys():
                 counted = self.counted(config, unit, widths[unit], index)
                 if counted is None or any(fields.get(name, value) != value for name, value in counted.items()):
@@ -256,12 +258,10 @@ class Family:
     def linear_parameters(self, block: nn.Module, config: Any) -> int:
         """Parameters of the linear layers of one block as it is, the base of `--sparsity` (METHOD, section 6)."""
         shapes = [self.shape(config)]
-        if self.mixture is not None and self.mixture.dense is not None:  # blocks with experts, and without
-            shapes.append(replace(shapes[0], experts=0))
-        there = dict(block.named_modules())
+        if self.mixture is not None:
+            shapes.append(replace(shapes[0], experts=0))  # blocks without
         names = {name for shape in shapes for site in self.layout(config, shape) for name in site.layers}
-        layers = {name: there[name] for name in names if name in there}
-        return sum(p.numel() for layer in layers.values() for p in layer.parameters())
+        return sum(p.numel() for name, layer in block.named_modules() if name in names for p in layer.parameters())
 
     def site_cost(self, block: nn.Module, site: Site, with_block: bool = False) -> int:
         """Parameters that go with a site as a whole: all of its layers, but for the bias that it leaves.
@@ -280,9 +280,7 @@ class Family:
         return sum(p.numel() for p in block.get_submodule(site.enclosing).parameters()) - layers
 
     def unit_cost(self, block: nn.Module, site: Site) -> int:
-        """Parameters that go with one unit: its rows (and biases) of each producer, g columns of the consumer; of every
-        expert.
-        """
+        """Parameters that go with one unit, of every expert: rows (and biases) of its producers, g columns."""
         producers = sum(_row_cost(block, rows.layer) * rows.per_unit for rows in site.producers)
         return (producers + linear(block, site.consumer).out_features * site.group) * max(1, site.experts)
 

@@ -47,6 +47,8 @@ def check_mixture(mixture: Mixture, config: Any) -> None:
     check(config)
     sizes = (mixture.neurons, mixture.experts, mixture.picked, mixture.shared, mixture.dense)
     check_config(config, *(name for name in sizes if name is not None))
+    if mixture.dense is not None:
+        check_config(config, "decoder_sparse_step")
     experts, picked = getattr(config, mixture.experts), getattr(config, mixture.picked)
     if picked > experts:
         raise UnsupportedModelError(

@@ -55,7 +55,7 @@ def mlps(shape: Shape, stream: str | None) -> tuple[Site, ...]:
     if not shape.experts:
         return (_gated(MLP, "neurons", shape.neurons, "mlp", stream),)
     experts = _gated(MLP, "neurons", shape.neurons, f"{EXPERTS}.0", stream)
-    experts = replace(experts, module=EXPERTS, experts=shape.experts)
+    experts = replace(experts, holder=EXPERTS, experts=shape.experts)
     # What the shared MLP gives is scaled by a gate, token by token, before it joins the stream.
     return (*([_gated(SHARED, SHARED, shape.shared, "mlp.shared_expert", None)] if shape.shared else []), experts)
 

@@ -54,7 +54,7 @@ class Site:
     table        the buffer of a pruned model that says to which part each unit belongs that is left; without it the
                  parts are runs of units, equally long
     tables       buffers that may be there, with a row for each unit
-    module       what has the experts of a mixture as children 0, 1, ...; None where there are none
+    holder       what has the experts of a mixture as children 0, 1, ...; None where there are none
     experts      how many there are, all with as many units: the other names are those of the first, see `members`
     expert       which of them it is, of a site that `members` has given
     """
@@ -71,7 +71,7 @@ class Site:
     parts: int = 1
     table: str | None = None
     tables: tuple[str, ...] = ()
-    module: str | None = None
+    holder: str | None = None
     experts: int = 0
     expert: int | None = None
 
@@ -82,7 +82,7 @@ class Site:
 
     def _of(self, expert: int) -> Site:
         def named(layer: str) -> str:
-            return layer.replace(f"{self.module}.0.", f"{self.module}.{expert}.")
+            return layer.replace(f"{self.holder}.0.", f"{self.holder}.{expert}.")
 
         producers = tuple(replace(rows, layer=named(rows.layer)) for rows in self.producers)
         consumer, name = named(self.consumer), f"{self.name}.{expert}"
@@ -91,12 +91,12 @@ class Site:
     @property
     def output(self) -> str:
         """The module that gives what the site adds to the model: its consumer, or all experts together."""
-        return self.consumer if self.module is None else self.module
+        return self.consumer if self.holder is None else self.holder
 
     @property
     def joined(self) -> str:
         """The module whose output is the site's part of the residual stream: of experts with what is beside them."""
-        return self.consumer if self.module is None else self.module.rpartition(".")[0]
+        return self.consumer if self.holder is None else self.holder.rpartition(".")[0]
 
     @property
     def layers(self) -> tuple[str, ...]:

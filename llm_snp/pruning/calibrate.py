@@ -110,8 +110,8 @@ def _read(
     hidden (B, T, d): what the block reads; other: what the reference reads, None for the same.
     """
     wanted = [member.consumer for member in site.members]
-    if site.module is not None:
-        wanted.append(site.module)
+    if site.holder is not None:
+        wanted.append(site.holder)
     streams = []
     if reference is not None and reference.residual:
         assert site.stream is not None
@@ -129,10 +129,10 @@ def _read(
             residual += dense.input(name).float() - taps.input(name).float()
         if advanced is not None:  # last: what the taps hold may be a view of what is overwritten
             advanced.put(rows, output)
-    if site.module is None:
+    if site.holder is None:
         yield taps.input(site.consumer), residual, None
         return
-    _, picked, weights = taps.arguments[site.module]
+    _, picked, weights = taps.arguments[site.holder]
     shares = weights / weights.sum(-1, keepdim=True)
     for member, (tokens, places) in zip(site.members, routes(picked, site.experts), strict=True):
         own = None if residual is None else residual[tokens] * shares[tokens, places, None].float()

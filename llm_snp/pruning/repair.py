@@ -60,8 +60,9 @@ def repair_site(
     for member, own in zip(site.members, moments, strict=True):
         result = repair_units(state, member, own, keep, options, sensitivity, seed + (member.expert or 0), share)
         state, lost, total = result.state, lost + result.lost, total + result.total
-        if member.expert is not None and scarcity(member, own.all) > 1:
-            scarce[member.expert] = result.damping
+        if member.expert is not None and (raised := scarcity(member, own.all)) > 1:
+            # Where nothing is repaired it is the order's.
+            scarce[member.expert] = result.damping or raised * options.curve_damping
         else:
             dampings.append(result.damping)
     return SiteResult(state, lost, total, min(dampings or scarce.values()), scarce)

@@ -1,0 +1,213 @@
+#!/usr/bin/env python3
+"""What it costs to remove whole experts of a mixture, and neurons of all of them: the same number of parameters each.
+
+    python benchmarks/experts.py mixtral-wiki-2m --calibration train.txt --evaluate wikitext2 --gone 2 4 --json out.json
+
+Whole experts go as the tools there are take them: the same number in every block, with their rows of the router, and
+nothing is repaired; at random, or those of the least mean over their tokens of routing weight times norm of the output
+(REAP, arXiv 2510.13999). The other rows are runs of llm_snp that remove as many linear parameters. Perplexity of each
+on every corpus, and seconds of choosing and pruning. One checkpoint, one set of calibration windows; the dense model is
+evaluated once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from perplexity import aligned, check_files, code_state, provenance, write_json
+from quality import Bench
+from quality_results import Row
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from llm_snp import SnpError
+from llm_snp.cli import BAD_INPUT
+from llm_snp.dense.experts import Experts
+from llm_snp.dense.skeleton import Skeleton, run_block
+from llm_snp.dense.stream import Stream
+from llm_snp.dense.taps import Taps
+from llm_snp.errors import OptionError
+from llm_snp.system.progress import Progress
+
+# Seeds of the experts that go at random: their perplexities are averaged.
+DRAWS = 3
+NEURONS: dict[str, Any] = {"method": "best", "attention": "none"}
+ROWS = (
+    Row("llm_snp", "best: neurons, and what goes of the attention", {"method": "best"}),
+    Row("llm_snp", "best: neurons", NEURONS),
+    Row("llm_snp", "neurons, as many in every block (stock)", {**NEURONS, "allocation": "uniform", "format": "stock"}),
+    Row("llm_snp", "neurons, each expert fitted to its own output", {**NEURONS, "target": "self"}),
+    Row("llm_snp", "neurons, fitted to the dense output by shares", {**NEURONS, "target": "dense"}),
+    Row("llm_snp", "neurons, no repair", {**NEURONS, "target": "none"}),
+)
+
+
+def without(skeleton: Skeleton, left: Sequence[Tensor]) -> Skeleton:
+    """A model of which each block has only the experts `left` (k,) long, and the router chooses among them."""
+
+    def load_block(index: int, *args: Any) -> nn.Module:
+        block: Any = skeleton.load_block(index, *args)
+        block.mlp.gate.weight = nn.Parameter(block.mlp.gate.weight[left[index]], requires_grad=False)
+        block.mlp.experts = Experts(block.mlp.experts[i] for i in left[index].tolist())
+        return block
+
+    found = copy.copy(skeleton)
+    found.load_block = load_block  # type: ignore[method-assign]
+    return found
+
+
+@torch.no_grad()
+def saliency(skeleton: Skeleton, windows: Tensor) -> list[Tensor]:
+    """REAP's score (experts,) of each block: the mean over an expert's tokens of the norm of what it adds."""
+    stream, scores = Stream(skeleton, windows), []
+    for index, state in skeleton.block_states(range(len(skeleton))):
+        block: Any = skeleton.load_block(index, state)
+        names = [f"mlp.experts.{expert}.down_proj" for expert in range(len(block.mlp.experts))]
+        total, count = torch.zeros(2, len(names), dtype=torch.float64)
+        for rows, hidden, call in stream.batches(index):
+            with Taps(block, outputs=names) as taps:
+                output = run_block(block, hidden, call)
+            for expert, name in enumerate(names):
+                total[expert] += taps.output(name).norm(dim=1).sum(dtype=torch.float64).cpu()
+                count[expert] += len(taps.output(name))
+            stream.put(rows, output)
+        scores.append(total / count.clamp_min(1))
+    return scores
+
+
+def least(scores: Sequence[Tensor], gone: int) -> list[Tensor]:
+    """The experts that are left of each block, ascending, when the `gone` lowest scores go."""
+    return [score.argsort(stable=True)[gone:].sort().values for score in scores]
+
+
+def measured(bench: Bench, gone: int, progress: Progress) -> dict[str, Any]:
+    """All rows where `gone` experts of each block go, or as many linear parameters otherwise."""
+    skeleton, family, config = bench.skeleton, bench.family, bench.config
+    sites = [family.sites(config, index)[-1] for index in range(len(skeleton))]
+    base = sum(family.linear_parameters(block, config) for block in skeleton.blocks)
+    of_experts = sum(
+        family.site_cost(block, site) / site.experts for block, site in zip(skeleton.blocks, sites, strict=True)
+    )
+    share, experts = gone * of_experts / base, sites[0].experts
+    found: dict[str, Any] = {}
+    draws = []
+    for seed in range(DRAWS):
+        generator = torch.Generator().manual_seed(seed)
+        scores = [torch.rand(experts, generator=generator) for _ in sites]
+        draws.append(bench.perplexity(without(skeleton, least(scores, gone)))["perplexity"])
+    found["experts at random"] = {
+        "perplexity": {name: sum(draw[name] for draw in draws) / DRAWS for name in draws[0]},
+        "draws": draws,
+        "achieved": share,
+    }
+    progress.say(f"{gone} experts at random: {found['experts at random']['perplexity']}")
+    began = time.perf_counter()
+    scores = saliency(skeleton, bench.calibration.tokens)
+    seconds = {"choose": round(time.perf_counter() - began, 3)}
+    result = bench.perplexity(without(skeleton, least(scores, gone)))
+    found["experts, REAP"] = result | {"achieved": share, "seconds": seconds}
+    progress.say(f"{gone} experts, REAP: {result['perplexity']}")
+    for row in ROWS:
+        found[row.name] = bench.measure(bench.options(row, share), least_influence=False)
+        progress.say(f"{share:.1%}, {row.name}: {found[row.name].get('perplexity') or found[row.name]['error']}")
+    return {"experts": gone, "of": experts, "share": share, "rows": found}
+
+
+def table(data: dict[str, Any], markdown: bool) -> str:
+    """A line per row, a column per number of experts and corpus, and the seconds."""
+    results = sorted(data["results"], key=lambda result: result["experts"])
+    names, corpora = list(results[0]["rows"]), list(data["dense"])
+    head = [f"{r['experts']} of {r['of']} ({r['share']:.1%})" for r in results]
+    dense = " / ".join(f"{data['dense'][corpus]:.2f}" for corpus in corpora)
+    lines = [["", *head, "seconds"], ["dense", *[dense] * len(head), ""]]
+    for name in names:
+        cells, seconds = [], []
+        for result in results:
+            row = result["rows"][name]
+            each = (
+                [f"{row['perplexity'][corpus]:.2f}" for corpus in corpora] if "perplexity" in row else ["not possible"]
+            )
+            cells.append(" / ".join(each))
+            seconds.append(sum(row.get("seconds", {}).values()))
+        lines.append([name, *cells, " / ".join(f"{value:.0f}" for value in seconds) if any(seconds) else ""])
+    if not markdown:
+        return aligned(lines)
+    rows = ["| " + " | ".join(line) + " |" for line in lines]
+    return "\n".join([rows[0], "|---" * len(lines[0]) + "|", *rows[1:]])
+
+
+def page(data: dict[str, Any]) -> str:
+    """The table as Markdown, with what it is of."""
+    corpora = " / ".join(f"{name} ({found['windows']} windows)" for name, found in data["corpora"].items())
+    of, versions = data["calibration"], ", ".join(f"{name} {version}" for name, version in data["versions"].items())
+    return (
+        f"# Experts of {data['model']['name']}\n\nPerplexity on {corpora}, calibrated on {of['windows']} windows of "
+        f"{of['sequence_length']} tokens of {of['source']}, seed {of['seed']}; at random the mean of {DRAWS} draws. "
+        "Experts go without a repair, in every block as many; the other rows remove as many linear parameters. "
+        "Seconds: choosing and pruning, by column.\n\n"
+        f"{table(data, markdown=True)}\n\n{data['date']}, {versions}, code {data['code']}.\n\n    {data['command']}\n"
+    )
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("model", metavar="MODEL", help="Hub id or directory of a mixture whose blocks all have experts")
+    p.add_argument("--calibration", required=True, action="append", metavar="TEXT", help="as llm_snp takes it")
+    p.add_argument("--evaluate", required=True, action="append", metavar="TEXT", help="like --calibration; repeatable")
+    p.add_argument("--gone", type=int, nargs="+", default=[2, 4], metavar="N", help="experts of a block that go")
+    p.add_argument("--samples", type=int, default=128, metavar="N", help="calibration windows (default: 128)")
+    p.add_argument("--sequence-length", type=int, default=2048, metavar="T", help="tokens per window (default: 2048)")
+    p.add_argument("--max-windows", type=int, metavar="N", help="evaluate on the first N windows only")
+    p.add_argument("--seed", type=int, default=0, help="seed of everything random but the draws (default: 0)")
+    p.add_argument("--json", type=Path, metavar="FILE", help="write the results there, after each number of experts")
+    p.add_argument("--markdown", type=Path, metavar="FILE", help="write the table as Markdown")
+    p.add_argument("--quiet", action="store_true", help="print the table only")
+    p.set_defaults(device="auto", dtype="auto", own_text=0)
+    return p
+
+
+def check(bench: Bench, gone: Sequence[int]) -> None:
+    """Raise `OptionError` for a model without experts in every block, and for more of them than can go."""
+    mixture, config = bench.family.mixture, bench.config
+    if mixture is None or not all(mixture.sparse(config, index) for index in range(len(bench.skeleton))):
+        raise OptionError(f"{bench.args.model} has blocks without experts; give a mixture of which each block has some")
+    most = getattr(config, mixture.experts) - getattr(config, mixture.picked)
+    if not all(1 <= number <= most for number in gone):
+        raise OptionError(f"--gone is {', '.join(map(str, gone))}; of this model 1 to {most} experts of a block can go")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    args = parser().parse_args(arguments)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    progress = Progress(args.quiet)
+    try:
+        check_files(args.json, args.markdown)
+        bench = Bench(args)
+        check(bench, args.gone)
+        data = provenance(__file__, arguments) | {"code": code_state(), **bench.facts, "results": []}
+        data["dense"] = bench.perplexity(bench.skeleton)["perplexity"]
+        progress.say(f"dense: {data['dense']}")
+        for gone in args.gone:
+            data["results"].append(measured(bench, gone, progress))
+            if args.json:
+                write_json(args.json, data)
+    except (SnpError, torch.OutOfMemoryError) as error:
+        print(f"experts: {str(error).splitlines()[0]}", file=sys.stderr)
+        return BAD_INPUT
+    if args.markdown:
+        args.markdown.write_text(page(data), encoding="utf-8")
+    print(table(data, markdown=False))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
