@@ -64,7 +64,7 @@ from llm_snp.system.workspace import JOURNAL, OWNER
         (["one", "two"], "'two' is one argument too many, the model is 'one'"),
         (["--order", "greddy"], "--order 'greddy' is not known; choose one of zca, "),
         (["--order", "greddy"], "Did you mean 'greedy'?"),
-        (["--method", "obs"], "--method 'obs' is not known; choose one of snp, best."),
+        (["--method", "obs"], "--method 'obs' is not known; choose one of snp, best, everything."),
         (["--allocation", "even"], "--allocation 'even' is not known"),
         (["--target", "itself"], "Did you mean 'self'?"),
         (["--attention", "head"], "Did you mean 'heads'?"),

@@ -38,6 +38,7 @@ RESULT = "opt-1.3b-snp-30"
 INSTEAD = {
     "harness:piqa,arc_easy": f"harness:{TASKS / 'small_choice.yaml'}",
     f"me/{RESULT}": f"{USER}/{RESULT}",
+    "experts.py MODEL": "experts.py mixtral",
     "MODEL": "facebook/opt-1.3b",
     "real.py smollm2": "real.py facebook/opt-1.3b",
     "FILE": "text.txt",
@@ -52,6 +53,7 @@ MORE = {
     "quality.py": ["--samples", "8", "--rows", "^best$", "--sparsity", "0.3"],
     "real.py": ["--samples", "8", "--rows", "^best$", "--own-text", "2"],
     "elimination.py": ["--units", "64"],
+    "experts.py": ["--samples", "8", "--gone", "1"],
 }
 COMMAND = re.compile(r"(python|make|torchrun|pip|llama-completion) ")
 
@@ -80,6 +82,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         save(tiny_opt(), folder / "facebook" / name)
         copy_tokenizer(folder / "facebook" / name)
     save_tiny("llama", folder / "meta-llama" / "Llama-3.2-1B")
+    save_tiny("mixtral", folder / "mixtral")
     (folder / "text.txt").write_text("\n\n".join(paragraphs(300, seed=1)))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -91,7 +94,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hub: HubServer, models: Path) -> HubServer:
     """A directory with the models and the text, texts for those of the Hub, and a Hub."""
-    for owner in ("facebook", "meta-llama"):
+    for owner in ("facebook", "meta-llama", "mixtral"):
         shutil.copytree(models / owner, tmp_path / owner)
     shutil.copy(models / "text.txt", tmp_path)
     for corpus in ("wikitext2", "c4"):

@@ -114,7 +114,7 @@ PLOTS: dict[str, Plot] = {
     ),
     "steps": Plot(
         "Layers or units, step by step",
-        "1 - CKA: how unlike its parent's the hidden states of each candidate are, with a ring around what was taken; "
+        "How unlike its parent's the hidden states of each candidate are, as 1 - CKA, with a ring around what was taken; "
         "dotted, how unlike those before the first step that is.",
         drawing.steps,
     ),

@@ -25,6 +25,7 @@ from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from tiny_models import KNOWN, save_tiny
 
+import llm_snp.pruning.decide
 import llm_snp.pruning.executor
 from llm_snp.cli import main
 from llm_snp.config import PruneConfig
@@ -406,7 +407,7 @@ def test_interrupted_and_the_command_it_prints(runs: Runs) -> None:
     ("function", "left"),
     [
         ("llm_snp.running.run.decide", "the dense model is evaluated"),
-        ("llm_snp.pruning.executor.measured_curves", "the sensitivity of all blocks is measured"),
+        ("llm_snp.pruning.decide.measured_curves", "the sensitivity of all blocks is measured"),
         ("llm_snp.running.run.prune_blocks", "3 of 3 blocks are measured"),
         ("llm_snp.running.run.write_rest", "3 of 3 blocks are finished"),
     ],
@@ -565,7 +566,7 @@ def test_bad_input_costs_nothing_that_was_finished(runs: Runs, dense: Path, monk
         assert "the result needs up to " in runs.refused("--resume")
     for error in (NumericalError("overflow"), torch.OutOfMemoryError("CUDA out of memory"), ZeroDivisionError()):
         with monkeypatch.context() as patch:
-            patch.setattr("llm_snp.pruning.executor.repair_units", raiser(error))
+            patch.setattr("llm_snp.pruning.executor.repair_site", raiser(error))
             before = state_of(runs.partial)
             if isinstance(error, ZeroDivisionError):
                 with pytest.raises(ZeroDivisionError):
@@ -753,15 +754,15 @@ def test_a_block_that_comes_out_differently(runs: Runs, monkeypatch: pytest.Monk
     """As on another device: what was fitted to it as it was is made again, too, also after another interruption."""
     runs.interrupted()
     (runs.partial / SHARDS[0]).unlink()
-    repair_units = llm_snp.pruning.executor.repair_units
+    repair_site = llm_snp.pruning.executor.repair_site
 
     def differently(*args: Any) -> Any:
-        found = repair_units(*args)
+        found = repair_site(*args)
         found.state["fc2.bias"] += 1e-3
         return found
 
     with monkeypatch.context() as patch:
-        patch.setattr("llm_snp.pruning.executor.repair_units", differently)
+        patch.setattr("llm_snp.pruning.executor.repair_site", differently)
         once(patch, PrunedBlocks, "save", 1, raiser(KeyboardInterrupt()))
         assert "1 of 3 blocks are finished" in runs("--resume")[2]
     code, _, err = runs("--resume")
@@ -776,14 +777,14 @@ def test_a_plan_that_comes_out_differently(runs: Runs, monkeypatch: pytest.Monke
     runs.interrupted()
     kept = [dict(entry) for entry in report_of(runs.whole)["plan"]["kept"]]
     kept[1]["neurons"] -= 1
-    make_plan = llm_snp.pruning.executor.make_plan
+    make_plan = llm_snp.pruning.decide.make_plan
 
     def otherwise(*args: Any) -> Any:
         plan = make_plan(*args)
         plan.kept[1]["neurons"] -= 1
         return plan
 
-    monkeypatch.setattr("llm_snp.pruning.executor.make_plan", otherwise)
+    monkeypatch.setattr("llm_snp.pruning.decide.make_plan", otherwise)
     code, _, err = runs("--resume")
     assert code == 0, err
     assert f"{SHARDS[1]} was pruned by another plan: made again" in err
