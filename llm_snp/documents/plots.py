@@ -114,8 +114,8 @@ PLOTS: dict[str, Plot] = {
     ),
     "steps": Plot(
         "Layers or units, step by step",
-        "How unlike its parent's the hidden states of each candidate are, as 1 - CKA, with a ring around what was taken; "
-        "dotted, how unlike those before the first step that is.",
+        "How unlike its parent's the hidden states of each candidate are, as 1 - CKA, with a ring around what was "
+        "taken, and dotted how unlike those before the first step.",
         drawing.steps,
     ),
     "healing": Plot(
