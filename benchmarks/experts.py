@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from perplexity import aligned, check_files, code_state, provenance, write_json
+from perplexity import aligned, check_files, code_state, markdown_table, provenance, write_json
 from quality import Bench
 from quality_results import Row
 from torch import Tensor, nn
@@ -137,10 +137,7 @@ def table(data: dict[str, Any], markdown: bool) -> str:
             cells.append(" / ".join(each))
             seconds.append(sum(row.get("seconds", {}).values()))
         lines.append([name, *cells, " / ".join(f"{value:.0f}" for value in seconds) if any(seconds) else ""])
-    if not markdown:
-        return aligned(lines)
-    rows = ["| " + " | ".join(line) + " |" for line in lines]
-    return "\n".join([rows[0], "|---" * len(lines[0]) + "|", *rows[1:]])
+    return markdown_table(lines) if markdown else aligned(lines)
 
 
 def page(data: dict[str, Any]) -> str:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from perplexity import check_files, code_state, provenance, windows_of, write_json
+from perplexity import check_files, code_state, markdown_table, provenance, windows_of, write_json
 from transformers.utils import logging
 
 from llm_snp import SnpError
@@ -154,8 +154,7 @@ def markdown(data: dict[str, Any]) -> str:
                     kl = f"{one['held_out']['before']['kl']:.4f} → {one['held_out']['after']['kl']:.4f}"
                     values = (f"{one['perplexity'][c]:.2f}" for c in corpora)
                     lines.append([how, f"{int(tokens):,}", *values, kl, f"{one['seconds']:.0f}"])
-        lines.insert(1, ["---"] * len(lines[0]))
-        table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        table = markdown_table(lines)
         parts.append(f"{name}, {100 * found['sparsity']:g} % of the blocks' linear parameters removed:\n\n{table}")
     return "\n\n".join(parts) + "\n"
 

@@ -22,7 +22,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from perplexity import aligned, check_files, provenance, write_json
+from perplexity import aligned, check_files, markdown_table, provenance, write_json
 from shapes import SHAPES, make_checkpoint, make_config, make_text, run_options
 
 from llm_snp.cli import BAD_INPUT
@@ -88,7 +88,6 @@ def table(data: dict[str, Any]) -> list[list[str]]:
 
 def markdown(data: dict[str, Any]) -> str:
     lines = table(data)
-    rule = ["---", *["---:" for _ in lines[0][1:]]]
     by = f" --allocation {data['allocation']}" if data["allocation"] else ""
     depth = f", {data['blocks']} blocks of each" if data["blocks"] else ""
     body = [
@@ -99,7 +98,7 @@ def markdown(data: dict[str, Any]) -> str:
         "the peak resident size of the process where it was measured (CPU, computing in float32). Host memory "
         f"includes {data['imports'] / 1e9:.2f} GB of interpreter and libraries; without evaluation.",
         "",
-        *("| " + " | ".join(line) + " |" for line in [lines[0], rule, *lines[1:]]),
+        markdown_table(lines, "---:"),
         "",
         f"{data['date']}; " + ", ".join(f"{name} {number}" for name, number in data["versions"].items()) + ".",
         "",

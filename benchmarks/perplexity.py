@@ -159,6 +159,13 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
     )
 
 
+def markdown_table(rows: Sequence[Sequence[str]], rule: str = "---") -> str:
+    """The same as Markdown, the first row as its head; rule: of all columns but the first, "---:" for numbers."""
+    head, *rest = rows
+    lines = [head, ["---", *[rule] * (len(head) - 1)], *rest]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
 def table(models: Sequence[dict[str, Any]], asked: int) -> str:
     """One line per model, and what has to be said about their windows."""
     corpora = list(models[0]["evaluation"])

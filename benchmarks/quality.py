@@ -49,7 +49,7 @@ from llm_snp.pruning.executor import prune_blocks
 from llm_snp.pruning.job import Job, check_structures, fit_for_format, fit_for_heads, for_layers, window_length
 from llm_snp.pruning.plan import check_order
 from llm_snp.pruning.session import Session
-from llm_snp.result.assembly import open_result, write_rest
+from llm_snp.result.assembly import open_result, stored_block, write_rest
 from llm_snp.result.carried import Carried
 from llm_snp.result.writer import Writer
 from llm_snp.system.device import device_facts, resolve_device, resolve_dtype
@@ -115,7 +115,7 @@ class Bench:
     ) -> Iterator[tuple[Skeleton, dict[str, Any]]]:
         """Prune on the first calibration windows; gives the result, which lasts as long as the context, and facts."""
         options = for_layers(fit_for_heads(options, self.family, self.config))
-        timer, tokens, blocks = Progress(quiet=True), self.calibration.tokens[:windows], self.family.blocks
+        timer, tokens = Progress(quiet=True), self.calibration.tokens[:windows]
         options = dataclasses.replace(options, samples=windows)  # of which some may be held out
         with TemporaryDirectory(prefix="llm-snp-quality-") as temporary:
             processes = Processes()
@@ -125,8 +125,7 @@ class Bench:
                 if state is None:
                     return
                 place = plan.left.index(index)
-                stored = self.skeleton.turn(state)
-                writer.shard(place, {f"{blocks}.{place}.{name}": tensor for name, tensor in stored.items()})
+                writer.shard(place, stored_block(self.family, self.skeleton, place, state))
 
             session = Session(
                 self.skeleton, self.family, self.config, options, tokens, processes, Storage(), journal, timer

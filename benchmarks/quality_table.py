@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from perplexity import markdown_table
 from quality_results import Results, Row
 
 # Rows of the plot, from worst to best: label, marker, line style, grey.
@@ -123,7 +124,6 @@ def markdown(results: Results, rows: Sequence[Row], sparsities: Sequence[float],
     """The table with where it comes from; over_dense: see `cells`."""
     data = results.data
     table = cells(results, rows, sparsities, True, over_dense)
-    rule = ["---", *["---:" for _ in table[0][1:]]]
     versions = ", ".join(f"{name} {number}" for name, number in data["versions"].items())
     device, date = data["device"], max(result["date"] for result in data["results"])
     lines = [
@@ -131,7 +131,7 @@ def markdown(results: Results, rows: Sequence[Row], sparsities: Sequence[float],
         "",
         f"{heading(data, over_dense)} Lowest value of a column in bold; seconds: median over budgets, pruning only.",
         "",
-        *("| " + " | ".join(line) + " |" for line in [table[0], rule, *table[1:]]),
+        markdown_table(table, "---:"),
         "",
         *(f"- {line}" for line in verdict(results, rows, sparsities)),
         "",

@@ -274,6 +274,11 @@ class PruneConfig:
         return max(1, self.samples // HELD_OUT) if self.in_steps else 0
 
     @property
+    def alike(self) -> bool:
+        """Whether every block keeps as much: a stock model has one number of units for all."""
+        return self.format == "stock" and self.structures != "layers"
+
+    @property
     def whole_blocks(self) -> bool:
         """Whether layers go two by two only, so that what is left are whole blocks."""
         return self.structures == "layers" and self.format != "auto"

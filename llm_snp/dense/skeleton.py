@@ -177,20 +177,21 @@ class Skeleton:
 
     def features(self, ids: Tensor, hidden: Tensor) -> Tensor:
         """Hidden states after the last block (B, T, d) to those behind the final norm, which the head reads."""
-        self.recorders[-1].output = hidden
-        found: Tensor = self.model.base_model(input_ids=ids.to(self.device), use_cache=False).last_hidden_state
-        self.recorders[-1].output = None
-        return found
+        return self._behind_blocks(self.model.base_model, ids, hidden).last_hidden_state  # type: ignore[no-any-return]
 
     def leave(self, ids: Tensor, hidden: Tensor) -> Tensor:
         """Hidden states after the last block (B, T, d) to logits (B, T, vocabulary); differentiable in `hidden`.
 
         What follows the blocks treats every position alone: T may be any part of a window.
         """
+        return self._behind_blocks(self.model, ids, hidden).logits  # type: ignore[no-any-return]
+
+    def _behind_blocks(self, model: Any, ids: Tensor, hidden: Tensor) -> Any:
+        """What a model, with its head or without, gives where `hidden` comes out of the last block."""
         self.recorders[-1].output = hidden
-        logits: Tensor = self.model(input_ids=ids.to(self.device), use_cache=False).logits
+        found = model(input_ids=ids.to(self.device), use_cache=False)
         self.recorders[-1].output = None
-        return logits
+        return found
 
     def block_states(self, order: Iterable[int]) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """Blocks and their tensors in the given order; the next one is read while the caller works on this one."""

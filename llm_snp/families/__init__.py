@@ -19,7 +19,7 @@ from .base import OF_PRUNED, Family
 from .gguf import GGUF, Gguf, Positions, positions_of
 from .left import check_widths, dropped, fewer_blocks, first_attentions
 from .llama_like import LLAMA_LIKE
-from .sites import MLP, SHARED, Rows, Site, linear
+from .sites import MLP, SHARED, Rows, Site, linear, parameters_of
 
 __all__ = [
     "ATTENTION",
@@ -45,6 +45,7 @@ __all__ = [
     "first_attentions",
     "heads_of",
     "linear",
+    "parameters_of",
     "positions_of",
     "turn",
 ]

@@ -13,7 +13,7 @@ from ..errors import UnsupportedModelError
 from .attention import ATTENTION, KEY_HEADS, Attention, Shape, heads_of, shape_of
 from .left import dropped
 from .mixture import Mixture
-from .sites import Rows, Site, linear
+from .sites import SHARED, Rows, Site, linear, parameters_of
 
 
 def check_config(config: Any, *sizes: str) -> None:
@@ -53,12 +53,12 @@ OF_PRUNED = (
 )
 
 # The config fields with which a stock class has so many units, or None if it cannot have them.
-Counted = Callable[[Any, int], dict[str, int] | None]
+Counted = Callable[[Any, int, int | None], dict[str, int] | None]
 
 
 def field(name: str) -> Counted:
-    """For `Family.stock`: one config field that counts the units."""
-    return lambda config, count: {name: count}
+    """For `Family.stock`: one config field that counts the units, of every block."""
+    return lambda config, count, index: {name: count}
 
 
 def no_directions(config: Any, shape: Shape) -> None:
@@ -80,7 +80,8 @@ class Family:
     whole_heads  whether heads can go as a whole
     pruned_class of `llm_snp.modeling`: its `config_class` has the widths, its `base_class` is the model without the
                  head, its `narrow` narrows a live block in place
-    stock        unit -> (config, count) -> the config fields with which the stock class has as many of them, or None
+    stock        unit -> (config, count, block) -> the config fields with which the stock class has as many of them in
+                 that block (None: in any), or None
     mixture      where a config has the sizes of experts; None: the family has none
     renames      (regular expression, replacement) pairs from other key spellings to the model's own, applied in order
     stored       such pairs from the model's spelling to that in which transformers expects a file, where it is another
@@ -212,21 +213,17 @@ class Family:
         name = next((name for name in KEY_HEADS if hasattr(config, name)), None)
         fields = {"num_attention_heads": heads} | ({} if name is None else {name: read})
         head_dim = {"head_dim": of.width if attention is None else attention.kernel_width(widths)}
-        for unit in ("neurons", "shared"):
+        for unit in ("neurons", SHARED):
             if unit in widths:
-                fields |= self.counted(config, unit, widths[unit], index) or {}
+                fields |= self.stock[unit](config, widths[unit], index) or {}
         return fields | head_dim
-
-    def counted(self, config: Any, unit: str, count: int, index: int | None) -> dict[str, int] | None:
-        """The config fields with which the stock class has `count` of a unit in block `index`, or None: see `stock`."""
-        if self.mixture is not None and unit in ("neurons", "shared"):
-            return {self.mixture.field(config, unit, index): count}
-        return self.stock[unit](config, count)
 
     def stock_counts(self, config: Any, site: Site) -> tuple[int, ...]:
         """How many of a site's units the stock class can have, from all of them down."""
         counted = self.stock.get(site.unit)
-        possible = (count for count in range(site.units - 1, 0, -1) if counted and counted(config, count) is not None)
+        possible = (
+            count for count in range(site.units - 1, 0, -1) if counted and counted(config, count, None) is not None
+        )
         return (site.units, *possible)
 
     def stock_fields(self, config: Any, kept: Sequence[Mapping[str, int]]) -> dict[str, int] | None:
@@ -249,7 +246,7 @@ class Family:
         fields: dict[str, int] = {}
         for index, widths in found.values():
             for unit in (changed or {"neurons"}) & widths.keys():
-                counted = self.counted(config, unit, widths[unit], index)
+                counted = self.stock[unit](config, widths[unit], index)
                 if counted is None or any(fields.get(name, value) != value for name, value in counted.items()):
                     return None
                 fields |= counted
@@ -269,15 +266,14 @@ class Family:
         with_block: the block goes, and the bias with it.
         """
         bias = linear(block, site.consumer).bias
-        every = sum(p.numel() for name in site.layers for p in linear(block, name).parameters())
-        return every - (0 if bias is None or with_block else bias.numel())
+        return parameters_of(block, site) - (0 if bias is None or with_block else bias.numel())
 
     def beside_cost(self, block: nn.Module, site: Site) -> int:
         """Parameters that go with a site as a whole and are in none of its layers: norms of queries and keys."""
         if not site.enclosing:
             return 0
-        layers = sum(p.numel() for name in site.layers for p in linear(block, name).parameters())
-        return sum(p.numel() for p in block.get_submodule(site.enclosing).parameters()) - layers
+        every = sum(p.numel() for p in block.get_submodule(site.enclosing).parameters())
+        return every - parameters_of(block, site)
 
     def unit_cost(self, block: nn.Module, site: Site) -> int:
         """Parameters that go with one unit, of every expert: rows (and biases) of its producers, g columns."""

@@ -13,10 +13,10 @@ from functools import partial
 from typing import Any, Literal
 
 from .attention import PAIRS, WHOLE, Attention, Shape, head_width
-from .base import Family, field
+from .base import Counted, Family, field
 from .grouped import check, check_mixture, grouped_heads, rotary
 from .mixture import Mixture, mlps
-from .sites import SHARED, Site
+from .sites import Site
 
 
 @dataclass(frozen=True)
@@ -64,10 +64,10 @@ class LlamaLike:
     def family(self) -> Family:
         """The description, with its classes. Raises `ImportError` if the installed transformers has none such."""
         modeling = importlib.import_module(f"..modeling.{self.file}", __package__)
-        neurons = {"neurons": field(self.mixture.neurons if self.mixture else "intermediate_size")}
-        if self.mixture and self.mixture.shared:
-            neurons[SHARED] = field(self.mixture.shared)
-        heads = {"heads": partial(_fewer_heads, divide=self.heads_divide)} if self.counts_heads else {}
+        neurons = self.mixture.stock if self.mixture else {"neurons": field("intermediate_size")}
+        heads: dict[str, Counted] = {}
+        if self.counts_heads:
+            heads["heads"] = partial(_fewer_heads, divide=self.heads_divide)
         return Family(
             model_type=self.model_type,
             blocks="model.layers",
@@ -93,7 +93,7 @@ def _attention(config: Any, shape: Shape, scores: str) -> Attention | None:
     return None if getattr(config, "clip_qkv", None) is not None else rotary(config, shape, scores)
 
 
-def _fewer_heads(config: Any, heads: int, divide: bool) -> dict[str, int] | None:
+def _fewer_heads(config: Any, heads: int, index: int | None, divide: bool) -> dict[str, int] | None:
     """For `Family.stock`."""
     keys = config.num_key_value_heads
     counts = (1, heads) if keys == 1 else (heads, heads * (config.num_attention_heads // keys))

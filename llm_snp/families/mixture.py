@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -42,12 +43,18 @@ class Mixture:
         shared = getattr(config, self.shared) if self.shared else 0
         return replace(of, neurons=getattr(config, self.neurons), experts=getattr(config, self.experts), shared=shared)
 
-    def field(self, config: Any, unit: str, index: int | None) -> str:
-        """The field of a stock config that counts the neurons of a block: of `neurons`, or `shared`."""
-        if unit == SHARED:
-            assert self.shared is not None
-            return self.shared
-        return self.neurons if self.sparse(config, index) or self.dense is None else self.dense
+    @property
+    def stock(self) -> dict[str, Callable[[Any, int, int | None], dict[str, int]]]:
+        """For `Family.stock`: one field counts the neurons of blocks with experts, another those of blocks without."""
+        return {"neurons": self._neurons} | ({} if self.shared is None else {SHARED: self._shared})
+
+    def _neurons(self, config: Any, count: int, index: int | None) -> dict[str, int]:
+        dense = None if self.sparse(config, index) else self.dense
+        return {dense or self.neurons: count}
+
+    def _shared(self, config: Any, count: int, index: int | None) -> dict[str, int]:
+        assert self.shared is not None
+        return {self.shared: count}
 
 
 def mlps(shape: Shape, stream: str | None) -> tuple[Site, ...]:

@@ -127,6 +127,11 @@ class Site:
         return stays.nonzero().squeeze(1)
 
 
+def parameters_of(block: nn.Module, site: Site) -> int:
+    """Parameters of all linear layers of a site, of every expert."""
+    return sum(p.numel() for name in site.layers for p in linear(block, name).parameters())
+
+
 def linear(block: nn.Module, name: str) -> nn.Linear:
     """The linear layer of that name in a block. Raises `UnsupportedModelError` if it is something else."""
     layer = block.get_submodule(name)

@@ -237,11 +237,8 @@ class Heal(Trainer):  # type: ignore[misc]
                 raise
             # Where steps overflow there is nothing to go on with, and earlier ones may have been good.
             self.watch.broken = f"the training ended early, with what was best until then: {error}"
-            self.control.should_training_stop, self.control.should_evaluate, self.control.should_save = (
-                True,
-                False,
-                False,
-            )
+            self.control.should_training_stop = True
+            self.control.should_evaluate = self.control.should_save = False
             return {f"eval_{name}": math.inf for name in NAMES}
         metrics = {f"eval_{name}": found[name] for name in NAMES}
         self.log(metrics | {"seconds": self.watch.seconds})

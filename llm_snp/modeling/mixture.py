@@ -11,8 +11,7 @@ from typing import Any
 from torch import nn
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
-from .narrowing import narrow_layer
-from .rotary import NarrowHeads, narrow_grouped
+from .rotary import NarrowHeads, narrow_gated, narrow_grouped
 
 
 def as_in_files(config_class: Any) -> None:
@@ -31,14 +30,14 @@ def narrow_mixture_block(
     """
     narrow_grouped(block.self_attn, narrowed, heads, **left)
     if not hasattr(block.mlp, "experts"):
-        _narrow_gated(block.mlp, neurons)
+        narrow_gated(block.mlp, neurons)
         return
     if shared is not None:
-        _narrow_gated(block.mlp.shared_expert, shared)
+        narrow_gated(block.mlp.shared_expert, shared)
     experts = block.mlp.experts
     if not hasattr(experts, "gate_up_proj"):  # each with layers of its own, while it is pruned
         for expert in experts.children():
-            _narrow_gated(expert, neurons)
+            narrow_gated(expert, neurons)
         return
     gate_up, down = experts.gate_up_proj, experts.down_proj
     if neurons > down.shape[2]:
@@ -49,9 +48,3 @@ def narrow_mixture_block(
     experts.gate_up_proj = nn.Parameter(both, gate_up.requires_grad)
     experts.down_proj = nn.Parameter(down.detach()[..., :neurons].clone(), down.requires_grad)
     experts.intermediate_dim = neurons
-
-
-def _narrow_gated(mlp: Any, neurons: int) -> None:
-    narrow_layer(mlp.gate_proj, rows=neurons)
-    narrow_layer(mlp.up_proj, rows=neurons)
-    narrow_layer(mlp.down_proj, columns=neurons)

@@ -212,6 +212,11 @@ def narrow_llama_block(narrowed: type[NarrowHeads], block: Any, heads: int, neur
     left: what is left of the heads, as in `lose`.
     """
     narrow_grouped(block.self_attn, narrowed, heads, **left)
-    narrow_layer(block.mlp.gate_proj, rows=neurons)
-    narrow_layer(block.mlp.up_proj, rows=neurons)
-    narrow_layer(block.mlp.down_proj, columns=neurons)
+    narrow_gated(block.mlp, neurons)
+
+
+def narrow_gated(mlp: Any, neurons: int) -> None:
+    """A gated MLP, or an expert, with Llama's names."""
+    narrow_layer(mlp.gate_proj, rows=neurons)
+    narrow_layer(mlp.up_proj, rows=neurons)
+    narrow_layer(mlp.down_proj, columns=neurons)

@@ -13,7 +13,7 @@ import torch
 from ..config import PruneConfig
 from ..dense.hub import EMBEDDED, load_config, locate
 from ..errors import OptionError, OutputError, first_line
-from ..families import Family, family_of
+from ..families import SHARED, Family, family_of
 from ..system.device import resolve_device
 from ..system.plain import encodable
 from ..system.private import public_name
@@ -137,7 +137,7 @@ def check_format(options: PruneConfig, family: Family, config: Any) -> None:
             "--format stock is for models whose blocks are alike, and those of this one, which is pruned already, are "
             "not: leave it out, or prune the dense model"
         )
-    inside = set(family.widths(config, {})) - {"heads", "neurons", "shared"}
+    inside = set(family.widths(config, {})) - {"heads", "neurons", SHARED}
     whole = family.widths(config, {})
     for index in blocks if options.format == "blockwise" else ():
         widths = family.widths(config, {}, index)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import MOST_DAMPING, PruneConfig
+from ..config import PruneConfig
 from ..core.allocation import SiteCurve
 from ..core.linalg import tail_sums
 from ..core.moments import Moments
@@ -22,7 +22,7 @@ from ..dense.stream import Stream
 from ..families import ATTENTION, MLP, SCORES, SHARED, WHOLE, Attention, Site
 from .calibrate import calibrate_block
 from .kinds import cheapest_kind
-from .order import order_scores, order_units, order_values, scarcity
+from .order import damping_of, order_scores, order_units, order_values
 from .plan import direction_curves, unit_curve
 from .score_costs import Sample, score_costs
 from .sensitivity import read_sensitivity
@@ -166,7 +166,7 @@ def _unit_curve(curve: SiteCurve, members: Sequence[_Member], options: PruneConf
         if not member.moments.rows:
             continue
         seed = torch.Generator().manual_seed(options.seed)
-        damping = min(MOST_DAMPING, options.curve_damping * scarcity(member.site, member.moments))
+        damping = damping_of(member.site, member.moments, options.curve_damping)
         subspace = order_units(
             member.moments, member.weight, member.site, options, damping, keep, seed, g, member.parts
         )

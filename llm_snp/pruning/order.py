@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..config import PruneConfig
+from ..config import MOST_DAMPING, PruneConfig
 from ..core import heads as head_space
 from ..core.moments import Moments
 from ..core.repair import subspace_of_units
@@ -21,6 +21,11 @@ from ..families import FREE, Attention, Site
 # An expert is damped the more, the fewer tokens per neuron were routed to it, below so many. The default ridge is then
 # their inverse: so large is the share of a neuron's variance that the others explain by chance.
 TOKENS_PER_NEURON = 50
+
+
+def damping_of(site: Site, moments: Moments, damping: float) -> float:
+    """The ridge `damping` of a site, raised for an expert that saw few tokens, to no more than there can be."""
+    return min(MOST_DAMPING, damping * scarcity(site, moments))
 
 
 def scarcity(site: Site, moments: Moments) -> float:

@@ -225,7 +225,6 @@ def make_plan(
     """
     base = sum(family.linear_parameters(block, config) for block in blocks)
     asked = options.sparsity * base
-    alike = options.format == "stock" and options.structures != "layers"
     if totals is None:
         totals = {(curve.block, curve.site): curve.total for curve in curves if curve.total is not None}
     by_layer = options.structures in ("layers", "both")
@@ -236,7 +235,7 @@ def make_plan(
         curves, counts = allocate_both(curves, layers, asked)
     else:
         _check_removable(options, sum(curve.removable for curve in curves), base)
-        counts = (allocate_alike if alike else allocate)(by, curves, asked)
+        counts = (allocate_alike if options.alike else allocate)(by, curves, asked)
     return planned(family, config, blocks, options, curves, counts, by)
 
 
@@ -251,7 +250,6 @@ def planned(
 ) -> Plan:
     """The plan in which each of `curves` keeps its count."""
     bases = [family.linear_parameters(block, config) for block in blocks]
-    alike = options.format == "stock" and options.structures != "layers"
     asked, structures = options.sparsity * sum(bases), options.structures or "units"
     kept: list[dict[str, int]] = [{} for _ in blocks]
     gone = [0] * len(blocks)
@@ -267,7 +265,7 @@ def planned(
         alone = {curve.site for curve in curves if curve.block == index and kept[index][curve.unit] == 0}
         sites = family.prunable(config, options.attention, index) if alone else ()
         beside += sum(family.beside_cost(block, site) for site in sites if site.name in alone)
-    return Plan(tuple(kept), tuple(curves), by, asked, sum(gone), sum(bases), alike, beside, structures)
+    return Plan(tuple(kept), tuple(curves), by, asked, sum(gone), sum(bases), options.alike, beside, structures)
 
 
 def trial_plan(family: Family, config: Any, blocks: Sequence[nn.Module], options: PruneConfig) -> Plan:

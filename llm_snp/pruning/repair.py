@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..config import MOST_DAMPING, PruneConfig
+from ..config import PruneConfig
 from ..core.moments import Moments
 from ..core.repair import (
     Pruned,
@@ -24,7 +24,7 @@ from ..core.repair import (
 from ..core.subspace import truncate
 from ..families import Site
 from .calibrate import SiteMoments
-from .order import order_units, scarcity
+from .order import damping_of, order_units, scarcity
 from .weights import State, linear_weights, store
 
 # --damping auto tries these, best on the held-out windows wins.
@@ -101,7 +101,7 @@ def repair_units(
         return finish(moments, *linear_weights(state, site.consumer, device), columns, refit, damping)
 
     damping = choose_damping(options, moments, linear_weights(state, site.consumer, device), solve)
-    pruned = solve(moments.all, min(MOST_DAMPING, damping * scarcity(site, moments.all)))
+    pruned = solve(moments.all, damping_of(site, moments.all, damping))
     new = dict(state)
     columns = pruned.columns.cpu()
     for name in site.layers[:-1]:

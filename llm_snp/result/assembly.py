@@ -73,9 +73,8 @@ class PrunedBlocks:
         before = self.journal.read(_name(index))
 
         def write() -> None:
-            prefix, spelling = self._prefix(index), self.report.job.family.stored
-            stored = {respelled(prefix + name, spelling): tensor for name, tensor in self.skeleton.turn(state).items()}
-            found = self.writer.shard(self._place(index), stored)
+            place, family = self._place(index), self.report.job.family
+            found = self.writer.shard(place, stored_block(family, self.skeleton, place, state))
             if before is None or before[DIGEST] != found:
                 self.journal.forget(_name(later) for later in range(index + 1, len(self._kept)))
             record = {
@@ -103,6 +102,12 @@ class PrunedBlocks:
     def _place(self, index: int) -> int:
         """Which block of the result it is: those before it that went as a whole do not count."""
         return sum(not dropped(kept) for kept in self._kept[:index])
+
+
+def stored_block(family: Family, skeleton: Skeleton, place: int, state: State) -> State:
+    """A block's tensors as a file has them, as block `place` of the result."""
+    prefix, stored = f"{skeleton.blocks_path}.{place}.", skeleton.turn(state)
+    return {respelled(prefix + name, family.stored): tensor for name, tensor in stored.items()}
 
 
 def _name(index: int) -> str:

@@ -18,7 +18,7 @@ from ..core.linalg import working_dtype
 from ..dense.skeleton import HEAD_TOKENS
 from ..dense.storage import stays_on
 from ..dense.stream import WAITING, windows_at_once
-from ..families import ATTENTION, WHOLE, Attention, Family, Site, linear
+from ..families import ATTENTION, WHOLE, Attention, Family, Site, linear, parameters_of
 from ..pruning.layers import layer_curves
 from ..pruning.left_out import LEFT_OUT_TOKENS
 from ..pruning.sensitivity import gradient_passes, gradient_windows, inputs_kept
@@ -168,17 +168,13 @@ def _run_until(block: torch.nn.Module, sites: tuple[Site, ...], picked: int) -> 
     """Linear parameters of a block that have run on a token when each site's consumer has; `sites` in the order of the
     forward.
     """
-    of = [_parameters(block, site) - _idle(block, site, picked) for site in sites]
+    of = [parameters_of(block, site) - _idle(block, site, picked) for site in sites]
     return dict(zip((site.name for site in sites), accumulate(of), strict=True))
-
-
-def _parameters(block: torch.nn.Module, site: Site) -> int:
-    return sum(p.numel() for name in site.layers for p in linear(block, name).parameters())
 
 
 def _idle(block: torch.nn.Module, site: Site, picked: int) -> int:
     """Parameters of a site that do not work on a token: those of the experts that are not picked."""
-    return _parameters(block, site) * (site.experts - picked) // site.experts if site.experts else 0
+    return parameters_of(block, site) * (site.experts - picked) // site.experts if site.experts else 0
 
 
 def _score_moments(attention: Attention | None) -> int:
