@@ -3,22 +3,26 @@
 
     python benchmarks/gpu.py --text wiki-calibration.txt --evaluate wiki.test.raw [--model DIR] [--json gpu.json]
 
-Each step is a process of its own with a limit of its own, prints as it goes, and is ended when its time is up; the next
-one then begins, as after a failure. A table at the end says how each went, also after Ctrl-C or SIGTERM; the exit code
-is 1 if any failed. `--device cpu --quick` goes through all of it with tiny settings, to try the script without a GPU.
+Each step is a process of its own with a limit of its own, and is ended when its time is up; the next one then begins,
+as after a failure. What times nothing runs side by side and prints when it is done, what is timed runs alone and prints
+as it goes. A table at the end says how each went, also after Ctrl-C or SIGTERM; the exit code is 1 if any failed.
+`--device cpu --quick` goes through all of it with tiny settings, to try the script without a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -34,16 +38,18 @@ HERE = Path(__file__).parent
 TYPES = ("float32", "float16", "bfloat16")
 TOLERANCE = 1e-3
 PYTHON = [sys.executable, "-u"]
+POLL = 0.05  # seconds
 
 
 @dataclass(frozen=True)
 class Step:
-    """limit: seconds; command: what is run; output: where a prune writes its result, for `compared`."""
+    """limit: seconds; command: what is run; output: where a prune writes its result, for `compared`; alone: timed."""
 
     name: str
     limit: int
     command: list[str]
     output: Path | None = None
+    alone: bool = False
 
 
 def steps(args: argparse.Namespace, folder: Path) -> list[Step]:
@@ -53,30 +59,29 @@ def steps(args: argparse.Namespace, folder: Path) -> list[Step]:
     text = ["--calibration", str(args.text), "--evaluate", str(args.evaluate)]
     found = []
 
-    def prune(name: str, model: str, device: str, dtype: str, limit: int) -> None:
+    def prune(name: str, model: str, device: str, dtype: str, limit: int, method: str = "best") -> None:
         output = folder / name.replace(" ", "-")
-        more = ["--sparsity", "0.3", "--device", device, "--dtype", dtype, "--output", str(output), "--quiet"]
+        more = ["--sparsity", "0.3", "--method", method, "--device", device, "--dtype", dtype]
+        more += ["--output", str(output), "--quiet"]
         found.append(Step(name, limit, [*PYTHON, "-m", "llm_snp", model, *windows, *text, *more], output))
 
-    def speed(name: str, limit: int, *arguments: str) -> None:
+    def speed(name: str, limit: int, *arguments: str, alone: bool = True) -> None:
         command = [*PYTHON, str(HERE / "speed.py"), *arguments, "--device", args.device, "--runs", "1"]
-        found.append(Step(name, limit, [*command, "--work", str(folder), "--json", str(folder / f"{len(found)}.json")]))
+        command += ["--work", str(folder), "--json", str(folder / f"{name}.json")]
+        found.append(Step(name, limit, command, alone=alone))
 
-    models = [HERE / "models" / "llama-wiki-1m", HERE / "models" / "opt-wiki-tall"]
+    models = [HERE / "models" / name for name in ("llama-wiki-1m", "opt-wiki-tall", "mixtral-wiki-2m")]
     shape, large = (str(models[0]),) * 2 if quick else ("opt-1.3b", "opt-13b")
     few = ["--samples", "2", "--sequence-length", "16"] if quick else ["--samples", "128", "--sequence-length", "2048"]
     short = [] if quick else ["--blocks", "2"]
     half = "float32" if args.device == "cpu" else "float16"
     two = few if quick else ["--samples", "16", "--sequence-length", "2048"]
-    speed("2 blocks in 16 bits", 60, shape, *short, "--dtype", half, *two)
+    speed("2 blocks in 16 bits", 90, shape, *short, "--dtype", half, *two, alone=False)
     for model in models[:1] if quick else models:
         prune(f"{model.name} cpu", str(model), "cpu", "float32", 120)
         for dtype in TYPES[:1] if quick else TYPES:
-            prune(f"{model.name} {dtype}", str(model), args.device, dtype, 60)
-    speed("best", 120, shape, "--method", "best", "--dtype", half, *few)
-    speed("snp", 60, shape, "--method", "snp", "--dtype", half, *few)
-    speed("large", 90, large, *short, "--dtype", half, *few)
-    speed("idle", 90, shape, *short, "--dtype", half, *two, "--idle")
+            prune(f"{model.name} {dtype}", str(model), args.device, dtype, 90)
+    prune("everything", str(models[0]), args.device, "float32", 120, method="everything")
     if args.model:
         prune("model", str(args.model), args.device, half, 120)
     tests = ["tests/dense/test_transfers.py"] if quick else ["-m", "gpu", "tests"]
@@ -84,25 +89,58 @@ def steps(args: argparse.Namespace, folder: Path) -> list[Step]:
     found.append(Step("tests", 120, [*PYTHON, "-m", "pytest", *tests]))
     if kernels:
         found.append(Step("kernels", 90, [*PYTHON, "-m", "pytest", *kernels]))
+    speed("best", 120, shape, "--method", "best", "--dtype", half, *few)
+    speed("snp", 60, shape, "--method", "snp", "--dtype", half, *few)
+    speed("large", 90, large, *short, "--dtype", half, *few)
+    speed("idle", 90, shape, *short, "--dtype", half, *two, "--idle")
     return found
 
 
-def carry_out(step: Step) -> dict[str, Any]:
-    """Run a step, whose output is seen as it comes. Its seconds, and `ok`, `failed (code)` or `out of time`."""
-    print(f"\n== {step.name} (at most {step.limit} s): {shlex.join(step.command[2:])}", flush=True)
-    start = time.perf_counter()
+def stages(steps: Sequence[Step]) -> list[list[Step]]:
+    """What runs at the same time: a timed step alone, others side by side."""
+    kinds = itertools.groupby(enumerate(steps), key=lambda item: item[0] if item[1].alone else "together")
+    return [[step for _, step in members] for _, members in kinds]
+
+
+def carry_out(stage: Sequence[Step], folder: Path) -> list[dict[str, Any]]:
+    """Run the steps of a stage. Seconds of each, and `ok`, `failed (code)` or `out of time`.
+
+    folder: takes what each of several steps prints, until it has ended.
+    """
     environment = os.environ | {"PYTHONPATH": str(HERE.parent)}
-    process = subprocess.Popen(step.command, cwd=HERE.parent, env=environment, start_new_session=True)
+    running: dict[str, tuple[Step, subprocess.Popen[bytes], float]] = {}
+    done: dict[str, dict[str, Any]] = {}
     try:
-        code = process.wait(timeout=step.limit)
-        ended = "ok" if code == 0 else f"failed ({code})"
-    except subprocess.TimeoutExpired:
-        ended = "out of time"
+        for step in stage:
+            print(f"\n== {step.name} (at most {step.limit} s): {shlex.join(step.command[2:])}", flush=True)
+            with ExitStack() as stack:
+                out = None if len(stage) == 1 else stack.enter_context((folder / f"{step.name}.log").open("wb"))
+                process = subprocess.Popen(
+                    step.command, cwd=HERE.parent, env=environment, start_new_session=True, stdout=out, stderr=out
+                )
+            running[step.name] = step, process, time.perf_counter()
+        while running:
+            for name, (step, process, start) in list(running.items()):
+                seconds, code = time.perf_counter() - start, process.poll()
+                if code is None and seconds < step.limit:
+                    continue
+                ended = "out of time" if code is None else "ok" if code == 0 else f"failed ({code})"
+                done[name] = {"step": name, "ended": ended, "seconds": seconds}
+                _end(running.pop(name)[1])
+                if len(stage) > 1:
+                    log = (folder / f"{name}.log").read_text(errors="replace")
+                    print(f"\n-- {name}: {ended} after {seconds:.1f} s\n{log}", flush=True)
+            time.sleep(POLL)
     finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    return {"step": step.name, "ended": ended, "seconds": time.perf_counter() - start}
+        for _, process, _ in running.values():
+            _end(process)
+    return [done[step.name] for step in stage]
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def result_of(output: Path) -> dict[str, Any]:
@@ -145,6 +183,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--evaluate", type=Path, required=True, metavar="FILE", help="to measure perplexity on")
     p.add_argument("--model", type=Path, metavar="DIR", help="a model worth pruning, such as SmolLM2-135M")
     p.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="what to try (default: cuda)")
+    p.add_argument("--only", default="", metavar="REGEX", help="only the steps whose names match")
     p.add_argument("--quick", action="store_true", help="tiny settings, to try the script itself")
     p.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
     return p
@@ -168,13 +207,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with TemporaryDirectory(prefix="llm-snp-gpu-") as temporary:
         folder = Path(temporary)
         try:
-            for number, step in enumerate(steps(args, folder)):
-                results.append(carry_out(step))
-                if step.output is not None and results[-1]["ended"] == "ok":
-                    results[-1] |= result_of(step.output)
-                figures = folder / f"{number}.json"
-                if figures.exists():
-                    results[-1]["speed"] = json.loads(figures.read_text())
+            for stage in stages([step for step in steps(args, folder) if re.search(args.only, step.name)]):
+                for step, row in zip(stage, carry_out(stage, folder), strict=True):
+                    results.append(row)
+                    if step.output is not None and row["ended"] == "ok":
+                        row |= result_of(step.output)
+                    figures = folder / f"{step.name}.json"
+                    if figures.exists():
+                        row["speed"] = json.loads(figures.read_text())
         except KeyboardInterrupt:
             print("\ninterrupted", file=sys.stderr)
     compared(results)

@@ -16,9 +16,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import multiprocessing
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -59,6 +61,9 @@ from llm_snp.system.progress import Progress
 from llm_snp.system.signals import exit_code
 
 PROMPT, NEW = 256, 64  # tokens that --speed reads and writes
+
+
+_bench: Bench  # of a process of --jobs
 
 
 class Bench:
@@ -203,13 +208,38 @@ def fill(bench: Bench, results: Results, rows: Sequence[Row], progress: Progress
         results.data |= {"dense": measured["perplexity"], "dense_evaluation": measured["evaluation"]}
         results.save()
     progress.say(f"{len(todo)} results to measure, {len(rows) * len(bench.args.sparsity) - len(todo)} there or shared")
-    if todo:
-        bench.warm_up()
-    for number, (row, sparsity) in enumerate(todo, 1):
-        result = bench.measure(bench.options(row, sparsity), row.least_influence)
+    for number, (row, sparsity, result) in enumerate(measured_all(bench, todo), 1):
         results.add(row, sparsity, result)
         shown = result.get("error") or " / ".join(f"{value:,.2f}" for value in result["perplexity"].values())
         progress.say(f"{number:>{len(str(len(todo)))}}/{len(todo)}  {row.name}, {sparsity:g}: {shown}")
+
+
+def measured_all(bench: Bench, todo: Sequence[tuple[Row, float]]) -> Iterator[tuple[Row, float, dict[str, Any]]]:
+    """What `Bench.measure` finds, as it is found: in this process, or by --jobs others, each with the model."""
+    jobs = min(bench.args.jobs, len(todo))
+    if jobs > 1:
+        with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _begin, (bench.args,)) as pool:
+            waiting = {pool.submit(_measured, row, sparsity): (row, sparsity) for row, sparsity in todo}
+            for future in as_completed(waiting):
+                yield *waiting[future], future.result()
+        return
+    if todo:
+        bench.warm_up()
+    for row, sparsity in todo:
+        yield row, sparsity, bench.measure(bench.options(row, sparsity), row.least_influence)
+
+
+def _begin(args: argparse.Namespace) -> None:
+    """A process of --jobs reads model and text once."""
+    global _bench
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    _bench = Bench(args)
+    _bench.warm_up()
+
+
+def _measured(row: Row, sparsity: float) -> dict[str, Any]:
+    return _bench.measure(_bench.options(row, sparsity), row.least_influence)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -235,6 +265,13 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="measure also on N of the calibration windows, and on N others of the same texts",
     )
+    p.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        metavar="N",
+        help="measure N results at a time, each in a process with the model: seconds then say little (default: 1)",
+    )
     p.add_argument("--rows", default="", metavar="REGEX", help="measure only rows whose name or group matches")
     p.add_argument("--json", type=Path, metavar="FILE", help="results, written after each; what it has is reused")
     p.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the main rows")
@@ -256,6 +293,8 @@ def check(args: argparse.Namespace) -> None:
         dataclasses.replace(options, sparsity=sparsity).validate()
     if args.max_windows is not None and args.max_windows < 1:
         raise OptionError(f"--max-windows is {args.max_windows}; it must be at least 1")
+    if args.jobs < 1:
+        raise OptionError(f"--jobs is {args.jobs}; it must be at least 1")
     texts = len(shares(tuple(args.calibration)))
     if args.own_text and not texts <= args.own_text <= args.samples:
         raise OptionError(f"--own-text is {args.own_text}; it must be from {texts} (one of each text) to --samples")

@@ -189,6 +189,18 @@ def test_quality_measures_what_prune_writes(place: Path, tmp_path: Path) -> None
         assert result["seconds"].keys() <= {"sensitivity", "measure", "prune"}
 
 
+def test_quality_with_two_jobs_finds_the_same(place: Path, tmp_path: Path) -> None:
+    """`--jobs`: other processes, the same perplexities."""
+    found = []
+    for jobs in (1, 2):
+        file = tmp_path / f"{jobs}.json"
+        arguments = ["--sparsity", "0.3", "0.4", "--rows", "^snp$", "--jobs", str(jobs), "--json", str(file)]
+        assert quality.main(quality_arguments(place, *arguments)) == 0
+        found.append({result["sparsity"]: result["perplexity"] for result in read(file)["results"]})
+    assert found[0].keys() == {0.3, 0.4}
+    assert found[0] == found[1]
+
+
 def test_quality_on_text_that_no_fit_saw(place: Path, tmp_path: Path) -> None:
     """`--own-text`: the first calibration windows, and others of the same texts, none of which was calibrated on."""
     file = tmp_path / "quality.json"

@@ -65,7 +65,7 @@ def test_commands_that_can_be_parsed(tmp_path: Path) -> None:
         given: Any = argparse.Namespace(device=device, quick=quick, text="t", evaluate="e", model="m")
         found = gpu.steps(given, tmp_path)
         assert len({step.name for step in found}) == len(found)
-        assert sum(step.limit for step in found) < 30 * 60
+        assert sum(max(step.limit for step in stage) for stage in gpu.stages(found)) < 15 * 60
         for step in found:
             script, *arguments = step.command[2:]
             if script.endswith("speed.py"):

@@ -172,7 +172,7 @@ class Moments:
         for sums in (self.first, self.second, self.residual, self.cross, self.power, counts):
             if sums is not None:
                 total(sums)
-        self.tokens, self.rows = (int(count) for count in counts.tolist())
+        self.tokens, self.rows = (int(count) for count in counts.cpu().tolist())
 
     def merge(self, other: Moments) -> Moments:
         """The moments of both token sets together. Both must have the same shift (ValueError otherwise)."""
