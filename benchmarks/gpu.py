@@ -107,7 +107,8 @@ def carry_out(stage: Sequence[Step], folder: Path) -> list[dict[str, Any]]:
 
     folder: takes what each of several steps prints, until it has ended.
     """
-    environment = os.environ | {"PYTHONPATH": str(HERE.parent)}
+    path = os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"PYTHONPATH": path}
     running: dict[str, tuple[Step, subprocess.Popen[bytes], float]] = {}
     done: dict[str, dict[str, Any]] = {}
     try:

@@ -17,6 +17,7 @@ import parts
 import perplexity
 import pytest
 import quality
+import quality_bench
 import quality_results
 import quality_table
 import real
@@ -212,7 +213,7 @@ def test_quality_on_text_that_no_fit_saw(place: Path, tmp_path: Path) -> None:
     (result,) = data["results"]
     assert list(result["perplexity"])[:2] == ["calibration windows", "other windows of that text"]
     args = quality.parser().parse_args(quality_arguments(place, *more))
-    calibration, unseen = quality.drawn(args, AutoTokenizer.from_pretrained(place / "model"), 64)
+    calibration, unseen = quality_bench.drawn(args, AutoTokenizer.from_pretrained(place / "model"), 64)
     rows = [tuple(window) for windows in (calibration, unseen) for window in windows.tokens.tolist()]
     assert len(rows) == len(set(rows)) == 8 + 4
     assert [len(part.tokens) for windows in (calibration, unseen) for part in windows.parts] == [5, 3, 3, 1]
@@ -264,7 +265,7 @@ def test_quality_without_a_block_in_the_middle(place: Path, tmp_path: Path, monk
         base = session.family.linear_parameters(session.skeleton.blocks[0], session.config)
         return Plan((whole, gone, whole, whole), (), "loss", base, base, 4 * base, structures="layers")
 
-    monkeypatch.setattr(quality, "least_influential", plan)
+    monkeypatch.setattr(quality_bench, "least_influential", plan)
     file = tmp_path / "quality.json"
     rows = ["--rows", "unrepaired", "--sparsity", "0.25", "--json", str(file)]
     assert quality.main(quality_arguments(tmp_path / "place", *rows)) == 0
