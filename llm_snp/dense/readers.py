@@ -172,7 +172,16 @@ def _dataset_directory(path: Path) -> Iterator[str]:
 
 
 def _hub_rows(repository: str, **options: Any) -> Iterator[str]:
-    """Column `text` of a Hub dataset; `HubError` if it cannot be had."""
+    """Column `text` of a Hub dataset; `HubError` if it cannot be had.
+
+    Raises `CorpusError` where the working directory, which may be a stranger's, has something of that name: datasets
+    would read that instead, and its versions before 4 run a script in it.
+    """
+    if os.path.lexists(repository):
+        raise CorpusError(
+            f"{os.path.abspath(repository)} is in the way of the Hub's dataset {repository}, for which datasets would "
+            "take it; start in another directory, or move it"
+        )
     import datasets
 
     # Which library's errors datasets lets through (requests, httpx, aiohttp, ...) changes with its version.
