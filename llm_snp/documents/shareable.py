@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from ..config import METHODS, PruneConfig, flag_of
 from ..system.private import HUB_ID, carried_words, public_name, public_text
+from .schema import FURTHEST
 
 CORPORA = {  # Hub id, config and split of the texts that have a name: what is evaluated on
     "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "test"),
@@ -80,8 +82,11 @@ def shareable(report: dict[str, Any]) -> dict[str, Any]:
 def _printable(content: Any) -> Any:
     """A copy of something JSON-ready without characters that a page, a plot or a card cannot have.
 
-    Each text is one line: more would be headings and lists of their own in a card.
+    Each text is one line: more would be headings and lists of their own in a card. Numbers are as large as a report may
+    have them at most: the perplexity of a model that was ruined, or of a task with long words, may be 1e100.
     """
+    if isinstance(content, float) and math.isfinite(content):
+        return max(-FURTHEST, min(FURTHEST, content))
     if isinstance(content, str):
         return "".join(one if one.isprintable() else " " if one.isspace() else "\ufffd" for one in content)
     if isinstance(content, Mapping):

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import LENGTH, SAMPLES, Shell, weight_files
+import torch
+from conftest import LENGTH, SAMPLES, Prune, Shell, save, tiny_opt, weight_files
 from hub_server import USER, HubServer
 
 from llm_snp.documents.writing import read_report
@@ -111,6 +112,19 @@ def test_a_result_survives_ctrl_c_while_it_is_timed(shell: Shell, dense: Path, m
     assert code == 0, err
     assert "speed" in report(shell)
     assert "prefill, ms" in out
+
+
+def test_a_report_of_a_model_that_knows_nothing_can_be_read(
+    shell: Shell, prune: Prune, tmp_path: Path, held_out: Path
+) -> None:
+    """Its perplexity is beyond 1e30, which `report`, `push` and `heal` took for damage."""
+    model = tiny_opt()
+    with torch.no_grad():
+        model.model.decoder.final_layer_norm.weight.mul_(1e4)
+    found = prune(save(model, tmp_path / "dense"), shell.output, evaluate=(str(held_out),))
+    assert found["evaluation"][str(held_out)]["dense"]["perplexity"] > 1e30
+    assert read_report(shell.output)["evaluation"][held_out.name]["dense"]["perplexity"] == 1e30
+    assert shell.run("report", shell.output)[0] == 0
 
 
 @pytest.mark.parametrize(
