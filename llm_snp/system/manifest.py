@@ -226,11 +226,13 @@ def recall(directory: Path) -> dict[str, Any]:
 
     It names places and texts that are read, and those of a stranger's directory would be of his choice. So it is
     believed only in the directory in which it was written, by the number that this has in its file system, which
-    nobody can know beforehand: renamed, it keeps that.
+    nobody can know beforehand: renamed, it keeps that. And only of whoever runs this: another user of the machine knows
+    the number.
     """
     memory = _object(directory / MEMORY)
     try:
-        if memory.pop(PLACE, None) != directory.stat().st_ino:
+        mine = (directory / MEMORY).stat().st_uid == os.geteuid()
+        if memory.pop(PLACE, None) != directory.stat().st_ino or not mine:
             return {}
     except OSError:
         return {}
@@ -252,4 +254,4 @@ def _is_options(value: Any) -> bool:
     )
 
 
-_KINDS = {"options": _is_options, "model": _is_name, "healing": _is_options}
+_KINDS = {"options": _is_options, "model": _is_name, "healing": _is_options, "read": _is_options}

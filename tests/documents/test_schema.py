@@ -162,7 +162,7 @@ def test_what_a_stranger_s_report_says_of_others_is_text() -> None:
     assert not re.search(r"^# evil|(?<!\\)<script|(?<!\\)\[x\]|`code`", body, re.MULTILINE)
 
 
-@pytest.mark.parametrize("where", ["calibration", "evaluate", "offload"])
+@pytest.mark.parametrize("where", ["calibration", "evaluate"])
 @pytest.mark.parametrize("given", ["ann", "ann:2", "~", "~/", "../home/ann"])
 def test_a_home_is_not_named_however_it_was_given(
     where: str, given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

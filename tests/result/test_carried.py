@@ -303,6 +303,17 @@ TOKEN = "hf_" + "aB3" * 11
         "saved at /home/ann",
         "run by \\Users\\ann",
         "https://ann:password@host/x",
+        "nfs://server/ann",
+        "az://bucket/ann",
+        "gpu17.corp.example.com:/export/ann",
+        "ann@gpu17:/export/ann",
+        "$HOME/x",
+        "${SCRATCH}/ann",
+        "%USERPROFILE%\\x",
+        "ghp_" + "aB3" * 12,
+        "glpat-" + "aB3" * 7,
+        "sk-proj-" + "aB3" * 7,
+        "AKIA" + "ABC3" * 4,
         f"token={TOKEN}",
         TOKEN,
     ],
@@ -317,7 +328,19 @@ def test_places_people_and_tokens_do_not_travel(text: str, dense: Path, tmp_path
     assert card_metadata(directory) == {"license": "other", "tags": ["good"]}
 
 
-@pytest.mark.parametrize("text", ["/think /no_think", "/ a / b", "</s>", "a/b", "https://a.b/c:d@e", "hf_short"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "/think /no_think",
+        "/ a / b",
+        "</s>",
+        "a/b",
+        "https://a.b/c:d@e",
+        "hf_short",
+        "a:b",
+        "a task-specific-instruction-model",
+    ],
+)
 def test_what_only_looks_like_a_place_travels(text: str) -> None:
     assert without_code({"a": text}) == {"a": text}
 
