@@ -62,7 +62,7 @@ def digests(sources: Iterable[str]) -> dict[str, str]:
     found = {}
     for source in sources:
         path = Path(os.path.expanduser(source))
-        if source in HUB_CORPORA or not os.path.exists(path):
+        if source in (*HUB_CORPORA, "self") or not os.path.exists(path):  # whatever has that name here
             continue
         files = sorted(path.rglob("*")) if path.is_dir() else [path]
         try:

@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..system.manifest import HASH, is_inside
+from .shareable import FURTHEST
 
 LARGEST = 2**63 - 1
-FURTHEST = 1e30  # from zero that a measured number may be: what is made of several must stay finite, too
 DEEPEST = 32  # levels of lists and objects, of which a report of ours has seven
 
 Count = Annotated[int, Field(ge=0, le=LARGEST)]

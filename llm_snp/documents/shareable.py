@@ -11,7 +11,6 @@ from typing import Any
 
 from ..config import METHODS, PruneConfig, flag_of
 from ..system.private import HUB_ID, carried_words, public_name, public_text
-from .schema import FURTHEST
 
 CORPORA = {  # Hub id, config and split of the texts that have a name: what is evaluated on
     "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "test"),
@@ -21,6 +20,7 @@ PLACES = ("model", "output", "calibration", "evaluate")  # options that name fil
 # What a result has nothing of: whose scratch disk was used, and where its run published it, perhaps privately.
 UNTOLD = {"offload": None, "push_to_hub": None, "private": False}
 FACTS = ("removed", "healed")  # of a model that another one was made of, beside its name
+FURTHEST = 1e30  # from zero that a measured number may be: what is made of several must stay finite, too
 TASKS = "harness:"  # what begins so among the texts to evaluate on lists tasks
 
 

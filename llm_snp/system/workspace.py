@@ -159,12 +159,12 @@ def tidy(output: Path) -> None:
         return
     if was_put_aside(journal, _aside(output)):
         remove_own(_aside(output))
-    for path in journal.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        elif path.name != OWNER:
-            path.unlink(missing_ok=True)
     with suppress(OSError):
+        for path in journal.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name != OWNER:
+                path.unlink(missing_ok=True)
         (journal / OWNER).unlink(missing_ok=True)  # the last: it says whose the rest is
         journal.rmdir()
 

@@ -225,6 +225,13 @@ def test_a_link_out_of_the_directory_does_not_travel(shell: Shell, dense: Path, 
     assert message.startswith(f"{directory / name} is a link out of the model's directory")
 
 
+def test_a_pipe_among_the_templates_is_not_waited_for(dense: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(dense, tmp_path / "model"))
+    (model / "additional_chat_templates").mkdir()
+    os.mkfifo(model / "additional_chat_templates" / "endless.jinja")
+    assert Carried(model).files == Carried(dense).files
+
+
 def test_links_of_the_hubs_cache_are_followed(dense: Path, tmp_path: Path) -> None:
     snapshot, blobs = tmp_path / "snapshots" / "abc", tmp_path / "blobs"
     snapshot.mkdir(parents=True)

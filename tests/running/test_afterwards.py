@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import LENGTH, SAMPLES, Prune, Shell, save, tiny_opt, weight_files
 from hub_server import USER, HubServer
 
+from llm_snp.documents.report import Report
 from llm_snp.documents.writing import read_report
 from llm_snp.errors import DiskFullError
 from llm_snp.evaluation import speed
@@ -68,6 +70,24 @@ def test_what_would_fail_is_known_before_the_work(
     monkeypatch.setattr("llm_snp.running.run._Run.__init__", None)  # is not reached
     hub.repositories.clear()
     assert message in shell.refused(dense, *flags)
+
+
+def test_a_report_that_could_not_be_read_is_known_before_the_work(
+    shell: Shell, dense: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What `report`, `push` and `heal` would refuse then is asked of a rehearsed one."""
+    monkeypatch.setattr("llm_snp.running.run.decide", None)  # is not reached
+    whole = Report.finished
+
+    def finished(report: Report, *arguments: Any) -> None:
+        whole(report, *arguments)
+        report.data["seconds"] = {"prune": -1.0}
+
+    monkeypatch.setattr(Report, "finished", finished)
+    message = shell.refused(dense)
+    assert (
+        "would get a report that cannot be read (seconds.prune: input should be greater than or equal to 0" in message
+    )
 
 
 def test_a_task_that_is_not_there_is_known_before_the_work(
