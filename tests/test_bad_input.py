@@ -45,7 +45,8 @@ from llm_snp.dense.hub import SAFETENSORS, load_tokenizer
 from llm_snp.errors import OptionError
 from llm_snp.result.writer import Writer
 from llm_snp.system.manifest import list_in_partial
-from llm_snp.system.workspace import JOURNAL, OWNER
+from llm_snp.system.owned import OWNER
+from llm_snp.system.workspace import JOURNAL
 
 # Options
 
@@ -125,6 +126,7 @@ def test_rounding_that_leaves_nothing_to_remove_is_not_blamed_on_the_sparsity(sh
 def written(directory: Path, files: dict[str, str | bytes]) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
+        (directory / name).parent.mkdir(exist_ok=True)
         (directory / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     return directory
 
@@ -631,10 +633,71 @@ def test_what_a_killed_run_left_is_replaced_but_nothing_else(shell: Shell, dense
     (partial / "notes.txt").unlink()
     half = ".model-00001-of-00004.safetensors.llm_snp"
     written(partial, {"config.json": "old", half: "half", "tekken.json": "", "NOTICE": ""})
-    list_in_partial(partial, ["tekken.json", "NOTICE"])
+    list_in_partial(partial, ["config.json", "tekken.json", "NOTICE"])
     assert shell.prune(dense)[0] == 0
     assert not partial.exists()
     assert not {"tekken.json", "NOTICE"} & {path.name for path in shell.output.iterdir()}
+
+
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("name", ["README.md", "report.html", "plots/change.png", "tokenizer.model", "config.json"])
+def test_what_a_person_put_into_an_unfinished_run_is_not_written_over(
+    shell: Shell, dense: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Also under a name that a result has: notes on why it did not end, say."""
+    with monkeypatch.context() as patch:
+        patch.setattr("llm_snp.running.run.write_rest", interrupted)
+        assert shell.prune(dense)[0] == 130
+    partial = shell.directory / "out.partial"
+    written(partial, {name: "mine"})
+    for flags in ([], ["--resume"], ["--overwrite"]):
+        assert f"has files that no run of llm_snp wrote ({name})" in shell.refused(dense, *flags)
+    assert (partial / name).read_text() == "mine"
+    (partial / name).unlink()
+    assert shell.prune(dense, "--resume")[0] == 0
+
+
+@pytest.mark.parametrize("name", ["owner", "lock"])
+def test_a_file_that_has_another_name_in_a_journal_stays_as_it_is(shell: Shell, dense: Path, name: str) -> None:
+    """An archive can have a hard link to a file that lies where it is unpacked."""
+    journal = shell.directory / "out.partial" / JOURNAL
+    written(journal, {OWNER: "process 1 on here"})
+    (shell.directory / "thesis.tex").write_text("years of work")
+    (journal / name).unlink(missing_ok=True)
+    (journal / name).hardlink_to(shell.directory / "thesis.tex")
+    assert shell.prune(dense)[0] == (2 if name == "lock" else 0)
+    assert (shell.directory / "thesis.tex").read_text() == "years of work"
+
+
+def state(directory: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("journal", [{}, {OWNER: "process 1 on here"}, {OWNER: "", "replaces": "1"}])
+def test_a_result_beside_another_is_no_earlier_one(shell: Shell, dense: Path, journal: dict[str, str]) -> None:
+    """A run that is killed at its end leaves such a pair: here a person, or a stranger's archive, has made it."""
+    assert shell.prune(dense)[0] == 0
+    aside = shutil.copytree(shell.output, shell.directory / "out.replaced")
+    written(shell.output / JOURNAL, journal | {"block-00000.json": "{}"})
+    before = state(aside)
+    for flags in ([], ["--resume"], ["--overwrite"]):
+        shell.run(dense, "--output", shell.output, *flags)
+        assert state(aside) == before
+    if not journal:
+        assert (shell.output / JOURNAL / "block-00000.json").exists()
+
+
+def test_names_as_long_as_a_disk_has_them_travel(shell: Shell, dense: Path, tmp_path: Path) -> None:
+    """They were too long for the name that a file has until it is whole, after all the work."""
+    model = Path(shutil.copytree(dense, tmp_path / "model"))
+    licence, template = "LICENSE-" + "a" * 247, "b" * 249 + ".jinja"
+    written(model, {licence: "terms", f"additional_chat_templates/{template}": "{{ messages }}"})
+    assert shell.prune(model)[0] == 0
+    assert (shell.output / licence).read_text() == "terms"
+    assert (shell.output / "additional_chat_templates" / template).read_text() == "{{ messages }}"
 
 
 @pytest.mark.parametrize("link", ["", JOURNAL, f"{JOURNAL}/lock", f"{JOURNAL}/{OWNER}", "config.json", "plots"])

@@ -55,6 +55,11 @@ def check(args: argparse.Namespace) -> None:
         raise OptionError(f"--gguf {args.gguf} is part of a result; give another name")
     if os.path.lexists(args.gguf) and not _is_gguf(args.gguf):
         raise OptionError(f"--gguf {args.gguf} is there, and no GGUF file; give another name, or move it")
+    if os.path.isfile(args.gguf.parent / "config.json") and args.gguf.suffix.lower() != ".gguf":
+        raise OptionError(
+            f"--gguf {args.gguf} lies in a model's directory, where it may be taken for a part of the model; give a "
+            "name that ends in .gguf"
+        )
     if args.tokenizer_from is not None and not os.path.isfile(args.tokenizer_from):
         raise OptionError(f"--tokenizer-from {args.tokenizer_from} is no file; give the GGUF file of the dense model")
     if args.tokenizer_from is not None and os.path.lexists(args.gguf) and args.tokenizer_from.samefile(args.gguf):

@@ -28,7 +28,7 @@ def check(args: argparse.Namespace) -> None:
 def main(args: argparse.Namespace) -> None:
     """Write the documents, print their paths and what the run came to. Raises `SnpError` if DIR is no result."""
     from ..documents.report import summary
-    from ..documents.writing import CARD, read_report, write_documents, write_page
+    from ..documents.writing import kept, read_report, write_documents, write_page
 
     report = read_report(args.directory)
     if args.output is not None:
@@ -36,8 +36,8 @@ def main(args: argparse.Namespace) -> None:
         written = [args.output]
     else:
         written = write_documents(args.directory, report)
-        if args.directory / CARD not in written:
-            print(f"kept     {args.directory / CARD}, which is not as it was written")
+        for path in kept(args.directory, written):
+            print(f"kept     {path}, which is not as it was written")
     for path in written:
         print(f"written  {path}")
     print()

@@ -9,12 +9,13 @@ import gzip
 import lzma
 import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
 from ..errors import CorpusError, HubError
+from ..system.files import digest
 from ..system.libraries import explained, parse_json
 from ..system.plain import encodable
 
@@ -51,6 +52,24 @@ def documents(source: str, purpose: str) -> Iterator[str]:
     if path.stat().st_size == 0:
         raise CorpusError(f"{source} is empty")
     return READERS[ending](path)
+
+
+def digests(sources: Iterable[str]) -> dict[str, str]:
+    """Hashes of those texts that are here as files or directories, each under what to call it in an error.
+
+    Raises `CorpusError` for one that cannot be read.
+    """
+    found = {}
+    for source in sources:
+        path = Path(os.path.expanduser(source))
+        if source in (*HUB_CORPORA, "self") or not os.path.exists(path):  # whatever has that name here
+            continue
+        files = sorted(path.rglob("*")) if path.is_dir() else [path]
+        try:
+            found[f"the hash of {source}"] = digest(*(file for file in files if file.is_file()))
+        except OSError as error:
+            raise CorpusError(f"{error.filename} cannot be read: {error.strerror}") from error
+    return found
 
 
 def _pieces(path: Path) -> Iterator[str]:
@@ -172,7 +191,16 @@ def _dataset_directory(path: Path) -> Iterator[str]:
 
 
 def _hub_rows(repository: str, **options: Any) -> Iterator[str]:
-    """Column `text` of a Hub dataset; `HubError` if it cannot be had."""
+    """Column `text` of a Hub dataset; `HubError` if it cannot be had.
+
+    Raises `CorpusError` where the working directory, which may be a stranger's, has something of that name: datasets
+    would read that instead, and its versions before 4 run a script in it.
+    """
+    if os.path.lexists(repository):
+        raise CorpusError(
+            f"{os.path.abspath(repository)} is in the way of the Hub's dataset {repository}, for which datasets would "
+            "take it; start in another directory, or move it"
+        )
     import datasets
 
     # Which library's errors datasets lets through (requests, httpx, aiohttp, ...) changes with its version.

@@ -7,17 +7,18 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..system.manifest import HASH, is_inside
+from .shareable import FURTHEST
 
 LARGEST = 2**63 - 1
 DEEPEST = 32  # levels of lists and objects, of which a report of ours has seven
 
 Count = Annotated[int, Field(ge=0, le=LARGEST)]
 Some = Annotated[int, Field(ge=1, le=LARGEST)]
-Number = Annotated[float, Field(ge=-1e30, le=1e30)]
+Number = Annotated[float, Field(ge=-FURTHEST, le=FURTHEST)]
 Share = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0, le=1e30)]
+Positive = Annotated[float, Field(gt=0, le=FURTHEST)]
 Length = Annotated[int, Field(ge=2, le=LARGEST)]  # tokens of a window, of which all but the first are predicted
-NotNegative = Annotated[float, Field(ge=0, le=1e30)]
+NotNegative = Annotated[float, Field(ge=0, le=FURTHEST)]
 Name = Annotated[str, Field(min_length=1)]
 Range = Annotated[list[NotNegative], Field(min_length=2, max_length=2)]
 Scalar = str | bool | int | float | None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,8 +16,11 @@ CORPORA = {  # Hub id, config and split of the texts that have a name: what is e
     "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "test"),
     "c4": ("allenai/c4", "en", "validation"),
 }
-PLACES = ("model", "output", "offload", "calibration", "evaluate")  # options that name files, directories or texts
+PLACES = ("model", "output", "calibration", "evaluate")  # options that name files, directories or texts
+# What a result has nothing of: whose scratch disk was used, and where its run published it, perhaps privately.
+UNTOLD = {"offload": None, "push_to_hub": None, "private": False}
 FACTS = ("removed", "healed")  # of a model that another one was made of, beside its name
+FURTHEST = 1e30  # from zero that a measured number may be: what is made of several must stay finite, too
 TASKS = "harness:"  # what begins so among the texts to evaluate on lists tasks
 
 
@@ -28,26 +32,27 @@ def shareable(report: dict[str, Any]) -> dict[str, Any]:
     """
     report = _printable(report)
     model, options = report["model"], report["options"]
-    kept = {value for value in (hub_id(model), options.get("push_to_hub")) if value}
+    kept = hub_id(model)
 
     def last(value: Any) -> Any:
         if isinstance(value, (list, tuple)):
             return [last(one) for one in value]
         if isinstance(value, str) and value.startswith(TASKS):
             return TASKS + ",".join(last(task) for task in value.removeprefix(TASKS).split(","))
-        local = isinstance(value, str) and ("/" in value or value.startswith("~")) and value not in kept
+        local = isinstance(value, str) and ("/" in value or value.startswith("~")) and value != kept
         return public_text(value) if local else value
 
     def called(value: Any) -> Any:
         """What is a place or a text: its name alone may be that of a person, whose home it is."""
         if isinstance(value, (list, tuple)):
             return [called(one) for one in value]
-        plain = not isinstance(value, str) or value in kept or value in CORPORA or value.startswith(TASKS)
+        plain = not isinstance(value, str) or value == kept or value in CORPORA or value.startswith(TASKS)
         return last(value) if plain else public_text(value)
 
     model["hub"] = hub_id(model) is not None
     model["name"], report["output"] = called(model["name"]), called(report["output"])
-    report["options"] = {name: (called if name in PLACES else last)(value) for name, value in options.items()}
+    told = options | {name: value for name, value in UNTOLD.items() if name in options}
+    report["options"] = {name: (called if name in PLACES else last)(value) for name, value in told.items()}
     if options.get("model") is not None:
         report["options"]["model"] = model["name"]
     if "parents" in report:
@@ -80,8 +85,11 @@ def shareable(report: dict[str, Any]) -> dict[str, Any]:
 def _printable(content: Any) -> Any:
     """A copy of something JSON-ready without characters that a page, a plot or a card cannot have.
 
-    Each text is one line: more would be headings and lists of their own in a card.
+    Each text is one line: more would be headings and lists of their own in a card. Numbers are as large as a report may
+    have them at most: the perplexity of a model that was ruined, or of a task with long words, may be 1e100.
     """
+    if isinstance(content, float) and math.isfinite(content):
+        return max(-FURTHEST, min(FURTHEST, content))
     if isinstance(content, str):
         return "".join(one if one.isprintable() else " " if one.isspace() else "\ufffd" for one in content)
     if isinstance(content, Mapping):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,25 +29,28 @@ def write_documents(directory: Path, report: dict[str, Any]) -> list[Path]:
     """Write plots/*.png, report.html, README.md and report.json; returns the paths of what was written.
 
     They are made as a whole, and written aside, before the first takes its name: a failure leaves those that were
-    there. A README.md that a person has edited since it was written here is left alone. Sets `report["card"]`, the
-    hash that tells, and `report["files"]`, those of everything that belongs to the result. Nothing that is written
-    names a place on this machine (`shareable`). Raises `OutputError` if the disk does not take them, or a name
-    is that of a file which the report does not list.
+    there. What a person has edited since it was written here, or has put there, is left alone. Sets `report["card"]`,
+    the hash that tells it of README.md, and `report["files"]`, those of everything that belongs to the result. Nothing
+    that is written names a place on this machine (`shareable`). Raises `OutputError` if the disk does not take them, or
+    a name is that of a file which the report does not list.
     """
     plots = {plot_path(name): inside(directory, plot_path(name)) for name in PLOTS}
     files = manifest(directory, report)
     others = {name for name in (*plots, PAGE) if name not in files and os.path.lexists(directory / name)}
     public = shareable(report)
-    made = plot_images(public)
+    drawn = plot_images(public)
+    made = dict(drawn)
     made[PAGE] = html_page(public).encode()
-    card = directory / CARD
-    if not _edited(card, report):
+    if not _edited(directory / CARD, report.get("card")):
         titles = [(plot.title, plot_path(name)) for name, plot in PLOTS.items() if plot_path(name) in made]
         made[CARD] = model_card(public, plots=titles).encode()
         report["card"] = digest_of_bytes(made[CARD])
     if (directory / REPORT).exists() and (taken := sorted(others.intersection(made))):
         raise OutputError(f"{directory / taken[0]} is none that a run of llm_snp wrote, and in its way; move it")
-    gone = {name: found for name, found in files.items() if name in plots and name not in made}
+    for name in [one for one in (*plots, PAGE) if one in made and files.get(one)]:
+        if _edited(directory / name, files[name]):
+            del made[name]
+    gone = {name: found for name, found in files.items() if name in plots and name not in drawn}
     old = set(gone).difference(*changed(directory, gone))
     files = {name: found for name, found in files.items() if name not in gone}
     files |= {name: digest_of_bytes(content) for name, content in made.items()}
@@ -87,11 +90,18 @@ def _remember_earlier(directory: Path) -> None:
         remember(directory, {"model": options.get("model")})
 
 
-def _edited(card: Path, report: dict[str, Any]) -> bool:
-    """Whether the card is not what was written here. One without a report beside it is of a run that was killed."""
-    with disk(card):
-        finished = card.exists() and card.with_name(REPORT).exists()
-        return finished and (not card.is_file() or digest(card) != report.get("card"))
+def kept(directory: Path, written: Sequence[Path]) -> list[Path]:
+    """The documents that are there and were not `written`, because they are not as they were."""
+    paths = [directory / name for name in (CARD, PAGE, *map(plot_path, PLOTS))]
+    return [path for path in paths if os.path.lexists(path) and path not in written]
+
+
+def _edited(path: Path, expected: str | None) -> bool:
+    """Whether a document is not what was written here. One without a report is of a run that was killed."""
+    with disk(path):
+        report = path.with_name(REPORT) if path.parent.name != FOLDER else path.parent.with_name(REPORT)
+        finished = path.exists() and report.exists()
+        return finished and (not path.is_file() or digest(path) != expected)
 
 
 def write_page(path: Path, report: dict[str, Any]) -> None:

@@ -214,13 +214,19 @@ def _results(raw: Mapping[str, Any]) -> dict[str, Any]:
             shots = raw["n-shot"].get(task)
             found[task] = {
                 "metrics": metrics,
-                "version": raw["versions"].get(task),
+                "version": _scalar(raw["versions"].get(task)),
                 "samples": count(task),
                 "num_fewshot": shots,
             }
             if inner.get(task):
                 found[task]["subtasks"] = list(inner[task])
     return found
+
+
+def _scalar(value: Any) -> str | int | float | None:
+    """A task's version as JSON has it: in YAML `2024-01-01` is a date, and a person may write a list."""
+    plain = value is None or isinstance(value, (str, int)) or _number(value) is not None
+    return value if plain else str(value)  # type: ignore[no-any-return]
 
 
 def _number(value: Any) -> float | None:

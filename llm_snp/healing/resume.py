@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..config import shares
-from ..errors import ResumeError
-from ..system.files import digest, disk
+from ..dense.readers import digests
+from ..errors import CheckpointError, ResumeError
+from ..result.carried import content_of
+from ..result.rewriting import Rewriting
+from ..system.files import digest, digest_of_bytes, disk
 from ..system.journal import DIGEST, Journal
 from ..system.manifest import JOURNAL, is_result, recall
 from ..system.workspace import STATES, Workspace, tidy
@@ -93,11 +97,30 @@ def inputs_of(options: HealConfig, pair: Pair) -> dict[Path, bool]:
     return dict.fromkeys([pair.student.directory, pair.teacher.directory, *pair.ancestors, *local], True)
 
 
-def memory_of(options: HealConfig, pair: Pair) -> dict[str, Any]:
-    """What the report does not say, because it is of this machine: that of the pruning, and what was asked for."""
+def identity_of(pair: Pair, rewriting: Rewriting) -> dict[str, str]:
+    """Hashes of what is read of both models. Raises `CheckpointError` if that cannot be read."""
+    student, teacher = pair.student, pair.teacher
+    found = {
+        "the hash of the result's config.json": digest_of_bytes(rewriting.settings),
+        "the hash of the result's tokenizer, templates and terms": rewriting.carried.digest,
+        "the hash of the teacher's config.json": digest_of_bytes(content_of(teacher.directory / "config.json")),
+    }
+    try:
+        for whose, model in (("result's", student), ("teacher's", teacher)):
+            found[f"the hash of the {whose} weights"] = digest(*model.checkpoint.files)
+    except OSError as error:
+        raise CheckpointError(f"{error.filename} cannot be read: {error.strerror}") from error
+    return found
+
+
+def memory_of(options: HealConfig, pair: Pair, read: Mapping[str, str]) -> dict[str, Any]:
+    """What the report does not say, because it is of this machine: that of the pruning, and what was asked for.
+
+    read: hashes of both models and the texts.
+    """
     places = {"DIR": pair.student.directory, "--teacher": pair.teacher.directory}
     asked = {name: str(directory.resolve()) for name, directory in places.items()}
-    return recall(pair.student.directory) | {"healing": {"llm_snp": __version__, **asked, **options.settings()}}
+    return recall(pair.student.directory) | {"healing": {"llm_snp": __version__, **asked, **options.settings(), **read}}
 
 
 def finished_before(options: HealConfig, pair: Pair) -> bool:
@@ -108,7 +131,8 @@ def finished_before(options: HealConfig, pair: Pair) -> bool:
     if not options.resume or not is_result(output) or (options.overwrite and not untidy):
         return False
     earlier = recall(output).get("healing")
-    for name, now in memory_of(options, pair)["healing"].items():
+    read = identity_of(pair, Rewriting(pair.student.directory)) | digests(shares(options.text))
+    for name, now in memory_of(options, pair, read)["healing"].items():
         before = earlier.get(name) if isinstance(earlier, dict) else None
         if before != now:
             raise ResumeError(

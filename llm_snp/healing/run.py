@@ -12,19 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import PruneConfig
+from ..config import PruneConfig, shares
 from ..dense.data import Windows, evaluation_windows
-from ..dense.readers import HUB_CORPORA
+from ..dense.readers import HUB_CORPORA, digests
 from ..documents.report import nodes, summary
-from ..errors import CheckpointError, CorpusError, HubError, OptionError, OutputError, first_line
+from ..errors import CorpusError, HubError, OptionError, OutputError, first_line
 from ..evaluation.harness import texts_of
 from ..evaluation.perplexity import Perplexity, perplexity_loaded, perplexity_of
 from ..pruning.job import output_of
-from ..result.carried import content_of
 from ..result.finishing import finish
 from ..result.rewriting import Rewriting
 from ..system.device import as_at_start, resolve_device
-from ..system.files import digest, digest_of_bytes, disk
+from ..system.files import disk
 from ..system.journal import Journal
 from ..system.keeping import kept_for_later
 from ..system.manifest import recall
@@ -35,7 +34,7 @@ from ..version import __version__
 from .options import SELF, HealConfig, command_line
 from .pair import Pair, find_pair, open_model, stored
 from .record import healed, label, labels, with_healing
-from .resume import States, finished_before, inputs_of, left, memory_of
+from .resume import States, finished_before, identity_of, inputs_of, left, memory_of
 from .text import material
 from .training import Heal, Schedule, Watch, adapted, computing
 
@@ -97,9 +96,11 @@ class _Healing:
             self.journal.expect(
                 "settings", {"llm_snp": __version__, **options.settings(), "number of processes": processes.count}
             )
-            self.journal.expect("models", processes.from_main(self._identity))
+            identity = processes.from_main(lambda: identity_of(pair, self.rewriting))
+            self.journal.expect("models", identity)
             processes.on_main(self._check_space)
         with progress.phase("text"):
+            self.read = identity | processes.from_main(lambda: digests(shares(options.text)))
             self.material = processes.from_main(
                 lambda: material(
                     options, self.schedule.steps * windows, self.length, student.tokenizer, pair.vocabulary
@@ -112,21 +113,6 @@ class _Healing:
             frozen = None if device.type == "cuda" else torch.float32
             self.teacher = teacher.load(frozen).to(device).requires_grad_(False)
             self.student = student.load(frozen if options.lora else torch.float32)
-
-    def _identity(self) -> dict[str, str]:
-        """Hashes of what is read of both models. Raises `CheckpointError` if that cannot be read."""
-        student, teacher = self.pair.student, self.pair.teacher
-        found = {
-            "the hash of the result's config.json": digest_of_bytes(self.rewriting.settings),
-            "the hash of the result's tokenizer, templates and terms": self.rewriting.carried.digest,
-            "the hash of the teacher's config.json": digest_of_bytes(content_of(teacher.directory / "config.json")),
-        }
-        try:
-            for whose, model in (("result's", student), ("teacher's", teacher)):
-                found[f"the hash of the {whose} weights"] = digest(*model.checkpoint.files)
-        except OSError as error:
-            raise CheckpointError(f"{error.filename} cannot be read: {error.strerror}") from error
-        return found
 
     def _check_space(self) -> None:
         """The result, and of the training the last state, the best one and the one that is being written."""
@@ -242,7 +228,7 @@ class _Healing:
             writer = self.rewriting.write(workspace.directory, tensors)
             open_model(workspace.directory)  # what was written must load
         report["notes"] += self.journal.rescued
-        finish(workspace, writer.files, report, memory_of(self.options, self.pair), self.progress)
+        finish(workspace, writer.files, report, memory_of(self.options, self.pair, self.read), self.progress)
         return summary(report).splitlines()
 
 

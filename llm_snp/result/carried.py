@@ -114,7 +114,7 @@ class Carried:
         self.directory = directory
         check_tokenizer_class(directory)
         found = [path for name in TOKENIZER_FILES if (path := directory / name).is_file()]
-        found += sorted((directory / TEMPLATES).glob("*.jinja"))
+        found += sorted(path for path in (directory / TEMPLATES).glob("*.jinja") if path.is_file())
         found += sorted(path for path in directory.iterdir() if _is_terms(path))
         self.files = {path.relative_to(directory).as_posix(): self._read(path) for path in found}
 

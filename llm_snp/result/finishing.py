@@ -6,11 +6,12 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from ..documents.writing import write_documents, write_report
+from ..documents.plots import PLOTS, plot_path
+from ..documents.writing import CARD, PAGE, write_documents, write_report
 from ..errors import OutputError
 from ..system.files import disk
 from ..system.libraries import explained
-from ..system.manifest import FILES, REPORT, remember
+from ..system.manifest import FILES, REPORT, list_in_partial, remember
 from ..system.progress import Progress
 from ..system.workspace import Workspace
 
@@ -32,6 +33,7 @@ def finish(
     anew = f"`python -m llm_snp report {shlex.quote(str(workspace.output))}` makes them anew"
     with disk(directory):  # of a run that came so far, and was gone on with: its documents are none of this report
         (directory / REPORT).unlink(missing_ok=True)
+        list_in_partial(directory, (CARD, PAGE, *map(plot_path, PLOTS)))
     try:
         with explained(lambda why: OutputError(f"the documents of the result cannot be made ({why}); {anew}")):
             write_documents(directory, report)

@@ -17,8 +17,10 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from ..dense.hub import check_token
 from ..documents.card import model_card, plots_of
+from ..documents.page import html_page
+from ..documents.plots import FOLDER, plot_images
 from ..documents.shareable import shareable
-from ..documents.writing import CARD, read_report
+from ..documents.writing import CARD, PAGE, read_report
 from ..errors import CheckpointError, HubError, OptionError
 from ..system.files import digest, digest_of_bytes
 from ..system.manifest import FILES, REPORT, changed, faults, manifest, some, strays
@@ -57,7 +59,8 @@ def push(directory: Path, repo: str, private: bool = False, overwrite: bool = Fa
 
     What a run wrote goes up, after it was checked against its hashes, and nothing else (`left_here` tells what that
     leaves). Hashes notice damage, they do not tell whose a result is: so the one file of code that goes up is this
-    version's, whatever the directory has under its name, and what names other code is refused. The repository is made
+    version's, whatever the directory has under its name, page and plots are made of the report anew (a page is what a
+    browser runs), and what names other code is refused. The repository is made
     if there is none, as a private one if `private`. With `overwrite` it has afterwards what the result consists of and
     nothing else. The card says how to load the model from there, unless a person has edited README.md, which then goes
     up as it is. `directory` itself is not changed.
@@ -119,10 +122,26 @@ def _files(directory: Path, report: dict[str, Any]) -> dict[str, Path | bytes]:
     other += [name for name in sorted(needed) if name.endswith(".safetensors") and not _opens(directory / name)]
     if wrong := faults(missing, other):
         raise CheckpointError(
-            f"{directory} is not as it was written: {wrong}; restore that, prune again, or, where only "
-            f"plots or the page are wrong, make them anew with `python -m llm_snp report {shlex.quote(str(directory))}`"
+            f"{directory} is not as it was written: {wrong}; restore that, prune again, or, where only plots or the "
+            f"page are wrong, move them and make new ones with `python -m llm_snp report {shlex.quote(str(directory))}`"
         )
-    return {name: directory / name for name in files} | _own_code(directory, config, files)
+    found = {name: directory / name for name in files} | _own_code(directory, config, files)
+    return found | _shown(directory, report, files)
+
+
+def _shown(directory: Path, report: dict[str, Any], files: Iterable[str]) -> dict[str, bytes]:
+    """Page and plots of the report, as far as the result has them: those that lie there may be a stranger's.
+
+    Raises `CheckpointError` for a plot of something that the report does not have.
+    """
+    public = shareable(report)
+    made = {**plot_images(public), PAGE: html_page(public).encode()}
+    if others := [name for name in files if name.startswith(f"{FOLDER}/") and name not in made]:
+        raise CheckpointError(
+            f"{directory} has {some(others)} in its report, but nothing that these would show; make its documents anew "
+            f"with `python -m llm_snp report {shlex.quote(str(directory))}`"
+        )
+    return {name: content for name, content in made.items() if name in files}
 
 
 def _own_code(directory: Path, config: dict[str, Any], files: Iterable[str]) -> dict[str, bytes]:

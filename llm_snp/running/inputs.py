@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,10 @@ def report_of(directory: Path) -> dict[str, Any] | None:
     return None
 
 
-def memory_of(job: Job) -> dict[str, Any]:
-    """What the report does not say, because it is of this machine: the options as given, and the model's place."""
+def memory_of(job: Job, read: Mapping[str, str]) -> dict[str, Any]:
+    """What the report does not say, because it is of this machine: the options as given, and the model's place.
+
+    read: hashes of what the run has read (`what_is_read`).
+    """
     model = job.options.model if job.from_hub or job.options.model is None else str(job.directory.resolve())
-    return {"options": dataclasses.asdict(job.options), "model": model}
+    return {"options": dataclasses.asdict(job.options), "model": model, "read": dict(read)}

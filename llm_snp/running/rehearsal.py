@@ -12,6 +12,8 @@ from ..dense.skeleton import Skeleton
 from ..documents.card import model_card
 from ..documents.page import html_page
 from ..documents.report import Report
+from ..documents.schema import fault
+from ..documents.shareable import shareable
 from ..errors import CheckpointError
 from ..evaluation.perplexity import Perplexity
 from ..pruning.job import Job
@@ -46,6 +48,8 @@ def rehearse(
             trial.evaluated(source, which, Perplexity(1.0, 0.0, count * (length - 1), count, length, windows.source))
     trial.finished(job.output, 0, {})
     data = trial.data
-    for text in (json.dumps(data, allow_nan=False), model_card(data), html_page(data)):
+    for text in (model_card(data), html_page(data), written := json.dumps(shareable(data), allow_nan=False)):
         text.encode()
+    if found := fault(json.loads(written)):  # what is written is what `report`, `push` and `heal` read
+        raise CheckpointError(f"{job.directory} would get a report that cannot be read ({found}); please tell us")
     return data

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
-from ..config import PruneConfig
+from ..config import PruneConfig, shares
 from ..dense.checkpoint import Checkpoint
 from ..dense.data import Windows
+from ..dense.readers import digests
 from ..documents.report import nodes
 from ..documents.shareable import command_line, shareable
 from ..documents.writing import read_report
@@ -59,11 +60,17 @@ def calibration_identity(calibration: Windows) -> dict[str, str]:
     return {"the hash of the calibration text's windows": calibration.sha256}
 
 
+def texts_read(options: PruneConfig) -> list[str]:
+    """The texts of a run, as they were given."""
+    return [*shares(options.texts), *texts_of(options.evaluate or ())]
+
+
 def finished_before(job: Job) -> dict[str, Any] | None:
     """The report of a result that is already there and was asked for with the same options, for --resume.
 
-    Raises `ResumeError` naming the first option that is another one. With --overwrite an earlier result is to be
-    replaced, unless the run that is gone on with has made it and was killed before it had tidied up.
+    Raises `ResumeError` naming the first option that is another one, or what was read and has changed since. With
+    --overwrite an earlier result is to be replaced, unless the run that is gone on with has made it and was killed
+    before it had tidied up.
     """
     options, output = job.options, job.output.resolve()
     untidy = (output / JOURNAL).exists()
@@ -90,6 +97,16 @@ def finished_before(job: Job) -> dict[str, Any] | None:
             raise ResumeError(
                 f"--resume: {job.output} is finished, and {_flag(name)} is {now[name]!r} now and was "
                 f"{earlier.get(name)!r} there; give another --output, or --overwrite"
+            )
+    if isinstance(read := recall(output).get("read"), dict):
+        checkpoint = Checkpoint(job.directory, job.family.renames)
+        found = model_identity(job, Carried(job.directory), checkpoint) | digests(texts_read(options))
+        for name in [name for name in {**read, **found} if read.get(name) != found.get(name)]:
+            if options.overwrite:
+                return None
+            raise ResumeError(
+                f"--resume: {job.output} is finished, and {name} is {found.get(name)!r} now and was {read.get(name)!r} "
+                "then: it is no result of what is there now; give another --output, or --overwrite"
             )
     # As the run itself gave it: the report in the file has names where the caller has paths.
     evaluation: dict[str, Any] = {}

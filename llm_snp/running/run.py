@@ -13,6 +13,7 @@ from ..dense.checkpoint import Checkpoint
 from ..dense.data import Windows
 from ..dense.hub import load_tokenizer
 from ..dense.mixture import fitted_and_unseen
+from ..dense.readers import digests
 from ..dense.skeleton import Skeleton
 from ..dense.storage import Storage, check_offload
 from ..dense.text import Text
@@ -37,7 +38,15 @@ from ..system.workspace import Workspace, check_space, known
 from .afterwards import afterwards, check_afterwards
 from .inputs import inputs_of, memory_of, report_of
 from .rehearsal import rehearse
-from .resume import again, calibration_identity, finished_before, kept_for_resume, model_identity, settings
+from .resume import (
+    again,
+    calibration_identity,
+    finished_before,
+    kept_for_resume,
+    model_identity,
+    settings,
+    texts_read,
+)
 
 
 def run(options: PruneConfig) -> dict[str, Any]:
@@ -118,7 +127,8 @@ class _Run:
             self.stored = stored_dtype(self.checkpoint)
             self.dtype = resolve_dtype(job.options.dtype, job.device, self.stored)
             self.journal.expect("settings", settings(job.options, self.dtype))
-            self.journal.expect("model", processes.from_main(lambda: model_identity(job, carried, self.checkpoint)))
+            identity = processes.from_main(lambda: model_identity(job, carried, self.checkpoint))
+            self.journal.expect("model", identity)
             self.tokenizer = load_tokenizer(job.directory)
             processes.on_main(lambda: carried.check(self.tokenizer))
             processes.on_main(self._check_space)
@@ -127,6 +137,7 @@ class _Run:
             # Nothing is measured yet, but whether the budget can be met at all is known already.
             check_budget(job.family, job.config, self.skeleton.blocks, job.options)
         with progress.phase("text"):
+            self.read = identity | processes.from_main(lambda: digests(texts_read(job.options)))
             self.calibration, self.evaluation = processes.from_main(self._read_text)
             self.journal.expect("calibration", calibration_identity(self.calibration))
 
@@ -191,7 +202,7 @@ class _Run:
 
     def _finish(self, writer: Writer, report: Report) -> dict[str, Any]:
         workspace = known(self.workspace)
-        finish(workspace, writer.files, report.data, memory_of(self.job), self.progress)
+        finish(workspace, writer.files, report.data, memory_of(self.job, self.read), self.progress)
         return report.data
 
     def _dense_perplexity(self, windows: Windows) -> Perplexity:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # what needs no tensors needs no torch
 
 CHUNK = 1 << 24
 UNFINISHED = ".llm_snp"  # at the end of names that are ours alone, so that no file of anybody else has one
+LONGEST_NAME = 255  # bytes, of all file systems in use
 AnyPath = TypeVar("AnyPath", bound=PurePath)
 
 
@@ -151,8 +152,14 @@ def written_aside(path: Path, replace: Callable[[], bool]) -> Iterator[Path]:
 
 
 def temporary(path: AnyPath) -> AnyPath:
-    """The name that a file has until it is whole; one that nobody else gives: what has it is removed."""
-    return path.with_name(f".{path.name}{UNFINISHED}")
+    """The name that a file has until it is whole; one that nobody else gives: what has it is removed.
+
+    Of a name that is too long with more around it, a hash: what a licence or a template is called, a stranger chose.
+    """
+    name = f".{path.name}{UNFINISHED}"
+    if len(os.fsencode(name)) > LONGEST_NAME:
+        name = f".{digest_of_bytes(os.fsencode(path.name))}{UNFINISHED}"
+    return path.with_name(name)
 
 
 def whole(path: AnyPath) -> AnyPath:

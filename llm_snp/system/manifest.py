@@ -28,6 +28,7 @@ WRITTEN = "written"  # in the journal: the names of what else a run has begun to
 ADVICE = "give the directory that a run of llm_snp has written"
 HASH = r"[0-9a-f]{32}"  # of a file, as `digest` writes it
 LISTED = 5  # at most so many names are in an error
+SHARD = re.compile(r"model-\d{5,}-of-\d{5,}\.safetensors")  # which an unfinished run has beside what it lists
 # What runs of versions that kept no list have written, by name.
 EARLIER = re.compile(
     r"config\.json|model-\d{5}-of-\d{5}\.safetensors|model\.safetensors\.index\.json|modeling_\w+\.py|README\.md|"
@@ -156,13 +157,16 @@ def _is_own(path: Path, directory: Path, expected: str | None) -> bool:
 
 
 def strays_of_partial(directory: Path) -> list[str]:
-    """The files in the directory of an unfinished run that no run wrote, by their names: it has no hashes yet."""
+    """The files in the directory of an unfinished run that no run wrote: it has no hashes yet, but a list.
+
+    Shards are known by their names.
+    """
     listed = {*_object(directory / JOURNAL / WRITTEN), REPORT, MEMORY, IGNORE}
+    known = listed | {temporary(PurePosixPath(name)).as_posix() for name in listed}
     others = []
     for name in names_in(directory):
-        names = {name, whole(PurePosixPath(name)).as_posix()}
-        known = names & listed or any(EARLIER.fullmatch(one) for one in names)
-        if not known or (directory / name).is_symlink():
+        shard = SHARD.fullmatch(whole(PurePosixPath(name)).as_posix())
+        if not (name in known or shard) or (directory / name).is_symlink():
             others.append(name)
     return others
 
@@ -222,11 +226,13 @@ def recall(directory: Path) -> dict[str, Any]:
 
     It names places and texts that are read, and those of a stranger's directory would be of his choice. So it is
     believed only in the directory in which it was written, by the number that this has in its file system, which
-    nobody can know beforehand: renamed, it keeps that.
+    nobody can know beforehand: renamed, it keeps that. And only of whoever runs this: another user of the machine knows
+    the number.
     """
     memory = _object(directory / MEMORY)
     try:
-        if memory.pop(PLACE, None) != directory.stat().st_ino:
+        mine = (directory / MEMORY).stat().st_uid == os.geteuid()
+        if memory.pop(PLACE, None) != directory.stat().st_ino or not mine:
             return {}
     except OSError:
         return {}
@@ -248,4 +254,4 @@ def _is_options(value: Any) -> bool:
     )
 
 
-_KINDS = {"options": _is_options, "model": _is_name, "healing": _is_options}
+_KINDS = {"options": _is_options, "model": _is_name, "healing": _is_options, "read": _is_options}

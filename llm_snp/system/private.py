@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,16 @@ from .plain import encodable
 
 # A text that is a path as a whole; words that begin with "/", as some tokens do, are none.
 PLACE = re.compile(
-    r"(/[^/\s<>{}]([^/\n<>{}]*[^/\s<>{}])?){2,}/?|~[\w.-]*/.*|\.\./.+|[A-Za-z]:[\\/].+|\\\\.+|(file|s3|gs|hdfs|dbfs|abfss?|smb|s?ftp|ssh):/.+",
+    r"(/[^/\s<>{}]([^/\n<>{}]*[^/\s<>{}])?){2,}/?|~[\w.-]*/.*|\.\./.+|[A-Za-z]:[\\/].+|\\\\.+|(file|s3|gs|hdfs|dbfs|abfss?|smb|s?ftp|ssh):/.+"
+    r"|(?!https?:)[A-Za-z][\w+.-]*://.+|[\w.@-]+:/[^/\s].*|\$\w+/.*|\$\{\w+\}/.*|%\w+%\\.*",
     re.DOTALL,
 )
-# Anywhere in a line: homes of people, a name and password of a URL, tokens of the Hub.
-SECRET = re.compile(r"(/|\\)(home|Users)\1[^/\\\s]|(^|[\s\"'=:])/root/\S|\w://[^/\s@]*:[^/\s@]+@|\bhf_[A-Za-z0-9]{30,}")
+# Anywhere in a line: homes of people, a name and password of a URL, tokens of services.
+SECRET = re.compile(
+    r"(/|\\)(home|Users)\1[^/\\\s]|(^|[\s\"'=:])/root/\S|\w://[^/\s@]*:[^/\s@]+@|"
+    # Tokens of the Hub, GitHub, GitLab, OpenAI, AWS and Slack.
+    r"\bhf_[A-Za-z0-9]{30,}|\b(gh[pousr]_|github_pat_|glpat-|sk-|AKIA|xox[abps]-)[\w-]{16,}"
+)
 LINE = 300  # characters at most; what is longer is a text that may speak of such things
 # Whatever the Hub says of it, nothing else can be a repository there: user/name, or one of the old ones without a user.
 HUB_ID = re.compile(r"([\w.-]+/)?[\w.-]+")
@@ -32,14 +39,27 @@ def is_private(text: str) -> bool:
 
 
 def public_name(path: Path) -> str:
-    """What a file or directory is called where that is published; a home, which has the name of a person, "home"."""
+    """What a file or directory is called where that is published; a home, which has the name of a person, "home".
+
+    So is what has the name of whoever runs this, as `/scratch/ann` on a cluster.
+    """
     try:
         real = path.expanduser().resolve()
-        if str(real.parent) in HOMES or real == Path.home().resolve():
+        if str(real.parent) in HOMES or real == Path.home().resolve() or real.name in _names():
             return HOME
     except (OSError, RuntimeError, ValueError):  # nobody has that name, or there is no home; a circle of links; no path
         pass
     return path.name or str(path)
+
+
+def _names() -> set[str]:
+    """What whoever runs this is called on the machine."""
+    names = {os.environ[name] for name in ("USER", "LOGNAME") if os.environ.get(name)}
+    with suppress(ImportError, KeyError):  # not on Windows; a container may have no name for a number
+        import pwd
+
+        names.add(pwd.getpwuid(os.geteuid()).pw_name)
+    return names
 
 
 def public_text(given: str) -> str:

@@ -15,12 +15,11 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ..errors import OutputError
-from .files import disk, size
+from .files import disk, size, write_text
 from .manifest import JOURNAL, REPORT, empty_partial, has_report, is_result, remove_own, some, strays, strays_of_partial
+from .owned import LOCK, OWNER, REPLACES, has_owner, is_ours, was_put_aside
 
 PARTIAL = ".partial"
-LOCK = "lock"
-OWNER = "owner"
 BLOCKS = "block-*.json"
 STATES = "state-*.json"  # of a training
 # Records that cost nothing: what a later run is compared with (`Journal.expect`).
@@ -74,7 +73,7 @@ class Workspace:
 
     def _take_over(self, resume: bool) -> None:
         """What an interrupted run left: go on with it, refuse to throw it away, or throw it away."""
-        if not self.output.exists() and is_result(_aside(self.output)):
+        if not self.output.exists() and was_put_aside(self.journal, _aside(self.output)):
             # That run was killed while the result was about to take the place of an earlier one.
             os.rename(_aside(self.output), self.output)
             check_output(self.output, self._overwrite)
@@ -87,7 +86,7 @@ class Workspace:
                 "to start anew"
             )
         self.resumed = resume and any(self.journal.glob("*.json"))
-        (self.journal / OWNER).write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+        write_text(self.journal / OWNER, f"process {os.getpid()} on {socket.gethostname()}")
         if not resume:
             self._empty()
 
@@ -117,6 +116,7 @@ class Workspace:
         with disk(self.output):
             try:
                 if self.output.exists():
+                    write_text(self.journal / REPLACES, str(self.output.stat().st_ino))
                     os.rename(self.output, old)
                 os.rename(self.directory, self.output)
             except BaseException:
@@ -154,9 +154,19 @@ def tidy(output: Path) -> None:
     What someone else has put into the earlier one stays, under the name that it has by then.
     """
     output = output.resolve()
-    if (output / JOURNAL).exists() and is_result(output):
+    journal = output / JOURNAL
+    if not (is_result(output) and has_owner(output)):  # a stranger's folder, or a person's, may have that name
+        return
+    if was_put_aside(journal, _aside(output)):
         remove_own(_aside(output))
-        shutil.rmtree(output / JOURNAL, ignore_errors=True)
+    with suppress(OSError):
+        for path in journal.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name != OWNER:
+                path.unlink(missing_ok=True)
+        (journal / OWNER).unlink(missing_ok=True)  # the last: it says whose the rest is
+        journal.rmdir()
 
 
 def check_output(output: Path, overwrite: bool) -> None:
@@ -166,7 +176,7 @@ def check_output(output: Path, overwrite: bool) -> None:
         if os.path.ismount(resolved):
             raise OutputError(f"--output {output} is a mount point, which cannot be replaced; give a directory in it")
         partial = resolved.with_name(resolved.name + PARTIAL)
-        if os.path.lexists(partial) and not _is_ours(partial):
+        if os.path.lexists(partial) and not is_ours(partial):
             raise OutputError(f"{partial} is in the way and not from llm_snp; remove it, or give another --output")
         parent = next(path for path in resolved.parents if path.exists())
         if not parent.is_dir():
@@ -182,9 +192,8 @@ def check_output(output: Path, overwrite: bool) -> None:
             if not overwrite:
                 raise OutputError(f"--output {output} holds an earlier result; give another directory, or --overwrite")
         # A run that was killed within `finish` leaves one, which the next run puts back or removes.
-        killed = (resolved / JOURNAL).exists() if resolved.exists() else partial.exists()
         aside = _aside(resolved)
-        if not killed or not (is_result(aside) or _is_empty(aside)):
+        if not was_put_aside((resolved if resolved.exists() else partial) / JOURNAL, aside):
             _check_aside(aside)
 
 
@@ -197,25 +206,6 @@ def check_partial(output: Path) -> None:
             f"{partial}, where an unfinished run is kept, has files that no run of llm_snp wrote ({some(others)}); "
             "move them, or give another --output"
         )
-
-
-def _is_ours(partial: Path) -> bool:
-    """Whether a run has made it: it says whose it is, or was killed before it had done so and has nothing in it.
-
-    Nothing in its journal may be a link: all of that is written to, or removed.
-    """
-    journal = partial / JOURNAL
-    if any(path.is_symlink() for path in (partial, journal, *journal.rglob("*"))) or not partial.is_dir():
-        return False
-    if (journal / OWNER).is_file():
-        return True
-    found = [*partial.iterdir(), *(journal.iterdir() if journal.is_dir() else ())]
-    return all(path in (journal, journal / LOCK) for path in found)
-
-
-def _is_empty(directory: Path) -> bool:
-    """Whether there is nothing but folders in it."""
-    return directory.is_dir() and all(path.is_dir() and not path.is_symlink() for path in directory.rglob("*"))
 
 
 def _check_aside(aside: Path) -> None:

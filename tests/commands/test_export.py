@@ -90,6 +90,13 @@ def test_the_types(kind: str, bits: float, shell: Shell, tmp_path: Path) -> None
     assert tensors["blk.1.attn_norm.weight"].tensor_type.name == "F32"
 
 
+def test_a_name_that_loaders_look_for_is_refused(shell: Shell, own: Path) -> None:
+    """transformers takes `model.safetensors` before the shards, and the result would not load any more."""
+    before = sorted(own.rglob("*"))
+    assert "taken for a part of the model" in refused(shell, own, "--gguf", own / "model.safetensors")
+    assert sorted(own.rglob("*")) == before
+
+
 def test_over_a_file_only_if_told(shell: Shell, result: Path) -> None:
     Path("there.gguf").write_bytes(b"GGUF of before")
     assert "exists; give another name, or --overwrite" in refused(shell, result, "--gguf", "there.gguf")

@@ -125,6 +125,22 @@ def test_what_is_asked_of_the_hub(
         assert found == rows[: expected["rows"]]
 
 
+@pytest.mark.parametrize(("source", "repository"), [("wikitext2", "Salesforce/wikitext"), ("c4", "allenai/c4")])
+@pytest.mark.parametrize("purpose", ["calibration", "evaluation"])
+def test_a_directory_that_is_called_like_the_hub_s_dataset_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, repository: str, purpose: str
+) -> None:
+    """datasets prefers it, and before version 4 runs a script in it: the working directory may be a stranger's."""
+    place = tmp_path / repository
+    place.mkdir(parents=True)
+    (place / f"{place.name}.py").write_text("raise SystemExit('a stranger has run this')")
+    (place / "rows.jsonl").write_text('{"text": "Not what is on the Hub."}\n' * 20)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CorpusError, match="is in the way of the Hub's dataset") as error:
+        list(documents(source, purpose))
+    assert str(place) in str(error.value)
+
+
 def test_hub_and_raw_file_give_the_same_windows(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tokenizer: Any
 ) -> None:

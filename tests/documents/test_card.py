@@ -266,7 +266,9 @@ def test_no_local_path_gets_out(report: dict[str, Any]) -> None:
         "model": "/home/ann/models/tiny",
         "calibration": "/data/my text.txt",
         "evaluate": ["/home/ann/test.txt", "harness:arc_easy,/home/ann/own.yaml"],
-        "push_to_hub": "ann/tiny",
+        "push_to_hub": "ann/secret-plans",
+        "private": True,
+        "offload": "/scratch/ann",
         "output": "../out/tiny-snp-30",
         "seed": 1,
     }
@@ -277,11 +279,14 @@ def test_no_local_path_gets_out(report: dict[str, Any]) -> None:
     card, shared = model_card(report), shareable(report)
     assert report == before
     for text in (card, json.dumps(shared)):
-        assert not any(part in text for part in ("/home", "/data", "../out", "models/", "hf_secret"))
+        assert not any(
+            part in text
+            for part in ("/home", "/data", "../out", "models/", "hf_secret", "secret-plans", "scratch", "--private")
+        )
     (command,) = (line for line in card.splitlines() if line.startswith("python -m"))
     assert command.startswith("python -m llm_snp tiny --sparsity 0.3 --output tiny-snp-30 --calibration 'my text.txt' ")
     assert " --seed 1 " in command
-    assert " --evaluate test.txt --evaluate harness:arc_easy,own.yaml --push-to-hub ann/tiny" in command
+    assert " --evaluate test.txt --evaluate harness:arc_easy,own.yaml" in command
     assert list(shared["evaluation"]) == ["test.txt", "test.txt (2)"]
     assert shared["options"]["evaluate"] == ["test.txt", "harness:arc_easy,own.yaml"]
     assert shareable(shared) == shared

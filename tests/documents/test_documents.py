@@ -25,6 +25,7 @@ from llm_snp.documents.plots import PLOTS, figures, plot_images
 from llm_snp.documents.report import block_line
 from llm_snp.documents.writing import read_report, write_documents
 from llm_snp.errors import CheckpointError
+from llm_snp.system.manifest import changed, manifest
 
 pytestmark = pytest.mark.documents
 
@@ -593,10 +594,31 @@ def test_the_command_makes_the_documents_of_a_result_anew(
     assert f"result   {shell.output}\n" in out
     assert held_out.name in page.read_text()
 
-    (shell.output / "README.md").write_text("Mine.\n")
+    mine = [shell.output / name for name in ("README.md", "report.html", "plots/kept.png")]
+    for path in mine:
+        path.write_text("Mine.\n")
     code, out, _ = shell.run("report", shell.output)
     assert code == 0
-    assert f"kept     {shell.output / 'README.md'}, which is not as it was written\n" in out
+    assert [path.read_text() for path in mine] == ["Mine.\n"] * 3
+    for path in mine:
+        assert f"kept     {path}, which is not as it was written\n" in out
+        assert f"written  {path}\n" not in out
+        path.unlink()
+    assert "kept     " not in shell.run("report", shell.output)[1]
+    assert changed(shell.output, manifest(shell.output)) == ([], [])
+
+
+@pytest.mark.parametrize("name", ["report.html", "plots/kept.png"])
+def test_what_a_report_merely_names_is_not_written_over(shell: Shell, result: Path, name: str) -> None:
+    """A report may be a stranger's, laid over the files of whoever opens it."""
+    report = json.loads((result / "report.json").read_text())
+    report["files"][name] = "0" * 32
+    (result / "report.json").write_text(json.dumps(report))
+    (result / name).parent.mkdir(exist_ok=True)
+    (result / name).write_text("years of work")
+    write_documents(result, read_report(result) | {"notes": ["another"]})
+    assert (result / name).read_text() == "years of work"
+    assert read_report(result)["notes"] == ["another"]
 
 
 def test_the_command_writes_only_the_page_where_it_is_asked_to(shell: Shell, tmp_path: Path, result: Path) -> None:

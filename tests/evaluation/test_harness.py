@@ -145,6 +145,18 @@ def test_word_perplexity_is_that_of_the_logits(dense: Path, found: dict[str, Any
     assert found["small_text"]["samples"] == 24
 
 
+@pytest.mark.parametrize(
+    ("written", "version"),
+    [("2024-01-01", "2024-01-01"), ("[1, 2]", "[1, 2]"), (".nan", "nan"), ("3", 3), ("v3", "v3")],
+)
+def test_a_version_of_any_kind_can_stand_in_a_report(
+    dense: Path, task: Callable[..., Path], written: str, version: Any
+) -> None:
+    """Of YAML's dates and lists JSON, or whoever reads the report, knows nothing, hours later."""
+    result = json.loads(json.dumps(evaluate(dense, task(version=written), limit=2)))
+    assert result["small_choice"]["version"] == version
+
+
 def test_exact_match_is_that_of_what_the_model_writes(dense: Path, task: Callable[..., Path]) -> None:
     model, tokenizer = load(dense), load_tokenizer(dense)
     file = task("writing")

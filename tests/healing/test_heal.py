@@ -26,9 +26,11 @@ from llm_snp.healing import training
 from llm_snp.healing.options import HealConfig, command_line
 from llm_snp.healing.pair import find_pair
 from llm_snp.healing.record import label
-from llm_snp.healing.run import _full, _Healing
+from llm_snp.healing.resume import identity_of
+from llm_snp.healing.run import _full
 from llm_snp.healing.training import Watch, adapted
 from llm_snp.result.rewriting import Rewriting
+from llm_snp.system.files import digest_of_bytes
 from llm_snp.system.manifest import changed, manifest
 
 pytestmark = [pytest.mark.cpu]
@@ -293,13 +295,30 @@ def test_what_happens_while_it_trains_costs_nothing(
 
 def test_models_that_are_others_by_now(heal: Healer, pruned: Path, tmp_path: Path) -> None:
     options = HealConfig(str(pruned), ("x",), 1)
-    run = object.__new__(_Healing)
-    run.pair, run.rewriting = find_pair(options), Rewriting(pruned)
-    before = run._identity()
-    run.rewriting.settings += b" "
-    changed = {name for name, value in run._identity().items() if value != before[name]}
+    pair, rewriting = find_pair(options), Rewriting(pruned)
+    before = identity_of(pair, rewriting)
+    rewriting.settings += b" "
+    changed = {name for name, value in identity_of(pair, rewriting).items() if value != before[name]}
     assert changed == {"the hash of the result's config.json"}
     assert "the hash of the teacher's config.json" in before
+
+
+def test_what_was_read_is_another_by_now(heal: Healer, pruned: Path, corpus: Path, tmp_path: Path) -> None:
+    """DIR was pruned anew, say: what was healed of the former one is not what the same command would give now."""
+    result, text = copied(pruned, tmp_path / "result"), tmp_path / "text.txt"
+    text.write_text(corpus.read_text())
+    options = ("--text", text, "--no-evaluate", "--resume")
+    assert heal(result, *options)[0] == 0
+    assert heal(result, *options)[1] == "healed is finished already\n"
+    text.write_text(text.read_text() + "a")
+    assert f"healed is finished, and the hash of {text} is '" in heal.refused(result, *options)
+    text.write_text(corpus.read_text())
+    report = report_of(result)
+    settings = (result / "config.json").read_bytes() + b" "
+    (result / "config.json").write_bytes(settings)
+    report["files"]["config.json"] = digest_of_bytes(settings)
+    (result / "report.json").write_text(json.dumps(report))
+    assert "healed is finished, and the hash of the result's config.json is '" in heal.refused(result, *options)
 
 
 def test_a_report_of_an_earlier_version_is_read_without_its_places(pruned: Path, tmp_path: Path, dense: Path) -> None:

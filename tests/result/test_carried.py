@@ -225,6 +225,13 @@ def test_a_link_out_of_the_directory_does_not_travel(shell: Shell, dense: Path, 
     assert message.startswith(f"{directory / name} is a link out of the model's directory")
 
 
+def test_a_pipe_among_the_templates_is_not_waited_for(dense: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(dense, tmp_path / "model"))
+    (model / "additional_chat_templates").mkdir()
+    os.mkfifo(model / "additional_chat_templates" / "endless.jinja")
+    assert Carried(model).files == Carried(dense).files
+
+
 def test_links_of_the_hubs_cache_are_followed(dense: Path, tmp_path: Path) -> None:
     snapshot, blobs = tmp_path / "snapshots" / "abc", tmp_path / "blobs"
     snapshot.mkdir(parents=True)
@@ -303,6 +310,17 @@ TOKEN = "hf_" + "aB3" * 11
         "saved at /home/ann",
         "run by \\Users\\ann",
         "https://ann:password@host/x",
+        "nfs://server/ann",
+        "az://bucket/ann",
+        "gpu17.corp.example.com:/export/ann",
+        "ann@gpu17:/export/ann",
+        "$HOME/x",
+        "${SCRATCH}/ann",
+        "%USERPROFILE%\\x",
+        "ghp_" + "aB3" * 12,
+        "glpat-" + "aB3" * 7,
+        "sk-proj-" + "aB3" * 7,
+        "AKIA" + "ABC3" * 4,
         f"token={TOKEN}",
         TOKEN,
     ],
@@ -317,7 +335,19 @@ def test_places_people_and_tokens_do_not_travel(text: str, dense: Path, tmp_path
     assert card_metadata(directory) == {"license": "other", "tags": ["good"]}
 
 
-@pytest.mark.parametrize("text", ["/think /no_think", "/ a / b", "</s>", "a/b", "https://a.b/c:d@e", "hf_short"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "/think /no_think",
+        "/ a / b",
+        "</s>",
+        "a/b",
+        "https://a.b/c:d@e",
+        "hf_short",
+        "a:b",
+        "a task-specific-instruction-model",
+    ],
+)
 def test_what_only_looks_like_a_place_travels(text: str) -> None:
     assert without_code({"a": text}) == {"a": text}
 

@@ -99,6 +99,11 @@ def test_elsewhere_a_result_does_not_know_where_its_model_is(home: Path, tmp_pat
     for wrong in ({"model": "a\0b"}, {"model": ["a"]}, {"options": []}, {"options": {"evaluate": [5]}}, {"other": "x"}):
         remember(copy, wrong)
         assert recall(copy) == {}
+    remember(copy, recall(home / "out" / "tiny-30"))
+    with pytest.MonkeyPatch.context() as patch:  # another user of the machine, who knows the directory's number
+        patch.setattr(os, "geteuid", lambda: (copy / MEMORY).stat().st_uid + 1)
+        assert recall(copy) == {}
+    assert recall(copy)
     shutil.rmtree(copy / ".cache")
     assert dense_of(copy, read_report(copy)) == "./tiny"
     (copy / MEMORY).parent.mkdir(parents=True)
@@ -176,3 +181,6 @@ def test_a_home_directory_is_not_called_by_the_name_of_who_lives_there(
     assert default_output(PruneConfig(str(home))) == Path("home-snp-30")
     assert public_name(Path("/home/ann")) == public_name(Path("/Users/ann/")) == "home"
     assert public_name(Path("/home/ann/x")) == "x"
+    monkeypatch.setenv("USER", "bob")
+    assert public_name(Path("/scratch/bob")) == "home"
+    assert public_name(Path("/scratch/bob/x")) == "x"

@@ -82,6 +82,18 @@ def test_the_code_that_goes_up_is_ours(hub: HubServer, result: Path) -> None:
     assert json.loads(files["report.json"])["files"]["modeling_snp.py"] == digest_of_bytes(own)
 
 
+def test_the_page_and_the_plots_that_go_up_are_ours(hub: HubServer, result: Path) -> None:
+    """A page is what a browser runs, and a stranger's would go up under another name."""
+    own = {name: (result / name).read_bytes() for name in ("report.html", "plots/kept.png")}
+    for name in own:
+        claimed(result, name, b"<script>alert(document.domain)</script>")
+    push(result, REPO)
+    files = hub.repositories[REPO].files
+    assert {name: files[name] for name in own} == own
+    listed = json.loads(files["report.json"])["files"]
+    assert {name: listed[name] for name in own} == {name: digest_of_bytes(content) for name, content in own.items()}
+
+
 @pytest.mark.parametrize(
     ("name", "field"),
     [
@@ -102,11 +114,11 @@ def test_settings_that_name_other_code_do_not_go_up(
 
 
 @pytest.mark.parametrize(
-    "name", ["tokenization_evil.py", "pytorch_model.bin", "custom_generate/generate.py", "note.txt"]
+    "name", ["tokenization_evil.py", "pytorch_model.bin", "custom_generate/generate.py", "note.txt", "plots/evil.png"]
 )
 def test_files_of_a_kind_that_no_run_writes_do_not_go_up(hub: HubServer, result: Path, name: str) -> None:
     claimed(result, name, b"import evil")
-    assert f"has {name} in its report, which no run" in refusal(CheckpointError, REPO, directory=result)
+    assert f"has {name} in its report, " in refusal(CheckpointError, REPO, directory=result)
     assert not hub.repositories
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
-from conftest import LENGTH, SAMPLES, Shell, weight_files
+import torch
+from conftest import LENGTH, SAMPLES, Prune, Shell, save, tiny_opt, weight_files
 from hub_server import USER, HubServer
 
+from llm_snp.documents.report import Report
 from llm_snp.documents.writing import read_report
 from llm_snp.errors import DiskFullError
 from llm_snp.evaluation import speed
@@ -69,6 +72,24 @@ def test_what_would_fail_is_known_before_the_work(
     assert message in shell.refused(dense, *flags)
 
 
+def test_a_report_that_could_not_be_read_is_known_before_the_work(
+    shell: Shell, dense: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What `report`, `push` and `heal` would refuse then is asked of a rehearsed one."""
+    monkeypatch.setattr("llm_snp.running.run.decide", None)  # is not reached
+    whole = Report.finished
+
+    def finished(report: Report, *arguments: Any) -> None:
+        whole(report, *arguments)
+        report.data["seconds"] = {"prune": -1.0}
+
+    monkeypatch.setattr(Report, "finished", finished)
+    message = shell.refused(dense)
+    assert (
+        "would get a report that cannot be read (seconds.prune: input should be greater than or equal to 0" in message
+    )
+
+
 def test_a_task_that_is_not_there_is_known_before_the_work(
     shell: Shell, dense: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -111,6 +132,19 @@ def test_a_result_survives_ctrl_c_while_it_is_timed(shell: Shell, dense: Path, m
     assert code == 0, err
     assert "speed" in report(shell)
     assert "prefill, ms" in out
+
+
+def test_a_report_of_a_model_that_knows_nothing_can_be_read(
+    shell: Shell, prune: Prune, tmp_path: Path, held_out: Path
+) -> None:
+    """Its perplexity is beyond 1e30, which `report`, `push` and `heal` took for damage."""
+    model = tiny_opt()
+    with torch.no_grad():
+        model.model.decoder.final_layer_norm.weight.mul_(1e4)
+    found = prune(save(model, tmp_path / "dense"), shell.output, evaluate=(str(held_out),))
+    assert found["evaluation"][str(held_out)]["dense"]["perplexity"] > 1e30
+    assert read_report(shell.output)["evaluation"][held_out.name]["dense"]["perplexity"] == 1e30
+    assert shell.run("report", shell.output)[0] == 0
 
 
 @pytest.mark.parametrize(

@@ -35,8 +35,9 @@ from llm_snp.result.assembly import PrunedBlocks
 from llm_snp.result.writer import Writer
 from llm_snp.running.run import run
 from llm_snp.system.manifest import REPORT
+from llm_snp.system.owned import LOCK, OWNER
 from llm_snp.system.signals import ended_by_signals
-from llm_snp.system.workspace import JOURNAL, LOCK, OWNER
+from llm_snp.system.workspace import JOURNAL
 
 pytestmark = pytest.mark.cpu
 
@@ -625,6 +626,34 @@ def test_resume_of_what_is_finished(runs: Runs, dense: Path, held_out: Path) -> 
     runs.model = Path(shutil.copytree(dense, runs.shell.directory / "model"))
     assert f"and the model is '{runs.model}' now and was '{dense}' there" in runs.refused("--resume")
     assert state_of(runs.output) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda model, text: one_weight(model), "the hash of the model's weights"),
+        (lambda model, text: edit_json(model / "config.json", lambda c: c.update(note=1)), "the model's config.json"),
+        (lambda model, text: text.write_text(text.read_text().replace("a", "e")), "the hash of {text}"),
+    ],
+)
+def test_resume_of_what_is_finished_and_was_made_of_others(
+    runs: Runs, dense: Path, text: Path, change: Callable[[Path, Path], None], what: str
+) -> None:
+    """The same command, but what it names is not what it was: an earlier result is none of it."""
+    runs.model = Path(shutil.copytree(dense, runs.shell.directory / "model"))
+    own = runs.shell.directory / "own.txt"
+    own.write_text(text.read_text())
+    flags = ("--calibration", own)
+    assert runs(*flags)[0] == 0
+    before = state_of(runs.output)
+    assert "is finished already" in runs("--resume", *flags)[2]
+    change(runs.model, own)
+    found = runs.refused("--resume", *flags)
+    assert found.startswith(f"--resume: {runs.output} is finished, and ")
+    assert what.format(text=own) in found
+    assert state_of(runs.output) == before
+    assert runs("--overwrite", "--resume", *flags)[0] == 0
+    assert "is finished already" in runs("--resume", *flags)[2]
 
 
 def test_resume_over_a_finished_result_of_another_command(runs: Runs) -> None:
