@@ -14,7 +14,8 @@ from ..config import PruneConfig
 from ..core.allocation import ALLOCATIONS, SiteCurve, allocate, allocate_alike
 from ..core.orders import NEEDS_NONNEGATIVE
 from ..errors import OptionError
-from ..families import ATTENTION, MLP, SHARED, Attention, Family, Site, dropped
+from ..families import ATTENTION, EXPERTS, MLP, SHARED, Attention, Family, Site, dropped
+from .kinds import allocate_mixed
 from .layers import allocate_both, allocate_layers, layer_curves, removable
 from .steps import Step, why_steps
 
@@ -105,7 +106,9 @@ class Plan:
 
 def check_order(family: Family, config: Any, options: PruneConfig) -> None:
     """Raise `OptionError` if the order cannot rank the units of some site, before anything is loaded."""
-    sites = {site for index in _blocks(config) for site in family.prunable(config, options.attention, index)}
+    sites = {
+        site for index in _blocks(config) for site in family.prunable(config, options.attention, index, options.experts)
+    }
     for site in sorted(sites, key=lambda site: site.name):
         by_direction = site.name == ATTENTION and site.unit == "heads" and options.attention == "dims"
         if options.order in NEEDS_NONNEGATIVE and not (site.nonnegative or by_direction):
@@ -131,7 +134,7 @@ def block_curves(family: Family, config: Any, index: int, block: nn.Module, opti
     """Those of one block."""
     attention = family.attention(config, index) if options.attention == "dims" else None
     curves = []
-    for site in family.prunable(config, options.attention, index):
+    for site in family.prunable(config, options.attention, index, options.experts):
         if site.name == ATTENTION and attention is not None:
             curves += direction_curves(family, index, block, site, attention, options)
             continue
@@ -144,12 +147,12 @@ def unit_curve(
 ) -> SiteCurve:
     """A site of a block counted in whole units."""
     multiple = options.round_to if site.unit in ("neurons", SHARED) else 1
-    if site.experts:
+    if site.experts and site.unit != EXPERTS:
         multiple = math.lcm(multiple, EXPERT_MULTIPLE)
     multiple = min(multiple, site.units)
     cost = family.unit_cost(block, site)
     only = family.stock_counts(config, site) if options.format == "stock" and site.name == ATTENTION else None
-    return SiteCurve(index, site.name, site.unit, site.units, cost, multiple, least=site.parts, only=only)
+    return SiteCurve(index, site.name, site.unit, site.units, cost, multiple, least=site.least, only=only)
 
 
 def direction_curves(
@@ -233,6 +236,8 @@ def make_plan(
         counts, curves = allocate_layers(by, layers, asked, options.whole_blocks), layers
     elif options.structures == "both" and by == "loss":
         curves, counts = allocate_both(curves, layers, asked)
+    elif any(curve.site == EXPERTS for curve in curves):
+        curves, counts = allocate_mixed(curves, asked, options.alike)
     else:
         _check_removable(options, sum(curve.removable for curve in curves), base)
         counts = (allocate_alike if options.alike else allocate)(by, curves, asked)
@@ -263,8 +268,9 @@ def planned(
             beside += sum(p.numel() for p in block.parameters()) - bases[index]
             continue
         alone = {curve.site for curve in curves if curve.block == index and kept[index][curve.unit] == 0}
-        sites = family.prunable(config, options.attention, index) if alone else ()
-        beside += sum(family.beside_cost(block, site) for site in sites if site.name in alone)
+        for site in family.prunable(config, options.attention, index, options.experts):
+            beside += family.beside_cost(block, site) if site.name in alone else 0
+            beside += family.router_row(block, site) * (site.experts - kept[index].get(EXPERTS, site.experts))
     return Plan(tuple(kept), tuple(curves), by, asked, sum(gone), sum(bases), options.alike, beside, structures)
 
 
