@@ -24,14 +24,14 @@ from ..families import Site
 from .session import Session
 from .weights import State
 
-# Products of outputs that are held of the tokens of all processes: of E experts 4 E² bytes for each, of which there are
-# so many, evenly spread over the text. That is every token of 2 million with 8 experts, and 8192 with 128.
-ROUTING_BYTES = 1 << 29
+# Of so many tokens, evenly spread over the text, all experts are run and the products of their outputs held, or of as
+# many as fit: 4 E² bytes each, which are 8192 tokens of 128 experts.
+ROUTING_TOKENS, ROUTING_BYTES = 1 << 15, 1 << 29
 
 
 def tokens_between(experts: int, tokens: int) -> int:
     """Every how-manieth of so many calibration tokens is looked at."""
-    return ceil(4 * experts**2 * tokens / ROUTING_BYTES)
+    return ceil(tokens / max(1, min(ROUTING_TOKENS, ROUTING_BYTES // (4 * experts**2))))
 
 
 def tokens_looked_at(experts: int, tokens: int) -> int:

@@ -225,6 +225,8 @@ def operations(sizes: _Sizes, options: PruneConfig) -> dict[str, float]:
         if site.experts and options.experts in ("whole", "both"):
             looked_at = tokens_looked_at(site.experts, sizes.tokens)
             each = 6 * d * m + 2 * d * (site.experts + options.needs_gradient * d)  # run it, and multiply what it gives
+            until = sizes.until[site.name] - 3 * d * _working(site, sizes)  # a pass ends in front of the experts
+            found["forward"] += (measures + pruned) * sizes.tokens * (2 * until + scores)
             found["order"] += (measures + pruned) * looked_at * site.experts * each
         by_neuron = site.unit != EXPERTS
         collected = measures * by_neuron + pruned * (1 + by_direction)

@@ -22,10 +22,10 @@ from llm_snp.dense.data import Windows, evaluation_windows
 from llm_snp.dense.hub import load_tokenizer
 from llm_snp.dense.skeleton import empty_model, linear_blocks
 from llm_snp.dense.stream import Stream
-from llm_snp.errors import OptionError
+from llm_snp.errors import CheckpointError, OptionError
 from llm_snp.evaluation.perplexity import perplexity_loaded, perplexity_streamed
 from llm_snp.families import EXPERTS, FAMILIES, MLP, family_of
-from llm_snp.pruning.experts import with_experts
+from llm_snp.pruning.experts import tokens_between, tokens_looked_at, with_experts
 from llm_snp.pruning.plan import empty_curves, trial_plan
 
 pytestmark = pytest.mark.skipif(not MIXTURES, reason="this transformers does not have experts as they are needed")
@@ -289,6 +289,16 @@ def test_pruned_again(name: str, then: str, prune: Prune, tmp_path: Path, ids: t
     assert torch.isfinite(logits(model, ids)).all()
 
 
+def test_how_many_tokens_are_looked_at(prune: Prune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of few, and otherwise some that are spread evenly, of many experts the fewer."""
+    assert [tokens_between(8, count) for count in (24_576, 32_768, 262_144)] == [1, 1, 8]
+    assert [tokens_looked_at(count, 262_144) for count in (8, 64, 128, 256)] == [32_768, 32_768, 8192, 2048]
+    assert tokens_looked_at(99_999, 100) == 1
+    monkeypatch.setattr("llm_snp.pruning.experts.ROUTING_TOKENS", 50)
+    report = prune(save_tiny("mixtral", tmp_path / "dense"), tmp_path / "out", 0.3, **WHOLE, samples=8)
+    assert report["sparsity"]["achieved"] == pytest.approx(0.3, abs=0.04)
+
+
 def test_what_is_refused(prune: Prune, shell: Shell, dense: Path, tmp_path: Path) -> None:
     directory = save_tiny("mixtral", tmp_path / "dense")
     for given, said in (
@@ -299,6 +309,13 @@ def test_what_is_refused(prune: Prune, shell: Shell, dense: Path, tmp_path: Path
     ):
         with pytest.raises(OptionError, match=said):
             prune(directory, tmp_path / "out", **given)
+    save_pruned("mixtral", [{}, {EXPERTS: 2}, {}], tmp_path / "parent")
+    file = tmp_path / "parent" / "config.json"
+    fields = json.loads(file.read_text())
+    fields["block_widths"][1][EXPERTS] = 1
+    file.write_text(json.dumps(fields))
+    with pytest.raises(CheckpointError, match=r"block_widths of block 1 in .* has 1 experts, expected 2 to 4"):
+        prune(tmp_path / "parent", tmp_path / "out")
     said = shell.refused(dense, "--experts", "whole")
     assert said.startswith("--experts whole is for mixtures of experts, and models of type 'opt' are none")
 
