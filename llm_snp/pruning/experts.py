@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..core.linalg import strips
 from ..core.routing import PART_BYTES, Removal, Routing, remove
+from ..core.stopwatch import timed
 from ..dense.skeleton import run_block
 from ..dense.stream import Stream
 from ..dense.taps import Taps
@@ -60,13 +61,15 @@ def removal_of(
             run_block(block, hidden, call)
         x = taps.input(site.holder)[::step]
         for rows in strips(len(x), max(1, PART_BYTES // (4 * site.experts * x.shape[1]))):
-            every = x.new_ones(len(x[rows]), 1)
-            outputs = torch.stack([expert(x[rows], every) for expert in experts])
-            logits = F.linear(x[rows], router.weight)
-            parts.append(Routing.of(logits, outputs, sensitivity, site.picked, mixture.divides(session.config)))
+            with timed("order"):
+                every = x.new_ones(len(x[rows]), 1)
+                outputs = torch.stack([expert(x[rows], every) for expert in experts])
+                logits = F.linear(x[rows], router.weight)
+                parts.append(Routing.of(logits, outputs, sensitivity, site.picked, mixture.divides(session.config)))
     generator = torch.Generator().manual_seed(session.options.seed + 1_000_003 * index)
     assert order is not None
-    found = remove(Routing.cat(parts), session.processes.sum, order, generator)
+    with timed("order"):
+        found = remove(Routing.cat(parts), session.processes.sum, order, generator)
     if not torch.isfinite(found.loss).all():
         raise NumericalError(
             f"outputs of the experts at {site.holder} of block {index} overflow the type they are computed in; "

@@ -249,7 +249,7 @@ def test_tables_travel(group: Group, prune: Prune, text: Path, tmp_path: Path, m
 
 
 @pytest.mark.skipif("qwen2_moe" not in KNOWN, reason="this transformers does not have experts as they are needed")
-@pytest.mark.parametrize("mode", ["neurons", "whole", "both"])
+@pytest.mark.parametrize("mode", ["whole", "both"])
 def test_experts_of_several_processes(group: Group, prune: Prune, text: Path, tmp_path: Path, mode: str) -> None:
     dense = save_tiny("qwen2_moe", tmp_path / "dense")
     prune(dense, tmp_path / "one", samples=8, experts=mode)
