@@ -178,8 +178,9 @@ class Family:
         Where query heads went alone, each of those that are left has a copy of its keys and values when it attends.
         """
         widths, attention = self.widths(config, kept, index), self.attention(config)
+        of_mlp = {unit: widths[unit] for unit in ("neurons", EXPERTS, SHARED) if unit in widths}
         if not widths["heads"]:  # nobody reads what it has, and some divide by it
-            widths = self.whole(config, index) | {"neurons": widths["neurons"]}
+            widths = self.whole(config, index) | of_mlp
         site = next(site for site in self.sites(config) if site.name == ATTENTION)
         of = heads_of(config)
         shared = of.keys == 1 < site.units  # the heads that go are query heads
@@ -188,9 +189,8 @@ class Family:
         name = next((name for name in KEY_HEADS if hasattr(config, name)), None)
         fields = {"num_attention_heads": heads} | ({} if name is None else {name: read})
         head_dim = {"head_dim": of.width if attention is None else attention.kernel_width(widths)}
-        for unit in ("neurons", EXPERTS, SHARED):
-            if unit in widths:
-                fields |= self.stock[unit](config, widths[unit], index) or {}
+        for unit, count in of_mlp.items():
+            fields |= self.stock[unit](config, count, index) or {}
         return fields | head_dim
 
     def stock_counts(self, config: Any, site: Site) -> tuple[int, ...]:

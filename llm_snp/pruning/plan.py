@@ -208,7 +208,8 @@ def _check_removable(options: PruneConfig, most: int, base: int) -> None:
         )
     if options.sparsity * base > most:
         raise OptionError(
-            f"--sparsity {options.sparsity:g} would leave a block empty; with one unit left everywhere at most "
+            f"--sparsity {options.sparsity:g} would leave a block empty; with one unit left everywhere"
+            f"{', of experts as many as work on a token,' if options.experts == 'whole' else ''} at most "
             f"{int(1000 * most / base) / 1000:g} can be removed from this model{_with(options)}: lower it"
         )
 

@@ -305,7 +305,7 @@ def test_what_is_refused(prune: Prune, shell: Shell, dense: Path, tmp_path: Path
         ({"experts": "whole", "method": "snp"}, "--order zca ranks what a single layer reads, and an expert is three"),
         ({"order": "reap"}, "--order reap ranks whole experts only, .* --experts whole and --attention none"),
         ({"order": "reap", "experts": "whole"}, "--order reap ranks whole experts only"),
-        ({"sparsity": 0.6, **WHOLE}, "would leave a block empty|at most"),
+        ({"sparsity": 0.6, **WHOLE}, "with one unit left everywhere, of experts as many as work on a token, at most"),
     ):
         with pytest.raises(OptionError, match=said):
             prune(directory, tmp_path / "out", **given)
