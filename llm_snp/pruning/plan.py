@@ -62,13 +62,15 @@ class Plan:
         taken = [
             priorities[curve.kept_counts.index(self.kept[curve.block][curve.unit]) - 1]
             for curve, priorities in zip(self.curves, ALLOCATIONS[self.made_by](self.curves), strict=True)
-            if self.kept[curve.block][curve.unit] < curve.units
+            if self.kept[curve.block][curve.unit] < curve.units and curve.site != EXPERTS
         ]
         cut = max(taken, default=0.0)
+        experts = sum(curve.units - self.kept[curve.block][EXPERTS] for curve in self.curves if curve.site == EXPERTS)
+        first = f"{experts} whole experts go, of all numbers the one that loses least, and " if experts else ""
         return {
             "uniform": "every site gives the same share",
             "variance": f"every site drops the longest tail with at most {cut:.3g} of its variance (τ)",
-            "loss": f"units go in order of loss per parameter, over all sites, up to {cut:.3g}",
+            "loss": f"{first}units go in order of loss per parameter, over all sites, up to {cut:.3g}",
         }[self.made_by]
 
     @property
@@ -76,10 +78,9 @@ class Plan:
         gone = [curve for curve in self.curves if self.kept[curve.block][curve.unit] == 0]
         sites = ", ".join(f"{sum(curve.site == site for curve in gone)} {site}" for site in (ATTENTION, MLP))
         blocks = len(self.kept) - len(self.left)
-        how = {
-            "uniform": "spread over the depth",
-            "loss": "those without which least is lost per parameter",
-        }[self.made_by]
+        how = {"uniform": "spread over the depth", "loss": "those without which least is lost per parameter"}[
+            self.made_by
+        ]
         rest = ", and units in order of loss per parameter of what stays" if self.structures == "both" else ""
         return f"layers go as a whole, {how}: {sites}, with them {blocks} whole blocks{rest}"
 

@@ -260,6 +260,11 @@ def test_experts_and_neurons_of_the_others(
     assert all(block["neurons"] % 8 == 0 for block in kept)
     assert any(block["neurons"] < 96 for block in kept)
     assert len({str(block) for block in kept}) == 1 or format == "auto"
+    gone = sum(5 - block[EXPERTS] for block in kept)
+    why = f"{gone} whole experts go, of all numbers the one that loses least, and units go in order of loss"
+    assert report["plan"]["why"].startswith(
+        why if format == "auto" else "of all plans that are the same in every block"
+    )
     model = load(tmp_path / "out")
     assert type(model).__module__.startswith("transformers.models.") or format == "auto"
     assert model.num_parameters() == report["model"]["parameters_pruned"]
