@@ -1,21 +1,19 @@
 #!/usr/bin/env python3
-"""What it costs to remove whole experts of a mixture, and neurons of all of them: the same number of parameters each.
+"""What it costs to remove whole experts of a mixture, neurons of all of them, or both: the same number of parameters.
 
     python benchmarks/experts.py mixtral-wiki-2m --calibration train.txt --evaluate wikitext2 --gone 2 4 --json out.json
 
-Whole experts go as the tools there are take them: the same number in every block, with their rows of the router, and
-nothing is repaired; at random, or those of the least mean over their tokens of routing weight times norm of the output
-(REAP, arXiv 2510.13999). The other rows are runs of llm_snp that remove as many linear parameters. Perplexity of each
-on every corpus, and seconds of choosing and pruning. One checkpoint, one set of calibration windows; the dense model is
-evaluated once.
+Every row is a run of llm_snp. Two take whole experts as the tools there are do it, the same number in every block and
+without a repair: at random, or those of the least mean over their tokens of routing weight times norm of the output
+(REAP, arXiv 2510.13999). The others remove as many linear parameters as these. Perplexity of each on every corpus, and
+seconds of choosing and pruning. One checkpoint, one set of calibration windows; the dense model is evaluated once.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
+import dataclasses
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,67 +22,35 @@ import torch
 from perplexity import aligned, check_files, code_state, markdown_table, provenance, write_json
 from quality import Bench
 from quality_results import Row
-from torch import Tensor, nn
 from transformers.utils import logging
 
 from llm_snp import SnpError
 from llm_snp.cli import BAD_INPUT
-from llm_snp.dense.experts import Experts
-from llm_snp.dense.skeleton import Skeleton, run_block
-from llm_snp.dense.stream import Stream
-from llm_snp.dense.taps import Taps
 from llm_snp.errors import OptionError
 from llm_snp.system.progress import Progress
 
 # Seeds of the experts that go at random: their perplexities are averaged.
 DRAWS = 3
-NEURONS: dict[str, Any] = {"method": "best", "attention": "none"}
-ROWS = (
-    Row("llm_snp", "best: neurons, and what goes of the attention", {"method": "best"}),
-    Row("llm_snp", "best: neurons", NEURONS),
-    Row("llm_snp", "neurons, as many in every block (stock)", {**NEURONS, "allocation": "uniform", "format": "stock"}),
-    Row("llm_snp", "neurons, each expert fitted to its own output", {**NEURONS, "target": "self"}),
-    Row("llm_snp", "neurons, fitted to the dense output by shares", {**NEURONS, "target": "dense"}),
-    Row("llm_snp", "neurons, no repair", {**NEURONS, "target": "none"}),
+NEURONS, WHOLE, BOTH = (
+    {"method": "best", "attention": "none", "experts": mode} for mode in ("neurons", "whole", "both")
 )
-
-
-def without(skeleton: Skeleton, left: Sequence[Tensor]) -> Skeleton:
-    """A model of which each block has only the experts `left` (k,) long, and the router chooses among them."""
-
-    def load_block(index: int, *args: Any) -> nn.Module:
-        block: Any = skeleton.load_block(index, *args)
-        block.mlp.gate.weight = nn.Parameter(block.mlp.gate.weight[left[index]], requires_grad=False)
-        block.mlp.experts = Experts(block.mlp.experts[i] for i in left[index].tolist())
-        return block
-
-    found = copy.copy(skeleton)
-    found.load_block = load_block  # type: ignore[method-assign]
-    return found
-
-
-@torch.no_grad()
-def saliency(skeleton: Skeleton, windows: Tensor) -> list[Tensor]:
-    """REAP's score (experts,) of each block: the mean over an expert's tokens of the norm of what it adds."""
-    stream, scores = Stream(skeleton, windows), []
-    for index, state in skeleton.block_states(range(len(skeleton))):
-        block: Any = skeleton.load_block(index, state)
-        names = [f"mlp.experts.{expert}.down_proj" for expert in range(len(block.mlp.experts))]
-        total, count = torch.zeros(2, len(names), dtype=torch.float64)
-        for rows, hidden, call in stream.batches(index):
-            with Taps(block, outputs=names) as taps:
-                output = run_block(block, hidden, call)
-            for expert, name in enumerate(names):
-                total[expert] += taps.output(name).norm(dim=1).sum(dtype=torch.float64).cpu()
-                count[expert] += len(taps.output(name))
-            stream.put(rows, output)
-        scores.append(total / count.clamp_min(1))
-    return scores
-
-
-def least(scores: Sequence[Tensor], gone: int) -> list[Tensor]:
-    """The experts that are left of each block, ascending, when the `gone` lowest scores go."""
-    return [score.argsort(stable=True)[gone:].sort().values for score in scores]
+AS_OTHERS = {**WHOLE, "allocation": "uniform", "target": "none"}
+RANDOM = Row("llm_snp", "experts at random", {**AS_OTHERS, "order": "random"})
+ROWS = (
+    Row("llm_snp", "experts, REAP", {**AS_OTHERS, "order": "reap"}),
+    Row("llm_snp", "experts, no repair", {**WHOLE, "target": "none"}),
+    Row("llm_snp", "experts", WHOLE),
+    Row("llm_snp", "experts, as many in every block (stock)", {**WHOLE, "format": "stock"}),
+    Row("llm_snp", "neurons, no repair", {**NEURONS, "target": "none"}),
+    Row("llm_snp", "neurons", NEURONS),
+    Row("llm_snp", "neurons, as many in every block (stock)", {**NEURONS, "format": "stock"}),
+    Row("llm_snp", "experts and neurons, no repair", {**BOTH, "target": "none"}),
+    Row("llm_snp", "experts and neurons, each expert fitted to its own output", {**BOTH, "target": "self"}),
+    Row("llm_snp", "experts and neurons, fitted to the dense output by shares", {**BOTH, "target": "dense"}),
+    Row("llm_snp", "experts and neurons", BOTH),
+    Row("llm_snp", "experts and neurons, as many in every block (stock)", {**BOTH, "format": "stock"}),
+    Row("llm_snp", "best: experts, neurons, and what goes of the attention", {"method": "best"}),
+)
 
 
 def measured(bench: Bench, gone: int, progress: Progress) -> dict[str, Any]:
@@ -97,23 +63,11 @@ def measured(bench: Bench, gone: int, progress: Progress) -> dict[str, Any]:
     )
     share, experts = gone * of_experts / base, sites[0].experts
     found: dict[str, Any] = {}
-    draws = []
-    for seed in range(DRAWS):
-        generator = torch.Generator().manual_seed(seed)
-        scores = [torch.rand(experts, generator=generator) for _ in sites]
-        draws.append(bench.perplexity(without(skeleton, least(scores, gone)))["perplexity"])
-    found["experts at random"] = {
-        "perplexity": {name: sum(draw[name] for draw in draws) / DRAWS for name in draws[0]},
-        "draws": draws,
-        "achieved": share,
-    }
-    progress.say(f"{gone} experts at random: {found['experts at random']['perplexity']}")
-    began = time.perf_counter()
-    scores = saliency(skeleton, bench.calibration.tokens)
-    seconds = {"choose": round(time.perf_counter() - began, 3)}
-    result = bench.perplexity(without(skeleton, least(scores, gone)))
-    found["experts, REAP"] = result | {"achieved": share, "seconds": seconds}
-    progress.say(f"{gone} experts, REAP: {result['perplexity']}")
+    options = bench.options(RANDOM, share)
+    draws = [bench.measure(dataclasses.replace(options, seed=seed), least_influence=False) for seed in range(DRAWS)]
+    mean = {name: sum(draw["perplexity"][name] for draw in draws) / DRAWS for name in bench.corpora}
+    found[RANDOM.name] = {"perplexity": mean, "achieved": draws[0]["achieved"], "draws": draws}
+    progress.say(f"{gone} experts at random: {mean}")
     for row in ROWS:
         found[row.name] = bench.measure(bench.options(row, share), least_influence=False)
         progress.say(f"{share:.1%}, {row.name}: {found[row.name].get('perplexity') or found[row.name]['error']}")
@@ -146,9 +100,9 @@ def page(data: dict[str, Any]) -> str:
     of, versions = data["calibration"], ", ".join(f"{name} {version}" for name, version in data["versions"].items())
     return (
         f"# Experts of {data['model']['name']}\n\nPerplexity on {corpora}, calibrated on {of['windows']} windows of "
-        f"{of['sequence_length']} tokens of {of['source']}, seed {of['seed']}; at random the mean of {DRAWS} draws. "
-        "Experts go without a repair, in every block as many; the other rows remove as many linear parameters. "
-        "Seconds: choosing and pruning, by column.\n\n"
+        f"{of['sequence_length']} tokens of {of['source']}, seed {of['seed']}; at random the mean of {DRAWS} draws, "
+        "which go without a repair, in every block as many, as with REAP; the other rows remove as many linear "
+        "parameters. Seconds: choosing and pruning, by column.\n\n"
         f"{table(data, markdown=True)}\n\n{data['date']}, {versions}, code {data['code']}.\n\n    {data['command']}\n"
     )
 

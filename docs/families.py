@@ -74,7 +74,7 @@ def source(row: LlamaLike) -> str:
             found, "block_widths = None\n", f"block_widths = None\n\n\nas_in_files(Snp{row.classes}Config)\n"
         )
         beside = ", `shared` ones" if row.mixture.shared else ""
-        found = _replaced(found, "`neurons`", f"`neurons` of each\n    expert{beside}")
+        found = _replaced(found, "`neurons`", f"`neurons` of each\n    of the `experts`{beside}")
     if row.hands_on:
         options = OPTIONS.format(hands_on=row.hands_on)
         found = _replaced(found, "\n\n\n_narrow =", f"\n{options}\n\n_narrow =")

@@ -21,10 +21,13 @@ DAMPING = 2e-2
 MOST_DAMPING = 1e6
 # The names of what `core.orders.ORDERS` and `core.allocation.ALLOCATIONS` do.
 ORDERS = ("zca", "saw", "energy", "loo", "random", "wanda", "leverage", "i-spasp", "greedy")
+# Whole experts are ranked otherwise than what a single layer reads (`core.routing`), and one way is theirs alone.
+EXPERT_ORDERS = ("greedy", "reap", "random")
 ALLOCATIONS = ("uniform", "variance", "loss")
 # What the repair refits a layer to; `none` leaves the remaining weights as they are.
 TARGETS = ("self", "dense", "residual", "none")
 ATTENTION_MODES = ("heads", "queries", "dims", "both", "none")
+EXPERT_MODES = ("neurons", "whole", "both")
 FORMATS = ("auto", "blockwise", "stock")
 STRUCTURES = ("units", "layers", "both")
 SENSITIVITIES = ("relative", "scalar", "fisher")
@@ -42,11 +45,25 @@ HELD_OUT = 8
 CALIBRATION = ("wikitext2", "c4")
 
 # The combination that lost least in the ablation of benchmarks/quality.py.
-BEST = {"order": "greedy", "allocation": "loss", "target": "residual", "attention": "both", "structures": "units"}
+BEST = {
+    "order": "greedy",
+    "allocation": "loss",
+    "target": "residual",
+    "attention": "both",
+    "experts": "both",
+    "structures": "units",
+}
 # A method is a name for a combination of choices, each of which can also be made on its own.
 METHODS: dict[str, dict[str, str]] = {
     # Subspace Node Pruning as its paper has it (arXiv 2405.17506).
-    "snp": {"order": "zca", "allocation": "variance", "target": "self", "attention": "heads", "structures": "units"},
+    "snp": {
+        "order": "zca",
+        "allocation": "variance",
+        "target": "self",
+        "attention": "heads",
+        "experts": "neurons",
+        "structures": "units",
+    },
     "best": BEST,
     # The loop of Pruning Everything, Everywhere, All at Once (arXiv 2506.04513), each candidate made as `best` is.
     "everything": BEST | {"structures": "both"},
@@ -132,11 +149,13 @@ class PruneConfig:
     seed: int = option(0, "seed of everything random")
     method: str = option(
         "best",
-        "preset for order, allocation, target, attention and structures; everything is best in steps, each of which "
-        "takes a layer or as many parameters of units, whichever leaves the hidden states more alike",
+        "preset for order, allocation, target, attention, experts and structures; everything is best in steps, each "
+        "of which takes a layer or as many parameters of units, whichever leaves the hidden states more alike",
         tuple(METHODS),
     )
-    order: str | None = option(None, "which units stay", ORDERS)
+    order: str | None = option(
+        None, "which units stay (reap: of whole experts only)", (*ORDERS, *sorted(set(EXPERT_ORDERS) - set(ORDERS)))
+    )
     allocation: str | None = option(None, "how much each layer gives", ALLOCATIONS)
     target: str | None = option(
         None,
@@ -149,6 +168,12 @@ class PruneConfig:
         "remove whole heads, single query heads where several read one key/value head (queries), directions inside all "
         "heads (dims), whichever of these loses least in each block (both), or leave the attention as it is (none)",
         ATTENTION_MODES,
+    )
+    experts: str | None = option(
+        None,
+        "of a mixture of experts remove neurons, as many of all experts of a block (neurons), whole experts with their "
+        "rows of the router (whole), or whatever of the two loses less (both)",
+        EXPERT_MODES,
     )
     sensitivity: str = option(
         "fisher",

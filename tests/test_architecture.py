@@ -20,7 +20,7 @@ MODULES = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path i
 CORE = sorted(name for name in MODULES if name.startswith("core/"))
 MODELING = sorted(name for name in MODULES if name.startswith("modeling/"))
 # What the descriptions of families are written in.
-VOCABULARY = {f"families/{name}" for name in ("sites", "attention", "base", "grouped", "left", "mixture")}
+VOCABULARY = {f"families/{name}" for name in ("sites", "attention", "base", "checks", "grouped", "left", "mixture")}
 FAMILY_FILES = sorted(name for name in MODULES if name.startswith("families/"))
 
 

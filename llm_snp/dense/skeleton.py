@@ -261,6 +261,8 @@ def computing(config: Any) -> Any:
     config = copy.deepcopy(config)
     config._attn_implementation = None
     config.output_attentions = config.output_hidden_states = False
+    if hasattr(config, "output_router_logits"):
+        config.output_router_logits = False
     config.return_dict = True
     return config
 

@@ -275,7 +275,8 @@ def _steps(report: dict[str, Any]) -> str:
 
 def _how_it_was_made(report: dict[str, Any]) -> str:
     options, calibration = report["options"], report["calibration"]
-    choices = ", ".join(f"{name} `{options[name]}`" for name in ("order", "target", "attention"))
+    named = ["order", "target", "attention"] + ["experts"] * (options.get("experts", "neurons") != "neurons")
+    choices = ", ".join(f"{name} `{options[name]}`" for name in named)
     made = (
         f"With {choices}, allocation `{report['plan']['allocation']}`; calibrated on {calibration['windows']} windows "
         f"of {calibration['sequence_length']} tokens of {_named(calibration)}, seed {report['seed']}. The plan: "

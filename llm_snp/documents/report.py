@@ -22,7 +22,7 @@ from ..dense.hub import card_metadata
 from ..evaluation.harness import harness_rows
 from ..evaluation.perplexity import Perplexity
 from ..evaluation.speed_table import speed_table
-from ..families import SCORES, SHARED, dropped
+from ..families import EXPERTS, SCORES, SHARED, dropped
 from ..pruning.executor import BlockLoss
 from ..pruning.job import Job
 from ..pruning.order import TOKENS_PER_NEURON
@@ -90,8 +90,8 @@ class Report:
         if self.again:
             self.data["parents"] = [] if before is None else parents(before)
         blocks = range(job.config.num_hidden_layers)
-        sites = [site for index in blocks for site in job.family.prunable(job.config, options.attention, index)]
-        widest = max(site.units * site.group for site in sites)
+        sites = [site for index in blocks for site in job.sites(index)]
+        widest = max(site.columns for site in sites)
         if calibration.tokens.numel() < widest:
             self.note(
                 f"{calibration.tokens.numel()} calibration tokens for layers of up to {widest} inputs: the repair "
@@ -146,13 +146,16 @@ class Report:
             )
 
     def block(self, index: int, losses: BlockLoss) -> None:
-        """What pruning block `index` did. What query and key lose is part of the attention's error: no `lost` there."""
+        """What pruning block `index` did.
+
+        What query and key lose is part of the attention's error, and what experts lose of the MLP's: no `lost` there.
+        """
         curves = {c["site"]: c for c in self.data["plan"]["curves"] if c["block"] == index}
         kept = self.data["plan"]["kept"][index]
         entry: dict[str, Any] = {"block": index}
         for site, curve in curves.items():
             gone = dropped(kept)  # without a look at what it gave
-            result, whole = losses.get(site), None if site == SCORES or gone else 0.0
+            result, whole = losses.get(site), None if site in (SCORES, EXPERTS) or gone else 0.0
             entry[site] = {
                 "unit": curve["unit"],
                 "units": curve["units"],

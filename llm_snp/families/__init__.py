@@ -19,10 +19,11 @@ from .base import OF_PRUNED, Family
 from .gguf import GGUF, Gguf, Positions, positions_of
 from .left import check_widths, dropped, fewer_blocks, first_attentions
 from .llama_like import LLAMA_LIKE
-from .sites import MLP, SHARED, Rows, Site, linear, parameters_of
+from .sites import EXPERTS, MLP, SHARED, Rows, Site, linear, parameters_of
 
 __all__ = [
     "ATTENTION",
+    "EXPERTS",
     "FAMILIES",
     "FREE",
     "GGUF",

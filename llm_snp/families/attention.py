@@ -52,6 +52,7 @@ class Shape:
     neurons  of the MLP, or of each expert
     alone    query heads in all, where some of them went alone; None where as many read each key/value head
     experts  of a block with several MLPs, of which a router picks some for each token; 0 where there is one
+    picked   how many of them
     shared   neurons of the MLP that all tokens go through beside the experts; 0 where there is none
     """
 
@@ -62,6 +63,7 @@ class Shape:
     neurons: int
     alone: int | None = None
     experts: int = 0
+    picked: int = 0
     shared: int = 0
 
 

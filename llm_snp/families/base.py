@@ -1,4 +1,4 @@
-"""A model family as data, and the checks that the descriptions share."""
+"""A model family as data."""
 
 from __future__ import annotations
 
@@ -7,44 +7,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
-from transformers.activations import ACT2FN
 
-from ..errors import UnsupportedModelError
 from .attention import ATTENTION, KEY_HEADS, Attention, Shape, heads_of, shape_of
 from .left import dropped
 from .mixture import Mixture
-from .sites import SHARED, Rows, Site, linear, parameters_of
-
-
-def check_config(config: Any, *sizes: str) -> None:
-    """Raise `UnsupportedModelError` if one of the fields `sizes` is no size, or the activation none that is known."""
-    for name in ("hidden_size", "num_hidden_layers", "vocab_size", *sizes):
-        value = getattr(config, name)
-        if not isinstance(value, int) or value < 1:
-            raise UnsupportedModelError(f"{name} is {value!r} in config.json; it must be a whole number of at least 1")
-    for name in ("activation_function", "hidden_act", "hidden_activation", "activation"):
-        function = getattr(config, name, None)
-        if function is not None and function not in ACT2FN:
-            raise UnsupportedModelError(f"{name} {function!r} in config.json is none that transformers has")
-
-
-def whole_heads(*sizes: str) -> Callable[[Any], None]:
-    """For `Family.check`: heads that share the model's width, and the fields `sizes`."""
-
-    def check(config: Any) -> None:
-        check_config(config, "num_attention_heads", *sizes)
-        check_multiple(config, "hidden_size", "num_attention_heads")
-
-    return check
-
-
-def check_multiple(config: Any, whole: str, part: str) -> None:
-    """Raise `UnsupportedModelError` unless one field is a multiple of another."""
-    if getattr(config, whole) % getattr(config, part):
-        raise UnsupportedModelError(
-            f"{whole} {getattr(config, whole)} is not a multiple of {part} {getattr(config, part)}"
-        )
-
+from .sites import EXPERTS, SHARED, Rows, Site, linear, parameters_of
 
 # What the config of a pruned model has of its own (`result.assembly.result_config`), and what names its class.
 OF_PRUNED = (
@@ -133,6 +100,7 @@ class Family:
             scores=left.get("head_dim", 2 * left["pairs"] if "pairs" in left else dense.scores),
             values=left.get("head_dim", left.get("values", dense.values)),
             neurons=left.get("neurons", dense.neurons),
+            experts=left.get(EXPERTS, dense.experts),
             shared=left.get("shared", dense.shared),
             alone=left.get("queries"),
         )
@@ -153,10 +121,16 @@ class Family:
         shape = self.shape(config, index)
         return None if shape.alone is not None or not shape.keys * shape.queries else self.inside(config, shape)
 
-    def prunable(self, config: Any, attention: str | None, index: int | None = None) -> tuple[Site, ...]:
-        """The sites of a block that `--attention` lets be pruned; `queries` counts the attention in query heads."""
+    def prunable(
+        self, config: Any, attention: str | None, index: int | None = None, experts: str | None = None
+    ) -> tuple[Site, ...]:
+        """The sites of a block that `--attention` and `--experts` let be pruned, in the units that these say.
+
+        `queries` counts the attention in query heads, `whole` a mixture in experts.
+        """
         queries = self.queries(config, index) if attention == "queries" else None
         sites = (queries if queries and site.name == ATTENTION else site for site in self.sites(config, index))
+        sites = (site.by_expert if experts == "whole" and site.experts else site for site in sites)
         return tuple(site for site in sites if attention != "none" or site.name != ATTENTION)
 
     def queries(self, config: Any, index: int | None = None) -> Site | None:
@@ -189,7 +163,8 @@ class Family:
 
     def _widths(self, config: Any, kept: Mapping[str, int], shape: Shape) -> dict[str, int]:
         attention = self.inside(config, shape)
-        whole = {site.unit: site.units for site in self.layout(config, shape)}
+        sites = self.layout(config, shape)
+        whole = {site.unit: site.units for site in (*sites, *(site.by_expert for site in sites if site.experts))}
         directions = {} if attention is None else attention.widths(kept)
         queries = kept.get("queries", shape.alone)
         fewer = queries is not None and queries < shape.keys * shape.queries
@@ -203,8 +178,9 @@ class Family:
         Where query heads went alone, each of those that are left has a copy of its keys and values when it attends.
         """
         widths, attention = self.widths(config, kept, index), self.attention(config)
+        of_mlp = {unit: widths[unit] for unit in ("neurons", EXPERTS, SHARED) if unit in widths}
         if not widths["heads"]:  # nobody reads what it has, and some divide by it
-            widths = self.whole(config, index) | {"neurons": widths["neurons"]}
+            widths = self.whole(config, index) | of_mlp
         site = next(site for site in self.sites(config) if site.name == ATTENTION)
         of = heads_of(config)
         shared = of.keys == 1 < site.units  # the heads that go are query heads
@@ -213,9 +189,8 @@ class Family:
         name = next((name for name in KEY_HEADS if hasattr(config, name)), None)
         fields = {"num_attention_heads": heads} | ({} if name is None else {name: read})
         head_dim = {"head_dim": of.width if attention is None else attention.kernel_width(widths)}
-        for unit in ("neurons", SHARED):
-            if unit in widths:
-                fields |= self.stock[unit](config, widths[unit], index) or {}
+        for unit, count in of_mlp.items():
+            fields |= self.stock[unit](config, count, index) or {}
         return fields | head_dim
 
     def stock_counts(self, config: Any, site: Site) -> tuple[int, ...]:
@@ -275,20 +250,31 @@ class Family:
         every = sum(p.numel() for p in block.get_submodule(site.enclosing).parameters())
         return every - parameters_of(block, site)
 
+    def router_row(self, block: nn.Module, site: Site) -> int:
+        """Parameters of an expert's row of the router, which is no layer of its site; 0 where there are no experts."""
+        return 0 if site.router is None else _row_cost(block.get_submodule(site.router))
+
     def unit_cost(self, block: nn.Module, site: Site) -> int:
-        """Parameters that go with one unit, of every expert: rows (and biases) of its producers, g columns."""
-        producers = sum(_row_cost(block, rows.layer) * rows.per_unit for rows in site.producers)
+        """Parameters that go with one unit, of every expert: rows (and biases) of its producers, g columns.
+
+        With an expert all of its layers go.
+        """
+        if site.unit == EXPERTS:
+            return parameters_of(block, site) // site.experts
+        producers = sum(_row_cost(linear(block, rows.layer)) * rows.per_unit for rows in site.producers)
         return (producers + linear(block, site.consumer).out_features * site.group) * max(1, site.experts)
 
     def direction_cost(self, block: nn.Module, site: Site, attention: Attention, unit: str) -> int:
         """Parameters that go with one of `Attention.directions` in all heads of a block, whose attention is `site`."""
-        query, key, value = (_row_cost(block, part.layer) for part in (attention.query, attention.key, attention.value))
+        query, key, value = (
+            _row_cost(linear(block, part.layer)) for part in (attention.query, attention.key, attention.value)
+        )
         scores = attention.heads * (attention.queries * query + key)
         columns = linear(block, site.consumer).out_features * attention.heads * attention.queries
         values = attention.heads * value + columns
         return {"dims": scores + values, "values": values, "pairs": 2 * scores}[unit]
 
 
-def _row_cost(block: nn.Module, name: str) -> int:
-    """Parameters of one row of a linear layer."""
-    return sum(p.numel() // p.shape[0] for p in linear(block, name).parameters())
+def _row_cost(layer: nn.Module) -> int:
+    """Parameters of one row of a layer."""
+    return sum(p.numel() // p.shape[0] for p in layer.parameters())

@@ -7,7 +7,8 @@ from typing import Any
 from ..errors import UnsupportedModelError
 from ..modeling.falcon import SnpFalconForCausalLM
 from .attention import ATTENTION, Shape
-from .base import Family, check_multiple, field, whole_heads
+from .base import Family, field
+from .checks import check_multiple, whole_heads
 from .sites import MLP, Rows, Site
 
 FUSED = "self_attention.query_key_value"

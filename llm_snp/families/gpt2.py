@@ -6,7 +6,8 @@ from typing import Any
 
 from ..modeling.gpt2 import SnpGPT2LMHeadModel
 from .attention import ATTENTION, Shape
-from .base import Family, field, whole_heads
+from .base import Family, field
+from .checks import whole_heads
 from .sites import MLP, Rows, Site
 
 

@@ -8,7 +8,8 @@ from transformers import GPTNeoXForCausalLM
 
 from ..modeling.gpt_neox import SnpGPTNeoXForCausalLM
 from .attention import ATTENTION, WHOLE, Attention, Shape
-from .base import Family, field, whole_heads
+from .base import Family, field
+from .checks import whole_heads
 from .sites import MLP, Rows, Site
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..errors import UnsupportedModelError
 from .attention import ATTENTION, PAIRS, WHOLE, Attention, Shape
-from .base import check_config, check_multiple
+from .checks import check_config, check_multiple
 from .mixture import Mixture
 from .sites import Rows, Site
 

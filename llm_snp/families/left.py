@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import CheckpointError
+from .sites import EXPERTS
 
 OTHER = {"heads": "neurons", "neurons": "heads"}
 SHOWN = 80  # characters at most that an error quotes
@@ -55,6 +56,8 @@ def check_widths(family: Any, config: Any) -> None:
             # Nothing may be left of an attention or an MLP, where the other one is there.
             stays = unit not in OTHER or block.get(OTHER[unit]) == 0 or (unit == "heads" and index in first)
             least = int(stays or family.mixture is not None)
+            if unit == EXPERTS:
+                least = getattr(config, family.mixture.picked)
             if not isinstance(left, int) or isinstance(left, bool) or not least <= left <= whole[unit]:
                 raise CheckpointError(
                     f"block_widths of block {index} in config.json has {str(left)[:SHOWN]} {unit}, expected "

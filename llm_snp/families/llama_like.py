@@ -218,7 +218,10 @@ ROWS = (
         title="Qwen2-MoE",
         since="5.0",  # as Mixtral
         mixture=Mixture(
-            neurons="moe_intermediate_size", shared="shared_expert_intermediate_size", dense="intermediate_size"
+            neurons="moe_intermediate_size",
+            shared="shared_expert_intermediate_size",
+            dense="intermediate_size",
+            divided="norm_topk_prob",
         ),
     ),
     LlamaLike(
@@ -230,7 +233,7 @@ ROWS = (
         normed="head",
         counts_heads=True,
         hands_on=WINDOW,
-        mixture=Mixture(neurons="moe_intermediate_size", dense="intermediate_size"),
+        mixture=Mixture(neurons="moe_intermediate_size", dense="intermediate_size", divided="norm_topk_prob"),
     ),
     LlamaLike(
         model_type="olmoe",
@@ -239,7 +242,7 @@ ROWS = (
         title="OLMoE",
         since="5.0",  # as Mixtral
         normed="all heads",
-        mixture=Mixture(),
+        mixture=Mixture(divided="norm_topk_prob"),
     ),
 )
 LLAMA_LIKE = {row.model_type: row for row in ROWS}

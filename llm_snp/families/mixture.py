@@ -7,20 +7,22 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .attention import Shape
-from .sites import MLP, SHARED, Rows, Site
+from .sites import EXPERTS, MLP, SHARED, Rows, Site
 
 # Where the experts of a block are. In transformers 5 they are one tensor for each layer, of all experts; while pruning
 # each has layers of its own (`dense.experts`), as in the files of a checkpoint.
-EXPERTS = "mlp.experts"
+HOLDER = "mlp.experts"
+ROUTER = "mlp.gate"
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """The fields of a config that say how large a mixture is.
+    """The fields of a config that say how large a mixture is, and how it routes.
 
     neurons  of an expert; experts: how many there are; picked: how many of them work on a token
     shared   neurons of the MLP beside the experts, for all tokens; None: there is none
     dense    neurons of the MLP of blocks without experts; None: all have some
+    divided  whether the weights of those that are picked are divided by their sum; None: they always are
     """
 
     neurons: str = "intermediate_size"
@@ -28,6 +30,7 @@ class Mixture:
     picked: str = "num_experts_per_tok"
     shared: str | None = None
     dense: str | None = None
+    divided: str | None = None
 
     def sparse(self, config: Any, index: int | None) -> bool:
         """Whether a block has experts; None: whether any can have some."""
@@ -41,16 +44,26 @@ class Mixture:
             assert self.dense is not None
             return replace(of, neurons=getattr(config, self.dense))
         shared = getattr(config, self.shared) if self.shared else 0
-        return replace(of, neurons=getattr(config, self.neurons), experts=getattr(config, self.experts), shared=shared)
+        neurons, experts, picked = (getattr(config, name) for name in (self.neurons, self.experts, self.picked))
+        return replace(of, neurons=neurons, experts=experts, picked=picked, shared=shared)
+
+    def divides(self, config: Any) -> bool:
+        """Whether the routing weights of a token sum to one."""
+        return self.divided is None or bool(getattr(config, self.divided))
 
     @property
     def stock(self) -> dict[str, Callable[[Any, int, int | None], dict[str, int]]]:
         """For `Family.stock`: one field counts the neurons of blocks with experts, another those of blocks without."""
-        return {"neurons": self._neurons} | ({} if self.shared is None else {SHARED: self._shared})
+        counted = {"neurons": self._neurons, EXPERTS: self._experts}
+        return counted | ({} if self.shared is None else {SHARED: self._shared})
 
     def _neurons(self, config: Any, count: int, index: int | None) -> dict[str, int]:
         dense = None if self.sparse(config, index) else self.dense
         return {dense or self.neurons: count}
+
+    def _experts(self, config: Any, count: int, index: int | None) -> dict[str, int]:
+        # Under the name that its config has in a file.
+        return {getattr(config, "attribute_map", {}).get(self.experts, self.experts): count}
 
     def _shared(self, config: Any, count: int, index: int | None) -> dict[str, int]:
         assert self.shared is not None
@@ -61,8 +74,8 @@ def mlps(shape: Shape, stream: str | None) -> tuple[Site, ...]:
     """The gated MLP of a block, or that beside its experts, and its experts: with Llama's names."""
     if not shape.experts:
         return (_gated(MLP, "neurons", shape.neurons, "mlp", stream),)
-    experts = _gated(MLP, "neurons", shape.neurons, f"{EXPERTS}.0", stream)
-    experts = replace(experts, holder=EXPERTS, experts=shape.experts)
+    experts = _gated(MLP, "neurons", shape.neurons, f"{HOLDER}.0", stream)
+    experts = replace(experts, holder=HOLDER, experts=shape.experts, picked=shape.picked, router=ROUTER)
     # What the shared MLP gives is scaled by a gate, token by token, before it joins the stream.
     return (*([_gated(SHARED, SHARED, shape.shared, "mlp.shared_expert", None)] if shape.shared else []), experts)
 

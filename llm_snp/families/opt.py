@@ -6,7 +6,8 @@ from typing import Any
 
 from ..modeling.opt import SnpOPTForCausalLM
 from .attention import ATTENTION, FREE, Attention, Shape
-from .base import Family, field, whole_heads
+from .base import Family, field
+from .checks import whole_heads
 from .sites import MLP, Rows, Site
 
 

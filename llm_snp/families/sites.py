@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from ..errors import UnsupportedModelError
 
 MLP, SHARED = "mlp", "shared"
+# The unit of a mixture of which whole experts go.
+EXPERTS = "experts"
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Site:
     """One consumer with its producers; module names are relative to the decoder block.
 
     name         `attention` or `mlp`; `shared` is the MLP that all tokens go through beside the experts
-    unit         what is counted: `heads`, `queries`, `neurons` or `shared` neurons. With grouped queries a
+    unit         what is counted: `heads`, `queries`, `neurons`, `shared` neurons or `experts`. With grouped queries a
                  head is a key/value head with the query heads that read it, and these alone are `queries`
     units        how many there are
     group        g, columns of the consumer per unit
@@ -56,6 +58,8 @@ class Site:
     tables       buffers that may be there, with a row for each unit
     holder       what has the experts of a mixture as children 0, 1, ...; None where there are none
     experts      how many there are, all with as many units: the other names are those of the first, see `members`
+    picked       how many of them work on a token, and no fewer are left
+    router       what picks them: a layer with a row for each
     expert       which of them it is, of a site that `members` has given
     """
 
@@ -73,7 +77,24 @@ class Site:
     tables: tuple[str, ...] = ()
     holder: str | None = None
     experts: int = 0
+    picked: int = 0
+    router: str | None = None
     expert: int | None = None
+
+    @property
+    def by_expert(self) -> Site:
+        """The site of a mixture counted in whole experts instead of their neurons."""
+        return self if self.unit == EXPERTS else replace(self, unit=EXPERTS, units=self.experts, group=self.units)
+
+    @property
+    def columns(self) -> int:
+        """Of a consumer, that of each expert."""
+        return self.group if self.unit == EXPERTS else self.units * self.group
+
+    @property
+    def least(self) -> int:
+        """How many units have to stay."""
+        return self.picked if self.unit == EXPERTS else self.parts
 
     @property
     def members(self) -> tuple[Site, ...]:
@@ -86,7 +107,8 @@ class Site:
 
         producers = tuple(replace(rows, layer=named(rows.layer)) for rows in self.producers)
         consumer, name = named(self.consumer), f"{self.name}.{expert}"
-        return replace(self, name=name, producers=producers, consumer=consumer, experts=0, expert=expert)
+        of = replace(self, unit="neurons", units=self.columns, group=1)
+        return replace(of, name=name, producers=producers, consumer=consumer, experts=0, expert=expert)
 
     @property
     def output(self) -> str:

@@ -16,7 +16,7 @@ from .rotary import NarrowHeads
 
 class SnpMixtralConfig(MixtralConfig):  # type: ignore[misc]
     """Mixtral with `block_widths`, a dict of what is left of each block: `heads` (of keys), `neurons` of each
-    expert,
+    of the `experts`,
     the `values` and rotary `pairs` of a head, and `queries` where some went alone.
 
     All other fields describe the dense model.

@@ -16,7 +16,7 @@ from .rotary import NarrowHeads
 
 class SnpOlmoeConfig(OlmoeConfig):  # type: ignore[misc]
     """OLMoE with `block_widths`, a dict of what is left of each block: `heads` (all), `neurons` of each
-    expert and the `values` of a
+    of the `experts` and the `values` of a
     head.
 
     All other fields describe the dense model.

@@ -15,7 +15,7 @@ from .rotary import NarrowHeads
 
 class SnpQwen2MoeConfig(Qwen2MoeConfig):  # type: ignore[misc]
     """Qwen2-MoE with `block_widths`, a dict of what is left of each block: `heads` (of keys), `neurons` of each
-    expert, `shared` ones,
+    of the `experts`, `shared` ones,
     the `values` and rotary `pairs` of a head, and `queries` where some went alone.
 
     All other fields describe the dense model.

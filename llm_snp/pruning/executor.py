@@ -7,17 +7,18 @@ Names no family and no criterion. Attention is pruned before the MLP, so that th
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from torch import Tensor, nn
 
 from ..dense.stream import Stream
-from ..families import Site, dropped
+from ..families import EXPERTS, Site, dropped
 from .calibrate import Reference, SiteMoments, calibrate_block, calibrate_site
 from .directions import narrow_heads
+from .experts import removal_of, with_experts
 from .plan import Plan
-from .repair import SiteResult, refit_consumer, repair_site
+from .repair import SiteResult, refit_site, repair_site
 from .sensitivity import read_sensitivity
 from .session import Session
 from .weights import State
@@ -122,11 +123,27 @@ class _BlockPruner:
         if not sites and self.dense_stream is not None:
             self.dense_stream.advance(self.index, self.dense)
         for site in sites:
+            last = site is sites[-1]
+            narrowed = False
+            if site.experts and EXPERTS in self.kept:
+                narrowed, site = site.experts > self.kept[EXPERTS], self._without_experts(site)
             whole = site.unit in self.kept  # units go as a whole
-            narrowed = False if whole else self._narrow_heads(site)
-            moments = self._calibrate(site, narrowed, last=site is sites[-1])
+            if not whole and not site.experts:
+                narrowed = self._narrow_heads(site)
+            moments = self._calibrate(site, narrowed, last)
             losses[site.name] = self._order_and_repair(site, moments, whole)
         return losses
+
+    def _without_experts(self, site: Site) -> Site:
+        """Let experts go, chosen on the pruned stream; the site of those that are left, counted in neurons."""
+        keep = self.kept[EXPERTS]
+        if keep < site.experts:
+            weighs = read_sensitivity(self.session, self.index).get(site.name)
+            removal = removal_of(self.session, self.index, self.block, self.stream, site.by_expert, weighs)
+            del self.block
+            self.done[EXPERTS] = keep
+            self._take(with_experts(self.state, site, sorted(removal.order[:keep])))
+        return replace(site, experts=keep)
 
     def _narrow_heads(self, site: Site) -> bool:
         """Cut the heads to the directions that are kept, ordered on the pruned stream; False if all of them are."""
@@ -170,7 +187,7 @@ class _BlockPruner:
 
         def solve() -> SiteResult:
             if not whole:
-                return refit_consumer(self.state, site, moments[0], options, share)
+                return refit_site(self.state, site, moments, options, share)
             seed = options.seed + 1_000_003 * self.index + sum(map(ord, site.name))
             return repair_site(self.state, site, moments, self.kept[site.unit], options, g, seed, share)
 

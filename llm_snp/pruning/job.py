@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from ..config import PruneConfig
+from ..config import EXPERT_ORDERS, METHODS, ORDERS, PruneConfig
 from ..dense.hub import EMBEDDED, load_config, locate
 from ..errors import OptionError, OutputError, first_line
-from ..families import SHARED, Family, family_of
+from ..families import EXPERTS, SHARED, Family, Site, family_of
 from ..system.device import resolve_device
 from ..system.plain import encodable
 from ..system.private import public_name
@@ -34,6 +34,10 @@ class Job:
     output: Path
     device: torch.device
     length: int
+
+    def sites(self, index: int) -> tuple[Site, ...]:
+        """What is pruned in a block."""
+        return self.family.prunable(self.config, self.options.attention, index, self.options.experts)
 
     @property
     def from_hub(self) -> bool:
@@ -59,7 +63,7 @@ def open_job(options: PruneConfig, weights: bool, local_index: int = 0) -> Job:
     check_format(options, family, config)
     options = fit_for_heads(options.resolved(), family, config)
     check_structures(options, config)
-    options = for_layers(options)
+    options = fit_for_experts(for_layers(options), family)
     check_order(family, config, options)
     output = output_of(options)
     device = resolve_device(options.device, local_index)
@@ -100,6 +104,33 @@ def check_structures(options: PruneConfig, config: Any) -> None:
         )
 
 
+def fit_for_experts(options: PruneConfig, family: Family) -> PruneConfig:
+    """Where whole experts cannot go, or cannot be compared with neurons, `both` means neurons; `options`: resolved.
+
+    Raises `OptionError` for `whole` where they cannot, and for an order that ranks nothing else where others can go.
+    """
+    compared = options.order in EXPERT_ORDERS and options.allocation == "loss"
+    if options.experts == "both" and (family.mixture is None or not compared):
+        options = dataclasses.replace(options, experts="neurons")
+    whole = options.experts != "neurons"
+    if whole and family.mixture is None:
+        raise OptionError(
+            f"--experts {options.experts} is for mixtures of experts, and models of type {family.model_type!r} are "
+            "none; leave it out"
+        )
+    if whole and options.order not in EXPERT_ORDERS:
+        raise OptionError(
+            f"--order {options.order} ranks what a single layer reads, and an expert is three of them; give --order "
+            f"{' or '.join(EXPERT_ORDERS)}, or leave out --experts {options.experts}"
+        )
+    if options.order not in ORDERS and (options.experts, options.attention) != ("whole", "none"):
+        raise OptionError(
+            f"--order {options.order} ranks whole experts only, and here other units can go, too; give --experts whole "
+            "and --attention none with it, or another order"
+        )
+    return options
+
+
 def fit_for_format(options: PruneConfig, family: Family) -> PruneConfig:
     """With --format blockwise or stock, the choices that lead to what that can express; else `options` as they are.
 
@@ -119,12 +150,14 @@ def fit_for_format(options: PruneConfig, family: Family) -> PruneConfig:
             f"leave one of them out, or give --attention {' or '.join(modes)}"
         )
     attention = options.attention or modes[0]
-    if options.format == "blockwise" or attention == "heads":
+    experts = options.experts or METHODS[options.method]["experts"]
+    mixed = family.mixture is not None and experts == "both" and options.allocation in (None, "loss")
+    if options.format == "blockwise" or attention == "heads" or mixed:
         return dataclasses.replace(options, attention=attention)
     if options.allocation not in (None, "uniform"):
         raise OptionError(
             f"--format stock and --allocation {options.allocation} exclude each other: without heads it is the same "
-            "number of neurons in every block that goes; leave one of them out, or give --allocation uniform"
+            "number of neurons or experts in every block that goes; leave one of them out, or give --allocation uniform"
         )
     return dataclasses.replace(options, attention=attention, allocation="uniform")
 
@@ -137,7 +170,7 @@ def check_format(options: PruneConfig, family: Family, config: Any) -> None:
             "--format stock is for models whose blocks are alike, and those of this one, which is pruned already, are "
             "not: leave it out, or prune the dense model"
         )
-    inside = set(family.widths(config, {})) - {"heads", "neurons", SHARED}
+    inside = set(family.widths(config, {})) - {"heads", "neurons", SHARED, EXPERTS}
     whole = family.widths(config, {})
     for index in blocks if options.format == "blockwise" else ():
         widths = family.widths(config, {}, index)

@@ -35,7 +35,7 @@ def layer_curves(
     """
     first, found = first_attentions(config), []
     for i, block in enumerate(blocks):
-        for site in family.prunable(config, options.attention, i):
+        for site in family.prunable(config, options.attention, i, options.experts):
             stays = site.name == ATTENTION and i in first
             total = totals.get((i, site.name), 0.0 if totals else None)  # of what stays nothing is measured
             loss = None if total is None else torch.linspace(total, 0.0, site.units + 1, dtype=torch.float64)

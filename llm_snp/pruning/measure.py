@@ -19,8 +19,9 @@ from ..core.linalg import tail_sums
 from ..core.moments import Moments
 from ..core.scores import FreeScores, RotaryPairs
 from ..dense.stream import Stream
-from ..families import ATTENTION, MLP, SCORES, SHARED, WHOLE, Attention, Site
+from ..families import ATTENTION, EXPERTS, MLP, SCORES, SHARED, WHOLE, Attention, Site
 from .calibrate import calibrate_block
+from .experts import removal_of
 from .kinds import cheapest_kind
 from .order import damping_of, order_scores, order_units, order_values
 from .plan import direction_curves, unit_curve
@@ -30,7 +31,7 @@ from .session import Session
 from .weights import State, linear_weights
 
 # A block's curves in this order.
-SITES = (ATTENTION, SCORES, SHARED, MLP)
+SITES = (ATTENTION, SCORES, SHARED, EXPERTS, MLP)
 
 
 def measured_curves(session: Session) -> list[SiteCurve]:
@@ -58,10 +59,11 @@ def measured_curves(session: Session) -> list[SiteCurve]:
                 step()
                 continue
             seen = _calibrate(session, i, block, state, stream)
+            mine += [seen.experts] if seen.experts and processes.main else []
             for site in session.sites(i):
                 if site.name == ATTENTION:
                     mine += _order_attention(session, seen, site)
-                elif processes.index == len(together):
+                elif site.unit != EXPERTS and processes.index == len(together):
                     waiting.append(_order_later(session, seen, site))
             together.append(i)
             del seen, block
@@ -82,7 +84,8 @@ class _Seen:
     """A dense block when the windows have gone through it: what its sites are ordered by.
 
     state: its tensors; moments: by site, and of `query` and `key`; sensitivity: G by site, empty if it is not needed;
-    sample: what the block read in a few windows, where directions between query and key can go.
+    sample: what the block read in a few windows, where directions between query and key can go; experts: the curve of
+    whole experts, where they can go.
     """
 
     index: int
@@ -91,14 +94,32 @@ class _Seen:
     moments: dict[str, Moments]
     sensitivity: dict[str, Tensor]
     sample: Sample | None
+    experts: SiteCurve | None
 
 
 def _calibrate(session: Session, index: int, block: nn.Module, state: State, stream: Stream) -> _Seen:
     """Collect the moments of a block; the stream advances in the same pass."""
     attention = _attention(session, index)
     sample = None if attention is None or attention.scores == WHOLE else Sample.of_stream(stream, index)
-    moments = calibrate_block(index, block, stream, session.sites(index), attention, advance=True)
-    return _Seen(index, block, state, moments, read_sensitivity(session, index), sample)
+    sensitivity, experts = read_sensitivity(session, index), None
+    sites = [site for site in session.sites(index) if site.unit != EXPERTS]
+    for site in session.sites(index):
+        if site.experts and session.options.experts in ("whole", "both"):
+            experts = _expert_curve(session, index, block, stream, site.by_expert, sensitivity.get(site.name))
+    moments = calibrate_block(index, block, stream, tuple(sites), attention, advance=True)
+    return _Seen(index, block, state, moments, sensitivity, sample, experts)
+
+
+def _expert_curve(
+    session: Session, index: int, block: nn.Module, stream: Stream, site: Site, g: Tensor | None
+) -> SiteCurve:
+    """The loss of keeping so many whole experts, on every process."""
+    dense, options = session.skeleton.blocks[index], session.options
+    empty = unit_curve(session.family, session.config, index, dense, site, options)
+    if options.experts == "both":  # neurons are the site's units
+        empty = replace(empty, site=EXPERTS)
+    found = removal_of(session, index, block, stream, site, g)
+    return _with_curves(empty, found.variance, found.loss, found.loss[0], options)
 
 
 def _attention(session: Session, index: int) -> Attention | None:

@@ -14,7 +14,8 @@ from ..config import PruneConfig
 from ..core.allocation import ALLOCATIONS, SiteCurve, allocate, allocate_alike
 from ..core.orders import NEEDS_NONNEGATIVE
 from ..errors import OptionError
-from ..families import ATTENTION, MLP, SHARED, Attention, Family, Site, dropped
+from ..families import ATTENTION, EXPERTS, MLP, SHARED, Attention, Family, Site, dropped
+from .kinds import allocate_mixed
 from .layers import allocate_both, allocate_layers, layer_curves, removable
 from .steps import Step, why_steps
 
@@ -61,13 +62,15 @@ class Plan:
         taken = [
             priorities[curve.kept_counts.index(self.kept[curve.block][curve.unit]) - 1]
             for curve, priorities in zip(self.curves, ALLOCATIONS[self.made_by](self.curves), strict=True)
-            if self.kept[curve.block][curve.unit] < curve.units
+            if self.kept[curve.block][curve.unit] < curve.units and curve.site != EXPERTS
         ]
         cut = max(taken, default=0.0)
+        experts = sum(curve.units - self.kept[curve.block][EXPERTS] for curve in self.curves if curve.site == EXPERTS)
+        first = f"{experts} whole experts go, of all numbers the one that loses least, and " if experts else ""
         return {
             "uniform": "every site gives the same share",
             "variance": f"every site drops the longest tail with at most {cut:.3g} of its variance (τ)",
-            "loss": f"units go in order of loss per parameter, over all sites, up to {cut:.3g}",
+            "loss": f"{first}units go in order of loss per parameter, over all sites, up to {cut:.3g}",
         }[self.made_by]
 
     @property
@@ -75,10 +78,9 @@ class Plan:
         gone = [curve for curve in self.curves if self.kept[curve.block][curve.unit] == 0]
         sites = ", ".join(f"{sum(curve.site == site for curve in gone)} {site}" for site in (ATTENTION, MLP))
         blocks = len(self.kept) - len(self.left)
-        how = {
-            "uniform": "spread over the depth",
-            "loss": "those without which least is lost per parameter",
-        }[self.made_by]
+        how = {"uniform": "spread over the depth", "loss": "those without which least is lost per parameter"}[
+            self.made_by
+        ]
         rest = ", and units in order of loss per parameter of what stays" if self.structures == "both" else ""
         return f"layers go as a whole, {how}: {sites}, with them {blocks} whole blocks{rest}"
 
@@ -105,7 +107,9 @@ class Plan:
 
 def check_order(family: Family, config: Any, options: PruneConfig) -> None:
     """Raise `OptionError` if the order cannot rank the units of some site, before anything is loaded."""
-    sites = {site for index in _blocks(config) for site in family.prunable(config, options.attention, index)}
+    sites = {
+        site for index in _blocks(config) for site in family.prunable(config, options.attention, index, options.experts)
+    }
     for site in sorted(sites, key=lambda site: site.name):
         by_direction = site.name == ATTENTION and site.unit == "heads" and options.attention == "dims"
         if options.order in NEEDS_NONNEGATIVE and not (site.nonnegative or by_direction):
@@ -131,7 +135,7 @@ def block_curves(family: Family, config: Any, index: int, block: nn.Module, opti
     """Those of one block."""
     attention = family.attention(config, index) if options.attention == "dims" else None
     curves = []
-    for site in family.prunable(config, options.attention, index):
+    for site in family.prunable(config, options.attention, index, options.experts):
         if site.name == ATTENTION and attention is not None:
             curves += direction_curves(family, index, block, site, attention, options)
             continue
@@ -144,12 +148,12 @@ def unit_curve(
 ) -> SiteCurve:
     """A site of a block counted in whole units."""
     multiple = options.round_to if site.unit in ("neurons", SHARED) else 1
-    if site.experts:
+    if site.experts and site.unit != EXPERTS:
         multiple = math.lcm(multiple, EXPERT_MULTIPLE)
     multiple = min(multiple, site.units)
     cost = family.unit_cost(block, site)
     only = family.stock_counts(config, site) if options.format == "stock" and site.name == ATTENTION else None
-    return SiteCurve(index, site.name, site.unit, site.units, cost, multiple, least=site.parts, only=only)
+    return SiteCurve(index, site.name, site.unit, site.units, cost, multiple, least=site.least, only=only)
 
 
 def direction_curves(
@@ -205,7 +209,8 @@ def _check_removable(options: PruneConfig, most: int, base: int) -> None:
         )
     if options.sparsity * base > most:
         raise OptionError(
-            f"--sparsity {options.sparsity:g} would leave a block empty; with one unit left everywhere at most "
+            f"--sparsity {options.sparsity:g} would leave a block empty; with one unit left everywhere"
+            f"{', of experts as many as work on a token,' if options.experts == 'whole' else ''} at most "
             f"{int(1000 * most / base) / 1000:g} can be removed from this model{_with(options)}: lower it"
         )
 
@@ -233,6 +238,8 @@ def make_plan(
         counts, curves = allocate_layers(by, layers, asked, options.whole_blocks), layers
     elif options.structures == "both" and by == "loss":
         curves, counts = allocate_both(curves, layers, asked)
+    elif any(curve.site == EXPERTS for curve in curves):
+        curves, counts = allocate_mixed(curves, asked, options.alike)
     else:
         _check_removable(options, sum(curve.removable for curve in curves), base)
         counts = (allocate_alike if options.alike else allocate)(by, curves, asked)
@@ -263,8 +270,9 @@ def planned(
             beside += sum(p.numel() for p in block.parameters()) - bases[index]
             continue
         alone = {curve.site for curve in curves if curve.block == index and kept[index][curve.unit] == 0}
-        sites = family.prunable(config, options.attention, index) if alone else ()
-        beside += sum(family.beside_cost(block, site) for site in sites if site.name in alone)
+        for site in family.prunable(config, options.attention, index, options.experts):
+            beside += family.beside_cost(block, site) if site.name in alone else 0
+            beside += family.router_row(block, site) * (site.experts - kept[index].get(EXPERTS, site.experts))
     return Plan(tuple(kept), tuple(curves), by, asked, sum(gone), sum(bases), options.alike, beside, structures)
 
 

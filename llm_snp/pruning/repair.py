@@ -55,10 +55,25 @@ def repair_site(
     seed: int,
     share: float = 1.0,
 ) -> SiteResult:
-    """`repair_units` of every member of a site; moments: of each. The damping is the least of those that saw enough."""
+    """`repair_units` of every member of a site; moments: of each."""
+
+    def one(of: State, member: Site, own: SiteMoments) -> SiteResult:
+        return repair_units(of, member, own, keep, options, sensitivity, seed + (member.expert or 0), share)
+
+    return _together(state, site, moments, options, one)
+
+
+def _together(
+    state: State,
+    site: Site,
+    moments: Sequence[SiteMoments],
+    options: PruneConfig,
+    repair: Callable[[State, Site, SiteMoments], SiteResult],
+) -> SiteResult:
+    """The members of a site one after the other. The damping is the least of those that saw enough."""
     lost, total, dampings, scarce = 0.0, 0.0, [], {}
     for member, own in zip(site.members, moments, strict=True):
-        result = repair_units(state, member, own, keep, options, sensitivity, seed + (member.expert or 0), share)
+        result = repair(state, member, own)
         state, lost, total = result.state, lost + result.lost, total + result.total
         if member.expert is not None and (raised := scarcity(member, own.all)) > 1:
             # Where nothing is repaired it is the order's.
@@ -164,6 +179,13 @@ def choose_damping(
     return DAMPING_GRID[min(range(len(errors)), key=errors.__getitem__)]
 
 
+def refit_site(
+    state: State, site: Site, moments: Sequence[SiteMoments], options: PruneConfig, share: float = 1.0
+) -> SiteResult:
+    """`refit_consumer` of every member of a site; moments: of each."""
+    return _together(state, site, moments, options, lambda of, one, own: refit_consumer(of, one, own, options, share))
+
+
 def refit_consumer(
     state: State, site: Site, moments: SiteMoments, options: PruneConfig, share: float = 1.0
 ) -> SiteResult:
@@ -179,7 +201,7 @@ def refit_consumer(
         return finish(moments, weight, bias, everything, refit, damping)
 
     damping = choose_damping(options, moments, (weight, bias), solve)
-    pruned = solve(moments.all, damping)
+    pruned = solve(moments.all, damping_of(site, moments.all, damping))
     new = dict(state)
     store(new, site.consumer, pruned.weight, None if bias is None else pruned.bias)
     return SiteResult(new, pruned.lost, pruned.total, pruned.damping)

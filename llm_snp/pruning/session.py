@@ -41,7 +41,7 @@ class Session:
 
     def sites(self, index: int) -> tuple[Site, ...]:
         """What is pruned in a block, in this order."""
-        return self.family.prunable(self.config, self.options.attention, index)
+        return self.family.prunable(self.config, self.options.attention, index, self.options.experts)
 
     def stream(self, windows: int | None = None) -> Stream:
         """The hidden states of this process's share of the first `windows` windows (all), before the first block."""

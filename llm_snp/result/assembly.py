@@ -14,7 +14,7 @@ from ..dense.checkpoint import Checkpoint, respelled
 from ..dense.hub import load_config
 from ..dense.skeleton import Skeleton
 from ..documents.report import Report, block_line
-from ..families import FAMILIES, OF_PRUNED, Family, dropped, fewer_blocks
+from ..families import EXPERTS, FAMILIES, OF_PRUNED, Family, dropped, fewer_blocks
 from ..pruning.executor import BlockLoss, SiteLoss
 from ..pruning.job import Job
 from ..pruning.plan import Plan
@@ -138,6 +138,8 @@ def result_config(job: Job, kept: Sequence[dict[str, int]], tokenizer: Any) -> t
     # own, and the dense model's where one number is asked for.
     fields["per_layer_config"] = {str(i): family.layer_fields(config, kept[of], of) for i, of in enumerate(left)}
     fields["allow_global_per_layer_attribute_access"] = True
+    if any(family.widths(config, kept[of], of).get(EXPERTS) != family.whole(config, of).get(EXPERTS) for of in left):
+        fields["output_router_logits"] = False  # with them comes a loss over the dense model's number of experts
     result = config_class(**fields, block_widths=[family.widths(config, kept[of], of) for of in left])
     result.architectures = [family.pruned_class.__name__]
     result.auto_map = auto_map(family)

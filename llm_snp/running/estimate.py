@@ -15,10 +15,12 @@ import torch
 
 from ..config import PruneConfig
 from ..core.linalg import working_dtype
+from ..core.routing import PART_BYTES
 from ..dense.skeleton import HEAD_TOKENS
 from ..dense.storage import stays_on
 from ..dense.stream import WAITING, windows_at_once
-from ..families import ATTENTION, WHOLE, Attention, Family, Site, linear, parameters_of
+from ..families import ATTENTION, EXPERTS, WHOLE, Attention, Family, Site, linear, parameters_of
+from ..pruning.experts import tokens_looked_at
 from ..pruning.layers import layer_curves
 from ..pruning.left_out import LEFT_OUT_TOKENS
 from ..pruning.sensitivity import gradient_passes, gradient_windows, inputs_kept
@@ -31,6 +33,8 @@ FLOAT32 = 4
 WORKING_MATRICES = {"greedy": 2, "zca": 4}
 # Logits of a part of a window and what the loss and the drawing of labels make of them.
 LOGIT_COPIES = 6
+# Copies of the products of experts' outputs, while those of all batches are put together; and of their parts.
+ROUTING_COPIES, ROUTING_PARTS = 2, 4
 # Fused kernels aside, activations of the hidden width that are alive within a block.
 HIDDEN_COPIES = 8
 # Of an eigendecomposition, in m³.
@@ -91,14 +95,14 @@ def estimate(
     # The largest, which stands for all: in a pruned model they differ.
     index = max(range(len(blocks)), key=sizes_of.__getitem__)
     block, per_block = blocks[index], sizes_of[index]
-    sites = family.prunable(config, options.attention, index)
+    sites = family.prunable(config, options.attention, index, options.experts)
     total = sum(p.numel() for p in model.parameters())
     outer = total - sum(sizes_of)
     outputs = {site.name: linear(block, site.consumer).out_features for site in sites}
     # Moments are collected of all experts of a block at once, and solved for one after the other.
-    widest = max(sites, key=lambda site: site.units * site.group * len(site.members))
+    widest = max(sites, key=lambda site: site.columns * len(site.members))
     experts, picked = len(widest.members), getattr(config, family.mixture.picked) if family.mixture else 1
-    m, d = widest.units * widest.group, outputs[widest.name]
+    m, d = widest.columns, outputs[widest.name]
     working = working_dtype(m).itemsize
     follows_dense = options.target in ("dense", "residual")
 
@@ -112,6 +116,9 @@ def estimate(
     vocabulary = model.get_input_embeddings().weight.shape[0]
     heading = outer * size + LOGIT_COPIES * FLOAT32 * min(HEAD_TOKENS, length) * vocabulary
     on_device = max(measuring, solving, heading)
+    if widest.experts and options.experts in ("whole", "both"):
+        products = ROUTING_COPIES * FLOAT32 * tokens_looked_at(experts, options.samples * length) * experts**2
+        on_device = max(on_device, live_blocks * per_block * size + products + ROUTING_PARTS * PART_BYTES)
 
     hidden = size * options.samples * length * d
     streams = 2.0 if follows_dense else 1.0
@@ -212,10 +219,17 @@ def operations(sizes: _Sizes, options: PruneConfig) -> dict[str, float]:
         if options.sensitivity == "fisher":
             found["moments"] += 2 * share * sizes.tokens * sum(d * d for d in sizes.outputs.values())
     for site in sizes.sites:
-        m, d = float(site.units * site.group), float(sizes.outputs[site.name])
+        m, d = float(site.columns), float(sizes.outputs[site.name])
         experts, tokens = len(site.members), sizes.tokens * _working(site, sizes) / m  # of all experts together
         by_direction = site.name == ATTENTION and dims
-        collected = measures + pruned * (1 + by_direction)
+        if site.experts and options.experts in ("whole", "both"):
+            looked_at = tokens_looked_at(site.experts, sizes.tokens)
+            each = 6 * d * m + 2 * d * (site.experts + options.needs_gradient * d)  # run it, and multiply what it gives
+            until = sizes.until[site.name] - 3 * d * _working(site, sizes)  # a pass ends in front of the experts
+            found["forward"] += (measures + pruned) * sizes.tokens * (2 * until + scores)
+            found["order"] += (measures + pruned) * looked_at * site.experts * each
+        by_neuron = site.unit != EXPERTS
+        collected = measures * by_neuron + pruned * (1 + by_direction)
         found["moments"] += collected * tokens * m * m
         found["moments"] += follows_dense * pruned * 2 * tokens * d * m
         if by_direction:
@@ -226,9 +240,9 @@ def operations(sizes: _Sizes, options: PruneConfig) -> dict[str, float]:
             "loo": m**3,
             "leverage": m**3,
         }.get(options.order or "", d * m)
-        measured = float(measures)
-        found["order"] += experts * (measured + pruned * (not by_direction)) * order
-        found["subspace"] += experts * ((measured + pruned) * m**3 / 3 + measured * 2 * d * m * m)
+        measured = float(measures * by_neuron)
+        found["order"] += experts * (measured + pruned * (by_neuron and not by_direction)) * order
+        found["subspace"] += experts * ((measured + pruned * by_neuron) * m**3 / 3 + measured * 2 * d * m * m)
         k = (1 - options.sparsity) * m
         fold = 2 * d * (m - k) * k + d * k * k
         refit = (m**3 / 3 + 2 * d * m * m) if follows_dense else 0.0
@@ -238,4 +252,4 @@ def operations(sizes: _Sizes, options: PruneConfig) -> dict[str, float]:
 
 def _working(site: Site, sizes: _Sizes) -> int:
     """Columns of a site's consumers that work on a token."""
-    return site.units * site.group * (sizes.picked if site.experts else 1)
+    return site.columns * (sizes.picked if site.experts else 1)

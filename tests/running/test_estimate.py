@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import LENGTH, SAMPLES, Prune, save, tiny_opt
-from tiny_models import save_tiny
+from tiny_models import KNOWN, save_tiny
 from torch.utils.flop_counter import FlopCounterMode
 
 from llm_snp.config import PruneConfig
@@ -79,6 +79,20 @@ def test_operations_are_those_that_torch_counts(
     if options.get("allocation") == "uniform":  # otherwise some blocks stay whole, and cost less
         for phase in ("forward", "moments"):
             assert found[phase] == pytest.approx(counted.operations[phase], rel=0.2), phase
+
+
+@pytest.mark.skipif("mixtral" not in KNOWN, reason="this transformers does not have experts as they are needed")
+@pytest.mark.parametrize("mode", ["neurons", "whole"])
+def test_operations_of_a_mixture(prune: Prune, tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of those experts that work on a token; all of them, to rank them."""
+    monkeypatch.setattr("llm_snp.core.linalg.STRIP_ROWS", 8)
+    model = save_tiny("mixtral", tmp_path / "model")
+    of: dict[str, Any] = {"samples": 96, "sequence_length": 4, "sparsity": 0.24, "attention": "none", "experts": mode}
+    with CountedPhases() as counted:
+        prune(model, tmp_path / "out", allocation="uniform", **of)
+    found = estimated(model, output=str(tmp_path / "other"), allocation="uniform", **of).operations
+    for phase in ("forward", "moments", *(["order"] if mode == "whole" else [])):
+        assert found[phase] == pytest.approx(counted.operations[phase], rel=0.25), phase
 
 
 def test_host_memory_grows_with_what_is_kept_in_it(dense: Path, tmp_path: Path) -> None:

@@ -249,10 +249,11 @@ def test_tables_travel(group: Group, prune: Prune, text: Path, tmp_path: Path, m
 
 
 @pytest.mark.skipif("qwen2_moe" not in KNOWN, reason="this transformers does not have experts as they are needed")
-def test_experts_of_several_processes(group: Group, prune: Prune, text: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["whole", "both"])
+def test_experts_of_several_processes(group: Group, prune: Prune, text: Path, tmp_path: Path, mode: str) -> None:
     dense = save_tiny("qwen2_moe", tmp_path / "dense")
-    prune(dense, tmp_path / "one", samples=8)
-    assert_one_speaks(group.run(2, small_batches, *command(dense, tmp_path / "out", text, 8)))
+    prune(dense, tmp_path / "one", samples=8, experts=mode)
+    assert_one_speaks(group.run(2, small_batches, *command(dense, tmp_path / "out", text, 8, experts=mode)))
     assert_same(tmp_path / "out", tmp_path / "one")
 
 

@@ -352,14 +352,22 @@ def goes_on_as_it_began(
     assert report["notes"] == report_of(tmp_path / "whole")["notes"]
 
 
-@pytest.mark.parametrize(("name", "mode"), [("llama", "dims"), ("llama", "queries"), ("mixtral", "dims")])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("llama", {"attention": "dims"}),
+        ("llama", {"attention": "queries"}),
+        ("mixtral", {"attention": "dims"}),
+        ("mixtral", {"attention": "none", "experts": "whole"}),
+    ],
+)
 def test_a_run_whose_blocks_have_more_than_weights_goes_on_as_it_began(
-    prune: Prune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, mode: str
+    prune: Prune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, options: dict[str, Any]
 ) -> None:
     """Tables; and experts, whose files name tensors in another way."""
     if name not in KNOWN:
         pytest.skip(f"this transformers does not have {name} as it is needed")
-    goes_on_as_it_began(prune, save_tiny(name, tmp_path / "dense"), tmp_path, monkeypatch, {"attention": mode})
+    goes_on_as_it_began(prune, save_tiny(name, tmp_path / "dense"), tmp_path, monkeypatch, options)
 
 
 # Ctrl-C
