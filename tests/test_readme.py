@@ -297,7 +297,7 @@ def test_every_flag_they_name_exists(capsys: pytest.CaptureFixture[str]) -> None
         known |= set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out))
     # Of torchrun, accelerate, the benchmarks and vLLM.
     others = {"--nproc-per-node", "--multi", "--cpu", "--runs", "--max-windows", "--json", "--again", "--rows"}
-    others |= {"--trust-remote-code", "--model-impl", "--over-dense", "--gone"}
+    others |= {"--trust-remote-code", "--model-impl", "--over-dense", "--gone", "--jobs"}
     for page in PAGES:
         named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text_of(page)))
         assert named <= known | others, (page, named - known - others)
