@@ -109,9 +109,12 @@ class Report:
         """Something a reader should know: a rescue, a limit, a rounding."""
         self.data["notes"].append(text)
 
-    def planned(self, plan: Plan, parameters: int, custom_code: bool) -> None:
-        """The plan; parameters: of the whole model before; custom_code: whether the result has a class of its own."""
-        options, model = self.options, self.data["model"]
+    def planned(self, plan: Plan, parameters: int, custom_code: bool) -> list[str]:
+        """The plan; parameters: of the whole model before; custom_code: whether the result has a class of its own.
+
+        Returns what was noted of it.
+        """
+        options, model, before = self.options, self.data["model"], len(self.data["notes"])
         model["custom_code"] = custom_code
         model["parameters"] = parameters
         model["parameters_pruned"] = parameters - plan.gone
@@ -139,11 +142,17 @@ class Report:
                 f"--round-to {options.round_to} allows {plan.achieved:.2%} of the block parameters to go, "
                 f"{options.sparsity:.2%} was asked"
             )
+        if options.attention == "both" and plan.whole_heads and len(options.texts) == 1 and "self" not in options.texts:
+            self.note(
+                "whole heads go, judged on one kind of text: on other kinds results have lost more by that than with "
+                "--attention dims; calibrate on several (--calibration A --calibration B), or give --attention dims"
+            )
         if options.format == "blockwise" and any(kept.get("neurons", 0) % PACKED for kept in plan.kept):
             self.note(
                 f"not every block has a multiple of {PACKED} neurons: llama.cpp leaves such layers in 16 bits when it "
                 f"quantises; --round-to {PACKED} makes them fit, and --round-to 256 for k-quants"
             )
+        return list(self.data["notes"][before:])
 
     def block(self, index: int, losses: BlockLoss) -> None:
         """What pruning block `index` did.

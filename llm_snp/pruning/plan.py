@@ -85,6 +85,12 @@ class Plan:
         return f"layers go as a whole, {how}: {sites}, with them {blocks} whole blocks{rest}"
 
     @property
+    def whole_heads(self) -> bool:
+        """Whether heads, or single query heads, go."""
+        heads = (curve for curve in self.curves if curve.unit in ("heads", "queries"))
+        return any(0 < self.kept[curve.block].get(curve.unit, 0) < curve.units for curve in heads)
+
+    @property
     def gone(self) -> int:
         """All parameters that go, linear or not."""
         return self.removed + self.beside

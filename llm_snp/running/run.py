@@ -177,7 +177,8 @@ class _Run:
         )
         plan = decide(session)
         progress.say(f"plan: {plan.why}")
-        report.planned(plan, skeleton.parameters, custom_code=stock_fields(job, plan) is None)
+        for note in report.planned(plan, skeleton.parameters, custom_code=stock_fields(job, plan) is None):
+            progress.say(f"note: {note}")
         writer = Writer(self.directory, len(plan.left) + 1)
         blocks = PrunedBlocks(writer, self.journal, skeleton, report, progress)
         prune_blocks(session, plan, blocks.save, blocks.finished)

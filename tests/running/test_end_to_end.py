@@ -292,6 +292,34 @@ def test_windows_are_as_long_as_the_model_allows(prune: Prune, dense: Path, tmp_
     assert any(f"windows have {POSITIONS} tokens: the model has no more positions" in n for n in report["notes"])
 
 
+def test_whole_heads_by_one_kind_of_text_are_pointed_out(
+    prune: Prune,
+    dense: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The only place where a published model lost by the default: before the blocks are pruned, and in the report."""
+
+    def said(**options: Any) -> bool:
+        notes = prune(dense, tmp_path / "out", 0.5, overwrite=True, quiet=False, **options)["notes"]
+        printed = capsys.readouterr().err
+        assert ("whole heads go" in printed) == any("whole heads go" in note for note in notes)
+        assert "whole heads go" not in printed or printed.index("whole heads go") < printed.index("\nprune ...")
+        return "whole heads go" in printed
+
+    other = tmp_path / "other.txt"
+    other.write_text(text.read_text()[::-1])
+    monkeypatch.setattr("llm_snp.pruning.measure.cheapest_kind", lambda choices, share: choices[0])  # the heads
+    assert said(method="best")
+    assert not said(method="best", calibration=(str(text), str(other)))
+    assert not said(method="best", calibration="self")
+    assert not said(method="best", attention="heads")  # which was asked for
+    monkeypatch.setattr("llm_snp.pruning.measure.cheapest_kind", lambda choices, share: choices[-1])
+    assert not said(method="best")
+
+
 def test_text_that_the_model_writes(prune: Prune, dense: Path, tmp_path: Path) -> None:
     report = prune(dense, tmp_path / "out", calibration="self", evaluate=("self",))
     assert report["calibration"]["source"].startswith("self")
