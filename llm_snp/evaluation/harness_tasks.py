@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -58,7 +59,12 @@ class Request:
         if directory:
             with suppress(FileNotFoundError), _working_directory(directory):
                 return self.manager.load([task])
-        return self.manager.load([task])
+        if self.local:
+            return self.manager.load([task])
+        # datasets prefers what has the name of a task's data in the working directory, which may be a stranger's, and
+        # before version 4 it runs a script in it.
+        with tempfile.TemporaryDirectory(prefix="llm-snp-") as empty, _working_directory(Path(empty)):
+            return self.manager.load([task])
 
     def _refusal(self, error: Exception) -> SnpError:
         why = reason(error)

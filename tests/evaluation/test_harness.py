@@ -252,6 +252,25 @@ def test_data_beside_the_file_or_in_the_working_directory(
     assert first.is_file()
 
 
+def test_the_data_of_a_known_task_is_not_looked_for_in_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be a stranger's: what has the dataset's name there would be taken for the Hub's."""
+    (tmp_path / "baber" / "piqa").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    seen: list[list[str]] = []
+
+    class Manager:
+        def load(self, tasks: list[str]) -> dict[str, Any]:
+            seen.append(os.listdir())
+            return {"tasks": dict.fromkeys(tasks)}
+
+    known = harness_tasks.Request("piqa", Manager(), {"piqa": None}, [("piqa", "lm-evaluation-harness")])
+    assert known.load()["tasks"] == {"piqa": None}
+    assert seen == [[]]
+    assert Path.cwd() == tmp_path
+
+
 def test_a_group_has_its_own_row_and_those_of_its_tasks(dense: Path, tmp_path: Path) -> None:
     for file in TASKS.glob("small_choice.*"):
         shutil.copy(file, tmp_path)
