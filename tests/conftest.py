@@ -63,8 +63,9 @@ def documents(request: pytest.FixtureRequest) -> Iterator[None]:
     marked = any(mark.name == "documents" for mark in request.node.iter_markers())
     with pytest.MonkeyPatch.context() as patch:
         if not marked:
-            patch.setattr("llm_snp.documents.writing.plot_images", lambda report: {})
-            patch.setattr("llm_snp.documents.writing.html_page", lambda report: "")
+            for place in ("documents.writing", "result.publish"):
+                patch.setattr(f"llm_snp.{place}.plot_images", lambda report: {})
+                patch.setattr(f"llm_snp.{place}.html_page", lambda report: "")
             patch.setattr("llm_snp.running.rehearsal.html_page", lambda report: "")
         yield
 
