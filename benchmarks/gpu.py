@@ -90,7 +90,7 @@ def steps(args: argparse.Namespace, folder: Path) -> list[Step]:
     if kernels:
         found.append(Step("kernels", 90, [*PYTHON, "-m", "pytest", *kernels]))
     speed("best", 120, shape, "--method", "best", "--dtype", half, *few)
-    speed("snp", 60, shape, "--method", "snp", "--dtype", half, *few)
+    speed("snp", 150, shape, "--method", "snp", "--dtype", half, *few)
     speed("large", 90, large, *short, "--dtype", half, *few)
     speed("idle", 90, shape, *short, "--dtype", half, *two, "--idle")
     return found
