@@ -81,6 +81,10 @@ PLACES = frozenset(
     )
 )
 PLACE_ENDINGS = ("_file", "_name_or_path")
+# What holds a secret, whatever that looks like.
+SECRETS = re.compile(
+    r"(^|_)(api_?key|secret|password|passwd|credentials?|private_?key|(access|auth|hub)_?token)(_|$)", re.I
+)
 WORDS = ("content", "chat_template")  # what a tokenizer reads or writes, whatever it looks like
 # Text by which two tokenizers are told apart.
 PROBE = "The 3 quick brown foxes\n\tran; 12.5 % über naïve 雪.  <s>[INST]x</s>"
@@ -98,7 +102,7 @@ def without_code(fields: Any) -> Any:
 def _names_code(name: Any, value: Any) -> bool:
     if name in CODE or name in PLACES:
         return True
-    if isinstance(name, str) and (name.endswith(PLACE_ENDINGS) or is_private(name)):
+    if isinstance(name, str) and (name.endswith(PLACE_ENDINGS) or SECRETS.search(name) or is_private(name)):
         return True
     return isinstance(value, str) and name not in WORDS and is_private(value)
 

@@ -13,7 +13,7 @@ from .plain import encodable
 
 # A text that is a path as a whole; words that begin with "/", as some tokens do, are none.
 PLACE = re.compile(
-    r"(/[^/\s<>{}]([^/\n<>{}]*[^/\s<>{}])?){2,}/?|~[\w.-]*/.*|\.\./.+|[A-Za-z]:[\\/].+|\\\\.+|(file|s3|gs|hdfs|dbfs|abfss?|smb|s?ftp|ssh):/.+"
+    r"(/[^/\s<>{}]([^/\n<>{}]*[^/\s<>{}])?){2,}/?|~[\w.-]*/.*|\.\./.+|\./[^/]+/.+|[A-Za-z]:[\\/].+|\\\\.+|(file|s3|gs|hdfs|dbfs|abfss?|smb|s?ftp|ssh):/.+"
     r"|(?!https?:)[A-Za-z][\w+.-]*://.+|[\w.@-]+:/[^/\s].*|\$\w+/.*|\$\{\w+\}/.*|%\w+%\\.*",
     re.DOTALL,
 )

@@ -298,12 +298,25 @@ TOKEN = "hf_" + "aB3" * 11
 
 
 @pytest.mark.parametrize(
+    "name", ["api_key", "WANDB_API_KEY", "password", "hub_token", "client_secret", "use_auth_token"]
+)
+def test_what_is_called_a_secret_does_not_travel(name: str) -> None:
+    assert without_code({name: "7f3", "b": {name: {"key": "7f3"}}}) == {"b": {}}
+
+
+def test_what_a_model_reads_is_no_secret() -> None:
+    fields = {"bos_token": "a", "pad_token_id": 1, "num_key_value_heads": 2, "key_dim": 3, "eos_token": "</s>"}
+    assert without_code(fields) == fields
+
+
+@pytest.mark.parametrize(
     "text",
     [
         "/home/ann lee/my models/x",
         "C:\\Users\\ann lee\\x",
         "~ann/x",
         "../ann/models",
+        "./runs/ann",
         "file:///home/ann/a b",
         "s3://ann/texts",
         "\\\\server\\ann lee",
