@@ -143,11 +143,11 @@ def remove(routing: Routing, total: Callable[[Tensor], None], order: str, genera
     """
     device, experts, least = routing.logits.device, routing.experts, routing.picked
     left = torch.ones(experts, dtype=torch.bool, device=device)
-    energy = routing.energy.sum() if routing.finite else routing.energy.new_tensor(torch.nan)
-    whole, sums = torch.stack([energy, energy.new_tensor(len(routing.logits))]), routing.sums()
+    energy = routing.energy.sum() if routing.finite else torch.full((), torch.nan, dtype=torch.float64, device=device)
+    whole, sums = torch.stack([energy, torch.full_like(energy, len(routing.logits))]), routing.sums()
     for each in (whole, sums):
         total(each)
-    all_lost, tokens = whole.tolist()
+    all_lost, tokens = whole.cpu().tolist()
     first = EXPERT_ORDERS[order](sums, generator)
     loss, gone = torch.zeros(experts + 1, dtype=torch.float64), list[int]()
     while experts - len(gone) > least:
@@ -158,8 +158,8 @@ def remove(routing: Routing, total: Callable[[Tensor], None], order: str, genera
         left[expert] = False
         loss[experts - len(gone)] = max(0.0, found[expert].item() / tokens)
     loss[: least + 1] = torch.linspace(all_lost / tokens, loss[least].item(), least + 1, dtype=torch.float64)
-    stay = [*left.nonzero().flatten().tolist(), *reversed(gone)]
-    variance = tail_sums(sums[1, stay]).cpu()
+    stay = [*left.nonzero().flatten().cpu().tolist(), *reversed(gone)]
+    variance = tail_sums(sums[1].cpu()[stay])
     return Removal(stay, loss, variance / variance[0].clamp_min(torch.finfo(variance.dtype).tiny))
 
 
@@ -171,7 +171,7 @@ def order_reap(sums: Tensor, generator: torch.Generator) -> list[int]:
     """The least mean over an expert's tokens of routing weight times norm of the output first (REAP, Lasby et al.,
     arXiv 2510.13999). sums: see `Routing.sums`.
     """
-    return torch.argsort(sums[0] / sums[2].clamp_min(1.0), stable=True).tolist()
+    return torch.argsort(sums[0] / sums[2].clamp_min(1.0), stable=True).cpu().tolist()
 
 
 def order_random(sums: Tensor, generator: torch.Generator) -> list[int]:
