@@ -127,15 +127,16 @@ MODELS |= {
 KNOWN = [name for name, (model_type, _) in MODELS.items() if model_type in FAMILIES]
 
 
-def tiny_config(name: str) -> Any:
-    model_type, fields = MODELS[name]
-    return AutoConfig.for_model(model_type, vocab_size=VOCABULARY, **fields)
+def tiny_config(name: str, **fields: Any) -> Any:
+    """With other fields than those of `MODELS`, where there are some."""
+    model_type, usual = MODELS[name]
+    return AutoConfig.for_model(model_type, vocab_size=VOCABULARY, **(usual | fields))
 
 
-def tiny_model(name: str, seed: int = 0) -> Any:
+def tiny_model(name: str, seed: int = 0, **fields: Any) -> Any:
     """In float32, with biases and norms that are not what they are initialised to."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(tiny_config(name)).float()
+    model = AutoModelForCausalLM.from_config(tiny_config(name, **fields)).float()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -146,8 +147,8 @@ def tiny_model(name: str, seed: int = 0) -> Any:
     return model.eval()
 
 
-def save_tiny(name: str, directory: Path, seed: int = 0) -> Path:
-    tiny_model(name, seed).save_pretrained(directory)
+def save_tiny(name: str, directory: Path, seed: int = 0, **fields: Any) -> Path:
+    tiny_model(name, seed, **fields).save_pretrained(directory)
     copy_tokenizer(directory)
     return directory
 

@@ -19,6 +19,7 @@ from .base import OF_PRUNED, Family
 from .gguf import GGUF, Gguf, Positions, positions_of
 from .left import check_widths, dropped, fewer_blocks, first_attentions
 from .llama_like import LLAMA_LIKE
+from .mixture import expert_of
 from .sites import EXPERTS, MLP, SHARED, Rows, Site, linear, parameters_of
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "Rows",
     "Site",
     "dropped",
+    "expert_of",
     "family_of",
     "fewer_blocks",
     "first_attentions",

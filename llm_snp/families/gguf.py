@@ -25,6 +25,7 @@ class Gguf:
     name         as in `general.architecture`
     blockwise    whether every block may have a number of heads, key/value heads and neurons of its own
     heads        whether the heads may be fewer than the model's width has room for
+    grouped      whether key/value heads may be fewer than query heads
     rotary       what of a head positions turn: all of it, a part, or nothing
     interleaved  whether rotary pairs are rows 2i and 2i + 1, not i and i + w/2: rows of query and key change places
     fused        how query, key and value lie in a fused layer of the checkpoint, which the engine wants one after the
@@ -47,6 +48,7 @@ class Gguf:
     name: str
     blockwise: bool = False
     heads: bool = True
+    grouped: bool = True
     rotary: Literal["whole", "part", "none"] = "whole"
     interleaved: bool = False
     fused: Literal["heads", "groups", "parts"] | None = None
@@ -71,6 +73,7 @@ GEMMA_ACT = {
     "tie_word_embeddings": (True,),
     "attention_bias": (False, None),
 }
+NOT_DIVIDED = {"norm_topk_prob": (False,)}
 NO_BIAS = {"attention_bias": (False, None), "mlp_bias": (False, None)}
 
 DECI = Gguf("deci", blockwise=True, interleaved=True, takes=SILU, fields=RMS, scalings=LLAMA_ROPE)
@@ -184,6 +187,21 @@ GGUF: dict[str, tuple[Gguf, ...]] = {
     ),
     "olmo2": (Gguf("olmo2", heads=False, takes=SILU | NO_BIAS, fields=RMS, output=True),),
     "olmo3": (Gguf("olmo2", heads=False, takes=SILU | NO_BIAS, fields=RMS, output=True, period=4),),
+    # Mixtures of experts, which all four have in every block, each as many of as many neurons. Whether the weights of a
+    # token are divided by their sum is part of the graph, whatever the file says; that of `llama` divides them.
+    "mixtral": (LLAMA,),
+    "qwen2_moe": (Gguf("qwen2moe", heads=False, takes=SILU | NOT_DIVIDED, fields=RMS, output=True),),
+    "qwen3_moe": (Gguf("qwen3moe", takes=SILU | NO_BIAS | {"norm_topk_prob": (True,)}, fields=RMS),),
+    "olmoe": (
+        Gguf(
+            "olmoe",
+            heads=False,
+            grouped=False,
+            takes=SILU | NO_BIAS | NOT_DIVIDED | {"clip_qkv": (None,)},
+            fields=RMS,
+            output=True,
+        ),
+    ),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,6 +14,7 @@ from .sites import EXPERTS, MLP, SHARED, Rows, Site
 # each has layers of its own (`dense.experts`), as in the files of a checkpoint.
 HOLDER = "mlp.experts"
 ROUTER = "mlp.gate"
+OF_EXPERT = re.compile(rf"(.*\.{re.escape(HOLDER)})\.(\d+)(\..*)")
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,12 @@ class Mixture:
     def _shared(self, config: Any, count: int, index: int | None) -> dict[str, int]:
         assert self.shared is not None
         return {self.shared: count}
+
+
+def expert_of(name: str) -> tuple[int, str] | None:
+    """Of a tensor of one expert, which it is, and the name without that, as of one tensor of all experts."""
+    found = OF_EXPERT.fullmatch(name)
+    return None if found is None else (int(found[2]), f"{found[1]}{found[3]}")
 
 
 def mlps(shape: Shape, stream: str | None) -> tuple[Site, ...]:

@@ -24,7 +24,6 @@ from llm_snp.families import FAMILIES, family_of
 from llm_snp.healing.pair import open_model
 from llm_snp.pruning.calibrate import Reference, calibrate_block, calibrate_site
 from llm_snp.pruning.order import TOKENS_PER_NEURON, scarcity
-from llm_snp.result.gguf.layout import layout
 from llm_snp.running.preview import preview
 
 MIXTURES = [name for name in KNOWN if FAMILIES[tiny_config(name).model_type].mixture is not None]
@@ -179,8 +178,6 @@ def test_what_is_refused(mixtral: Path, tmp_path: Path) -> None:
         preview(PruneConfig(model=str(mixtral), structures="layers", output=str(tmp_path / "out")))
     with pytest.raises(UnsupportedModelError, match=r"is a mixture of experts \(mixtral\), .* but not healed"):
         open_model(mixtral)
-    with pytest.raises(UnsupportedModelError, match=r"'mixtral'\) are not written for llama.cpp here"):
-        layout(FAMILIES["mixtral"], tiny_config("mixtral"), opened(mixtral))
     for fields, said in (
         ({"num_experts_per_tok": 5}, "num_experts_per_tok is 5 in config.json, but there are 4 experts"),
         ({"num_local_experts": 0, "num_experts_per_tok": 0}, "num_local_experts is 0 in config.json"),

@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import VOCABULARY
+from conftest import VOCABULARY, Prune, copy_tokenizer, load
 from llama_cpp import ask
 from pruned_models import save_pruned
-from tiny_models import BLOCKS, KNOWN, tiny_config
+from tiny_models import BLOCKS, KNOWN, NEURONS, save_tiny, tiny_config
 
 from llm_snp.errors import CheckpointError, UnsupportedModelError
 from llm_snp.system.progress import Progress
 
-pytest.importorskip("gguf", reason="the package gguf is not installed")
+gguf = pytest.importorskip("gguf", reason="the package gguf is not installed")
 pytest.importorskip("xllamacpp", reason="the package xllamacpp, llama.cpp's wheel, is not installed")
 export = pytest.importorskip("llm_snp.result.gguf.writing").export
 
@@ -130,6 +130,80 @@ def test_uniform_widths(
     compare(save_pruned(name, kept, tmp_path / "model", **fields), tmp_path / "model", architecture, limit)
 
 
+MIXED = [{"neurons": 24, "experts": 3}] * BLOCKS
+QWEN2 = {"mlp_only_layers": [], "norm_topk_prob": False}
+QWEN3, OLMOE = {"norm_topk_prob": True}, {"num_key_value_heads": 8}
+
+
+@pytest.mark.parametrize(
+    ("name", "kept", "architecture", "fields"),
+    [
+        ("mixtral", MIXED, "llama", {}),
+        ("mixtral", [{"heads": 3} | block for block in MIXED], "llama", {"tie_word_embeddings": True}),
+        ("qwen2_moe", [{"shared": 24} | block for block in MIXED], "qwen2moe", QWEN2),
+        ("qwen2_moe", MIXED, "qwen2moe", QWEN2 | {"tie_word_embeddings": True, "qkv_bias": False}),
+        ("qwen3_moe", [{"heads": 3} | block for block in MIXED], "qwen3moe", QWEN3),
+        ("qwen3_moe", MIXED, "qwen3moe", QWEN3 | {"tie_word_embeddings": True, "num_experts_per_tok": 1}),
+        ("olmoe", MIXED, "olmoe", OLMOE),
+        ("olmoe", MIXED, "olmoe", OLMOE | {"tie_word_embeddings": True, "num_experts_per_tok": 3}),
+    ],
+)
+def test_mixtures_of_experts(
+    name: str, kept: list[dict[str, int]], architecture: str, fields: dict[str, Any], tmp_path: Path
+) -> None:
+    if name not in KNOWN:
+        pytest.skip("this transformers does not have it")
+    compare(save_pruned(name, kept, tmp_path / "model", **fields), tmp_path / "model", architecture, EXACT)
+
+
+@pytest.mark.parametrize(
+    ("name", "architecture", "fields", "experts"),
+    [
+        ("mixtral", "llama", {}, "both"),
+        ("qwen2_moe", "qwen2moe", QWEN2, "neurons"),
+        ("qwen3_moe", "qwen3moe", QWEN3, "whole"),
+        ("olmoe", "olmoe", OLMOE, "whole"),
+    ],
+)
+def test_stock_results_of_mixtures(
+    name: str, architecture: str, fields: dict[str, Any], experts: str, prune: Prune, tmp_path: Path
+) -> None:
+    """Of which neurons or experts went, as the file says it."""
+    if name not in KNOWN:
+        pytest.skip("this transformers does not have it")
+    dense = save_tiny(name, tmp_path / "dense", **fields)
+    plan = prune(dense, tmp_path / "model", 0.3, format="stock", experts=experts, samples=8)["plan"]["kept"][0]
+    compare(load(tmp_path / "model"), tmp_path / "model", architecture, EXACT)
+    fields = {name: field.contents() for name, field in gguf.GGUFReader(tmp_path / "model.gguf").fields.items()}
+    found = {"experts": fields[f"{architecture}.expert_count"]}
+    found["neurons"] = fields[f"{architecture}.expert_feed_forward_length"]
+    expected = {"experts": plan.get("experts", 4), "neurons": plan.get("neurons", 2 * NEURONS)}
+    assert found == expected != {"experts": 4, "neurons": 2 * NEURONS}
+    assert fields[f"{architecture}.expert_used_count"] == 2
+    shared = plan.get("shared") if name == "qwen2_moe" else None
+    assert fields.get(f"{architecture}.expert_shared_feed_forward_length") == shared
+
+
+def test_experts_of_a_layer_from_several_files(tmp_path: Path) -> None:
+    """Their stack is the same; it is quantised, the router is not."""
+    if "qwen2_moe" not in KNOWN:
+        pytest.skip("this transformers does not have it")
+    kept = [{"neurons": 24, "experts": 3}] * BLOCKS
+    model = save_pruned("qwen2_moe", kept, tmp_path / "one", **QWEN2)
+    model.save_pretrained(tmp_path / "many", max_shard_size="8KB")
+    copy_tokenizer(tmp_path / "many")
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2 * BLOCKS
+    found = []
+    for name in ("one", "many"):
+        export(tmp_path / name, tmp_path / f"{name}.gguf", "q8_0", None, Progress(quiet=True))
+        found.append({tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / f"{name}.gguf").tensors})
+    one, many = found
+    assert one.keys() == many.keys()
+    assert all(np.array_equal(one[name].data, many[name].data) for name in one)
+    kinds = {"up_exps": "Q8_0", "gate_exps": "Q8_0", "down_exps": "F16", "gate_inp": "F32", "gate_inp_shexp": "F32"}
+    assert {part: one[f"blk.1.ffn_{part}.weight"].tensor_type.name for part in kinds} == kinds
+
+
 def refusal(name: str, kept: list[dict[str, int]], directory: Path, **fields: Any) -> str:
     save_pruned(name, kept, directory, **fields)
     with pytest.raises(UnsupportedModelError) as refused:
@@ -156,6 +230,28 @@ def refusal(name: str, kept: list[dict[str, int]], directory: Path, **fields: An
         ("gemma", same(neurons=33), {"hidden_act": "relu"}, ("takes hidden_act 'gelu_new', not 'relu'",)),
         ("qwen2", same(neurons=33), rope({"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}), ("'dynamic'",)),
         ("phi3", same(neurons=33), {}, ("with the token '<|endoftext|>' only",)),
+        ("gemma", same(values=2), {}, ("directions inside its heads", "with --format stock")),
+        ("mixtral", same(values=2), {}, ("directions inside its heads", "with --format stock")),
+        (
+            "mixtral",
+            [{"experts": 3}, {"experts": 4}, {"experts": 4}],
+            {},
+            ("its llama has one number of heads, neurons and experts for all blocks", "--format stock"),
+        ),
+        ("olmoe", [{"neurons": 24}, *same(2, neurons=32)], OLMOE, ("its olmoe has one number", "--format stock")),
+        ("olmoe", same(neurons=24), {}, ("its olmoe has as many key/value heads as query heads",)),
+        ("olmoe", same(neurons=24), OLMOE | {"norm_topk_prob": True}, ("takes norm_topk_prob false, not true",)),
+        ("olmoe", same(neurons=24), OLMOE | {"clip_qkv": 0.3}, ("its olmoe takes clip_qkv none, not 0.3",)),
+        ("qwen2_moe", same(neurons=24), QWEN2 | {"norm_topk_prob": True}, ("takes norm_topk_prob false, not true",)),
+        (
+            "qwen2_moe",
+            same(neurons=24),
+            QWEN2 | {"mlp_only_layers": [1]},
+            ("every block, and this model none in block 1",),
+        ),
+        ("qwen3_moe", same(neurons=24), QWEN3 | {"decoder_sparse_step": 2}, ("this model none in block 0",)),
+        ("qwen3_moe", same(neurons=24), {}, ("its qwen3moe takes norm_topk_prob true, not false",)),
+        ("qwen3_moe", same(neurons=24), QWEN3 | {"attention_bias": True}, ("attention_bias false, not true",)),
     ],
 )
 def test_what_it_cannot_have_is_refused_with_what_helps(
@@ -166,14 +262,23 @@ def test_what_it_cannot_have_is_refused_with_what_helps(
     said = refusal(name, kept, tmp_path, **fields)
     for part in parts:
         assert part in said
-    assert ("--format stock" in said) == ("--format stock" in parts or "--format blockwise" in parts or name == "qwen3")
+    stock = any("--format" in part for part in parts) or name == "qwen3"
+    assert ("--format stock" in said) == stock
+    assert ("--format blockwise" in said) == ("--format blockwise" in parts)
+    assert ("serve this one with transformers" in said) == (not stock and name != "phi3")
 
 
-def test_where_the_engine_knows_no_windows_the_context_is_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "kept", "architecture"), [("mistral", DIFFERENT, "deci"), ("mixtral", MIXED, "llama")]
+)
+def test_where_the_engine_knows_no_windows_the_context_is_one(
+    name: str, kept: list[dict[str, int]], architecture: str, tmp_path: Path
+) -> None:
     """Mistral's first version and some Qwen2; up to there both compute the same."""
-    model = save_pruned("mistral", DIFFERENT, tmp_path / "model")
-    assert model.config.sliding_window == 16
-    compare(model, tmp_path / "model", "deci", EXACT, count=16)
+    if name not in KNOWN:
+        pytest.skip("this transformers does not have it")
+    model = save_pruned(name, kept, tmp_path / "model", sliding_window=16)
+    compare(model, tmp_path / "model", architecture, EXACT, count=16)
     (tokens,) = ask(tmp_path / "model.gguf", ["context"])
     assert tokens == 16
 

@@ -14,9 +14,11 @@ from torch import Tensor
 from ...dense.checkpoint import Checkpoint
 from ...dense.skeleton import Skeleton
 from ...errors import UnsupportedModelError
-from ...families import GGUF, Family, Gguf, Heads, Positions, heads_of, positions_of
+from ...families import EXPERTS, GGUF, SHARED, Family, Gguf, Heads, Positions, expert_of, heads_of, positions_of
 
 OUTPUT, EMBEDDING, ROPE_FACTORS = "output.weight", "token_embd.weight", "rope_freqs.weight"
+# What the engine counts in blocks.
+COUNTED = ("heads", "neurons", EXPERTS, SHARED)
 # Of each type of scaling, the parameters that have a place in the file.
 SCALING = {
     "default": set(),
@@ -28,19 +30,25 @@ SCALING = {
 
 @dataclass(frozen=True)
 class Output:
-    """A tensor of the file: its name there, its shape (rows first), those it is made of, and how."""
+    """A tensor of the file: its name there, its shape (rows first), those it is made of, and how.
+
+    stacked: it is a stack of its sources, of which `make` gets one after the other.
+    """
 
     name: str
     shape: tuple[int, ...]
     sources: tuple[str, ...]
     make: Callable[[Sequence[Tensor]], Tensor]
+    stacked: bool = False
 
 
 @dataclass(frozen=True)
 class Layout:
     """A model as a file has it.
 
-    queries, keys, neurons: of each block. heads: as in its config; their width holds for all blocks.
+    queries, keys, neurons: of each block; neurons of one of its experts, where it has some. heads: as in its config;
+    their width holds for all blocks. experts: how many each block has (0: none), picked: how many of them work on a
+    token, shared: neurons of the MLP beside them.
     """
 
     architecture: Gguf
@@ -50,6 +58,9 @@ class Layout:
     queries: tuple[int, ...]
     keys: tuple[int, ...]
     neurons: tuple[int, ...]
+    experts: int
+    picked: int
+    shared: int
     outputs: tuple[Output, ...]
 
     @property
@@ -72,11 +83,6 @@ class Layout:
 
 def layout(family: Family, config: Any, skeleton: Skeleton) -> Layout:
     """How llama.cpp can have the model. Raises `UnsupportedModelError` with the option that helps, if one does."""
-    if family.mixture is not None:
-        raise UnsupportedModelError(
-            f"experts (models of type {family.model_type!r}) are not written for llama.cpp here; what was pruned with "
-            "--format stock is a stock checkpoint, which llama.cpp's own convert_hf_to_gguf.py reads"
-        )
     rows = GGUF.get(family.model_type, ())
     if not rows:
         raise UnsupportedModelError(
@@ -85,42 +91,47 @@ def layout(family: Family, config: Any, skeleton: Skeleton) -> Layout:
     blocks = _widths(family, config)
     reasons, by_width = [], False
     for row in rows:
-        wide = _width_fault(row, config, blocks)
-        reason = wide or _config_fault(row, config, blocks)
+        of_model = _config_fault(row, config, blocks) or _mixture_fault(row, family, config)
+        reason = of_model or _width_fault(row, config, blocks)
         if reason is None:
             return _arrange(row, family, config, skeleton)
-        by_width = by_width or wide is not None
+        by_width = by_width or of_model is None
         reasons.append(reason)
-    advice = "; prune the dense model with --format stock for it" if by_width else ""
-    raise UnsupportedModelError(f"llama.cpp cannot have this model: {', and '.join(dict.fromkeys(reasons))}{advice}")
+    advice = "prune the dense model with --format stock for it" if by_width else "serve this one with transformers"
+    raise UnsupportedModelError(f"llama.cpp cannot have this model: {', and '.join(dict.fromkeys(reasons))}; {advice}")
 
 
 def _widths(family: Family, config: Any) -> list[dict[str, int]]:
-    """Of each block, `heads` and `neurons`. Raises `UnsupportedModelError` if it has lost something else."""
+    """Of each block, what is `COUNTED`. Raises `UnsupportedModelError` if it has lost something else."""
     whole = family.widths(config, {})
     blocks = getattr(config, "block_widths", None) or [whole] * config.num_hidden_layers
     found = "queries" if any("queries" in block for block in blocks) else None
-    inside = {unit for block in blocks for unit in block if unit not in ("heads", "neurons", "queries")}
+    inside = {unit for block in blocks for unit in block if unit not in (*COUNTED, "queries")}
     if any(block.get(unit) != whole.get(unit) for unit in inside for block in blocks):
         found = "directions"
-    if any(0 in (block["heads"], block["neurons"]) for block in blocks):
+    blocks = [{unit: block[unit] for unit in COUNTED if unit in block} for block in blocks]
+    if any(0 in block.values() for block in blocks):
         raise UnsupportedModelError(
             "this model has lost attention or MLP layers as a whole, which is not written for llama.cpp; prune the "
             "dense model with --structures layers --format stock, which takes whole blocks"
         )
     if found:
         what = "single query heads" if found == "queries" else "directions inside its heads"
+        blockwise = "blockwise, which takes key/value heads with all their query heads, or with --format "
+        if not any(row.blockwise for row in GGUF[family.model_type]):
+            blockwise = ""
         raise UnsupportedModelError(
             f"this model has lost {what}, which llama.cpp cannot express; prune the dense model with --format "
-            "blockwise, which takes key/value heads with all their query heads, or with --format stock"
+            f"{blockwise}stock"
         )
-    return [{unit: block[unit] for unit in ("heads", "neurons")} for block in blocks]
+    return blocks
 
 
 def _width_fault(row: Gguf, config: Any, blocks: Sequence[Mapping[str, int]]) -> str | None:
     """What of the widths the architecture does not do."""
     if not row.blockwise and any(block != blocks[0] for block in blocks):
-        return f"its {row.name} has one number of heads and of neurons for all blocks"
+        counted = "heads, neurons and experts" if EXPERTS in blocks[0] else "heads and of neurons"
+        return f"its {row.name} has one number of {counted} for all blocks"
     if not row.heads and _queries(config, blocks[0]) * heads_of(config).width != config.hidden_size:
         return f"its {row.name} has as many heads as fill the model's width"
     return None
@@ -139,6 +150,8 @@ def _config_fault(row: Gguf, config: Any, blocks: Sequence[Mapping[str, int]]) -
         if found not in values:
             return f"its {row.name} takes {name} {_said(values[0])}, not {_said(found)}"
     positions, heads = positions_of(config), heads_of(config)
+    if not row.grouped and heads.keys != heads.queries:
+        return f"its {row.name} has as many key/value heads as query heads"
     kind, parameters = positions.scaling["rope_type"], set(positions.scaling) - {"rope_type"}
     if row.rotary != "none":
         if kind not in row.scalings:
@@ -160,6 +173,13 @@ def _config_fault(row: Gguf, config: Any, blocks: Sequence[Mapping[str, int]]) -
     return None
 
 
+def _mixture_fault(row: Gguf, family: Family, config: Any) -> str | None:
+    """What of the blocks of a mixture of experts the architecture does not do."""
+    blocks = range(config.num_hidden_layers)
+    dense = [] if family.mixture is None else [i for i in blocks if not family.mixture.sparse(config, i)]
+    return f"its {row.name} has experts in every block, and this model none in block {dense[0]}" if dense else None
+
+
 def _said(value: Any) -> str:
     return "none" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
 
@@ -177,7 +197,10 @@ def _arrange(row: Gguf, family: Family, config: Any, skeleton: Skeleton) -> Layo
     shapes = {output.name: output.shape for output in outputs.values()}
     queries = tuple(rows(index, "q", heads.queries) for index in blocks)
     keys = tuple(rows(index, "k", heads.keys) for index in blocks)
-    neurons = tuple(shapes[f"blk.{index}.ffn_down.weight"][1] for index in blocks)
+    sizes = family.shape(config, 0)
+    down = "ffn_down_exps" if sizes.experts else "ffn_down"
+    neurons = tuple(shapes[f"blk.{index}.{down}.weight"][-1] for index in blocks)
+    mixture = sizes.experts, sizes.picked, sizes.shared
     if row.fused == "parts":
         outputs = {output.name: output for output in _joined(outputs, blocks)}
     if row.output and OUTPUT not in outputs:
@@ -186,7 +209,7 @@ def _arrange(row: Gguf, family: Family, config: Any, skeleton: Skeleton) -> Layo
     if positions.scaling["rope_type"] == "llama3" and row.rotary != "none":
         factors = rope_factors(positions, heads.width)
         outputs[ROPE_FACTORS] = Output(ROPE_FACTORS, tuple(factors.shape), (), lambda tensors: factors)
-    return Layout(row, config, heads, positions, queries, keys, neurons, tuple(outputs.values()))
+    return Layout(row, config, heads, positions, queries, keys, neurons, *mixture, tuple(outputs.values()))
 
 
 def _outputs(row: Gguf, family: Family, heads: Heads, skeleton: Skeleton) -> Iterator[Output]:
@@ -195,15 +218,23 @@ def _outputs(row: Gguf, family: Family, heads: Heads, skeleton: Skeleton) -> Ite
     architecture = {name: known for known, name in gguf.MODEL_ARCH_NAMES.items()}[row.name]
     # An architecture that wants query, key and value as one has no names for them alone.
     named = gguf.MODEL_ARCH.LLAMA if row.fused == "parts" else architecture
+    stacks: dict[str, dict[int, str]] = {}  # the tensors of experts, by the name of all of them
     for name in checkpoint.names():
-        if name in skeleton.tied:
-            continue
+        if (of_expert := expert_of(name)) is not None:
+            stacks.setdefault(of_expert[1], {})[of_expert[0]] = name
+    alone = [name for name in checkpoint.names() if expert_of(name) is None and name not in skeleton.tied]
+    for name in (*alone, *stacks):
         found = None
         for known in dict.fromkeys((architecture, named)):
             names = gguf.get_tensor_name_map(known, len(skeleton))
             found = found or names.get_name(name, try_suffixes=(".weight", ".bias"))
         if found is None:
             raise UnsupportedModelError(f"llama.cpp's {row.name} has no place for {name}")
+        if name in stacks:
+            members = tuple(stacks[name][expert] for expert in sorted(stacks[name]))
+            shape = (len(members), *checkpoint.shape(members[0]))
+            yield Output(found, shape, members, lambda tensors: tensors[0], stacked=True)
+            continue
         turned = row.transposed and name.startswith(f"{family.blocks}.")
         yield _output(row, found, name, checkpoint, heads, turned)
 

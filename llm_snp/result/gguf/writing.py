@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import gguf
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, RopeScalingType
+from torch import Tensor
 
 from ...config import GGUF_TYPES
 from ...dense.checkpoint import Checkpoint
@@ -32,8 +33,8 @@ from .tokens import add_tokenizer, copy_tokenizer
 TYPES = {name: GGMLQuantizationType[name.upper()] for name in GGUF_TYPES}
 FILE_TYPES = {name: LlamaFileType["ALL_F32" if name == "f32" else f"MOSTLY_{name.upper()}"] for name in GGUF_TYPES}
 LARGEST = {GGMLQuantizationType.F16: float(np.finfo(np.float16).max)}
-# Read position by position, or once: what the engine has in 32 bits whatever the others have.
-ALWAYS_F32 = ("position_embd.weight",)
+# Read position by position, or routers: what the engine has in 32 bits whatever the others have.
+ALWAYS_F32 = ("position_embd.weight", "ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight")
 SCALINGS = {"linear": RopeScalingType.LINEAR, "yarn": RopeScalingType.YARN}
 
 
@@ -47,10 +48,11 @@ def export(
 ) -> Layout:
     """Write the result in `directory` as the GGUF file `path`, with weights of type `kind`.
 
-    replace: asked at the end, whether a file that is there by then goes. One tensor is in memory at a time. The file
-    has another name until it is whole. Raises `CheckpointError` for a directory that is no result or is damaged,
-    `UnsupportedModelError` for what llama.cpp cannot have, `OptionError` for a tokenizer that cannot be taken over, and
-    `OutputError` if the disk does not take it, or a file is there that stays.
+    replace: asked at the end, whether a file that is there by then goes. One tensor is in memory at a time: of a layer
+    of all experts of a block as it is written, and one expert's as it was read. The file has another name until it is
+    whole. Raises `CheckpointError` for a directory that is no result or is damaged, `UnsupportedModelError` for what
+    llama.cpp cannot have, `OptionError` for a tokenizer that cannot be taken over, and `OutputError` if the disk does
+    not take it, or a file is there that stays.
     """
     report = read_report(directory) if has_report(directory) else None
     config = load_config(directory)
@@ -165,6 +167,12 @@ def add_fields(writer: GGUFWriter, of: Layout) -> None:
     writer.add_key_length(of.heads.width)
     writer.add_value_length(of.heads.width)
     writer.add_vocab_size(of.vocabulary)
+    if of.experts:
+        writer.add_expert_count(of.experts)
+        writer.add_expert_used_count(of.picked)
+        writer.add_expert_feed_forward_length(of.neurons[0])
+    if of.shared:
+        writer.add_expert_shared_feed_forward_length(of.shared)
     for name, source in row.fields.items():
         if (value := getattr(config, source, None)) is not None:
             getattr(writer, f"add_{name}")(value)
@@ -198,7 +206,7 @@ def _add_scaling(writer: GGUFWriter, scaling: Any) -> None:
 
 def _stored(output: Output, wanted: GGMLQuantizationType) -> tuple[GGMLQuantizationType, int]:
     """The type a tensor gets, and its bytes: 32 bits for what is no matrix, 16 for rows that groups do not divide."""
-    if len(output.shape) < 2 or output.name in ALWAYS_F32:
+    if len(output.shape) < 2 or output.name.endswith(ALWAYS_F32):
         wanted = GGMLQuantizationType.F32
     group, size = gguf.GGML_QUANT_SIZES[wanted]
     if output.shape[-1] % group:
@@ -209,9 +217,21 @@ def _stored(output: Output, wanted: GGMLQuantizationType) -> tuple[GGMLQuantizat
 
 def _data(output: Output, checkpoint: Checkpoint, wanted: GGMLQuantizationType) -> Any:
     """A tensor's bytes. Raises `UnsupportedModelError` for numbers that its type does not reach."""
-    read = dict(checkpoint.tensors(output.sources))
-    values = output.make([read[name] for name in output.sources]).float().contiguous().numpy()
     stored, _ = _stored(output, wanted)
+    if not output.stacked:
+        read = dict(checkpoint.tensors(output.sources))
+        return _bytes(output, [read[name] for name in output.sources], stored)
+    place = {name: index for index, name in enumerate(output.sources)}
+    stack = None
+    for name, tensor in checkpoint.tensors(output.sources):  # in the order of files
+        part = _bytes(output, [tensor], stored)
+        stack = np.empty((len(place), *part.shape), part.dtype) if stack is None else stack
+        stack[place[name]] = part
+    return stack
+
+
+def _bytes(output: Output, sources: Sequence[Tensor], stored: GGMLQuantizationType) -> Any:
+    values = output.make(sources).float().contiguous().numpy()
     if (largest := float(np.abs(values).max(initial=0))) > LARGEST.get(stored, np.inf):
         raise UnsupportedModelError(
             f"{output.name} has numbers up to {largest:.0f}, and 16-bit floats end at 65504; give --type bf16"
