@@ -1,10 +1,10 @@
-# make demo | test | check | families | bench   (each sets up .venv first); make test-oldest has an environment of its own
+# make demo | test | test-slow | check | families | bench   (each sets up .venv first); make test-oldest has its own
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SPARSITY ?= 0.3
 
-.PHONY: demo test test-oldest check families bench clean
+.PHONY: demo test test-slow test-oldest check families bench clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -23,6 +23,10 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --dist worksteal \
 	    -n $$($(BIN)/python -c "import os; print((os.cpu_count() or 1) + 1)")
+
+# What `make test` leaves out, because it takes half a minute or more.
+test-slow: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
 # What depends on transformers most, with the oldest one that is supported.
 test-oldest:

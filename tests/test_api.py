@@ -44,7 +44,7 @@ def test_paths_numbers_and_devices_as_programs_have_them(dense: Path, text: Path
     assert (options["device"], options["dtype"], options["damping"]) == ("cpu:0", "float32", 0.001)
     assert options["quiet"] is True
     written = json.loads((tmp_path / "out" / "report.json").read_text())
-    places = {"model": "tiny", "output": "out", "offload": tmp_path.name, "calibration": [text.name]}
+    places = {"model": "tiny", "output": "out", "offload": None, "calibration": [text.name]}
     assert written["options"] == options | places | {"evaluate": [text.name]}
     assert set(written["evaluation"]) == {text.name}
 

@@ -190,6 +190,7 @@ def test_quality_measures_what_prune_writes(place: Path, tmp_path: Path) -> None
         assert result["seconds"].keys() <= {"sensitivity", "measure", "prune"}
 
 
+@pytest.mark.slow
 def test_quality_with_two_jobs_finds_the_same(place: Path, tmp_path: Path) -> None:
     """`--jobs`: other processes, the same perplexities."""
     found = []
@@ -294,6 +295,7 @@ def test_the_yardstick_says_when_its_model_cannot_be_had(tmp_path: Path, capsys:
     assert not (tmp_path / "smollm2").exists()
 
 
+@pytest.mark.slow
 def test_every_row_runs(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """All rows at one budget; the table names each, and nothing failed."""
     file, image, page = (tmp_path / name for name in ("quality.json", "quality.png", "quality.md"))
@@ -427,6 +429,7 @@ def test_speed_reports_every_phase(tiny_shape: None, tmp_path: Path, capsys: pyt
     assert "outside forward, backward and moments: " in printed
 
 
+@pytest.mark.slow
 def test_speed_counts_launches_and_idle_time(
     tiny_shape: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -450,6 +453,7 @@ def test_speed_counts_launches_and_idle_time(
     assert "no-shape" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_memory_compares_the_dry_run_with_a_real_one(
     tiny_shape: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -181,7 +181,13 @@ def follow(name: str, arguments: str, workplace: Path) -> None:
     CHECKS[name](done.stdout, workplace)
 
 
-@pytest.mark.parametrize(("name", "arguments"), COMMANDS, ids=[name for name, _ in COMMANDS])
+SLOW = {"compile.py"}  # half a minute of compiling
+MARKED = [
+    pytest.param(name, arguments, marks=[pytest.mark.slow] * (name in SLOW), id=name) for name, arguments in COMMANDS
+]
+
+
+@pytest.mark.parametrize(("name", "arguments"), MARKED)
 @pytest.mark.parametrize("model", ["dims"], indirect=True)
 def test_commands_of_the_readme(name: str, arguments: str, workplace: Path) -> None:
     if name in WITH_TABLES:

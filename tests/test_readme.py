@@ -32,6 +32,8 @@ PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in
 LINKED = [*PAGES, "CHANGELOG.md", "SECURITY.md", "examples/README.md", "benchmarks/results/README.md"]
 # Its code describes a family that does not exist; the others' runs.
 FRAGMENTS = "docs/families.md"
+# Half a minute each: several processes, and benchmarks.
+SLOW = {"docs/scale.md", "docs/method.md"}
 # What a page names without having made it: the result of the README's first command.
 RESULT = "opt-1.3b-snp-30"
 # What is not downloaded here, is shorter here, or belongs to another user.
@@ -150,7 +152,14 @@ def run(line: str) -> None:
         assert not code, line
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks_of(page) and page != FRAGMENTS])
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=[pytest.mark.slow] * (page in SLOW))
+        for page in PAGES
+        if blocks_of(page) and page != FRAGMENTS
+    ],
+)
 def test_commands_and_code_in_their_order(page: str, workplace: HubServer, models: Path, tmp_path: Path) -> None:
     for kind, block in blocks_of(page):
         if kind:

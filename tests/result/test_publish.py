@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from llm_snp.commands import push as command
 from llm_snp.dense.hub import locate
 from llm_snp.documents.card import model_card
 from llm_snp.errors import CheckpointError, HubError, OptionError, SnpError
+from llm_snp.result import publish
 from llm_snp.result.publish import check_push, push
 from llm_snp.system.files import digest, digest_of_bytes
 from llm_snp.system.manifest import changed, manifest, strays
@@ -39,6 +41,27 @@ def pruned(prune: Prune, dense: Path, held_out: Path, tmp_path_factory: pytest.T
     output = tmp_path_factory.mktemp("publish") / "tiny-snp-30"
     prune(dense, output, evaluate=(str(held_out),))
     return output
+
+
+@pytest.fixture(autouse=True, scope="module")
+def drawn_once() -> Iterator[None]:
+    """Plots and page of the same report, which are the same (`test_documents`), are made once for all pushes."""
+
+    def once(make: Callable[[dict[str, Any]], Any]) -> Callable[[dict[str, Any]], Any]:
+        found: dict[str, Any] = {}
+
+        def made(report: dict[str, Any]) -> Any:
+            key = json.dumps(report)
+            if key not in found:
+                found[key] = make(report)
+            return found[key]
+
+        return made
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("plot_images", "html_page"):
+            patch.setattr(publish, name, once(getattr(publish, name)))
+        yield
 
 
 @pytest.fixture

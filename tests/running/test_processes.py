@@ -517,7 +517,7 @@ def test_resume_with_a_damaged_shard(group: Group, prune: Prune, dense: Path, te
 
 def numerical_error(rank: int) -> None:
     """The main process, which alone solves, cannot solve the second block."""
-    solve, calls = executor.refit_consumer, []
+    solve, calls = executor.refit_site, []
 
     def fails(*arguments: Any) -> Any:
         calls.append(1)
@@ -525,14 +525,14 @@ def numerical_error(rank: int) -> None:
             raise NumericalError("no damping helps")
         return solve(*arguments)
 
-    executor.prune_units = executor.refit_consumer = fails  # type: ignore[assignment]
+    executor.refit_site = fails
 
 
 def bug_on_main(rank: int) -> None:
     def fails(*arguments: Any) -> Any:
         raise ZeroDivisionError("a bug")
 
-    executor.prune_units = executor.refit_consumer = fails  # type: ignore[assignment]
+    executor.refit_site = fails
 
 
 def error_on_another(rank: int) -> None:
