@@ -181,7 +181,7 @@ def follow(name: str, arguments: str, workplace: Path) -> None:
     CHECKS[name](done.stdout, workplace)
 
 
-SLOW = {"compile.py"}  # half a minute of compiling
+SLOW = {"compile.py", "onnx_export.py"}  # half a minute of compiling, or of tracing
 MARKED = [
     pytest.param(name, arguments, marks=[pytest.mark.slow] * (name in SLOW), id=name) for name, arguments in COMMANDS
 ]
@@ -202,7 +202,9 @@ def test_fewer_heads_in_some_blocks(workplace: Path) -> None:
     check_generate(done.stdout, workplace)
 
 
-@pytest.mark.parametrize("name", WITH_TABLES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in WITH_TABLES]
+)
 @pytest.mark.parametrize("model", ["llama-dims"], indirect=True)
 def test_models_with_tables(name: str, workplace: Path) -> None:
     """Which rotary pairs are left is an integer buffer, with which other tools have to get along."""

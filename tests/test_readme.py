@@ -32,8 +32,8 @@ PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in
 LINKED = [*PAGES, "CHANGELOG.md", "SECURITY.md", "examples/README.md", "benchmarks/results/README.md"]
 # Its code describes a family that does not exist; the others' runs.
 FRAGMENTS = "docs/families.md"
-# Half a minute each: several processes, and benchmarks.
-SLOW = {"docs/scale.md", "docs/method.md"}
+# Twenty to forty seconds each.
+SLOW = {"docs/scale.md", "docs/method.md", "docs/healing.md", "docs/serving.md"}
 # What a page names without having made it: the result of the README's first command.
 RESULT = "opt-1.3b-snp-30"
 # What is not downloaded here, is shorter here, or belongs to another user.

@@ -305,7 +305,7 @@ def test_curves_do_not_depend_on_where_the_hidden_states_are(
     assert report_of(tmp_path / "view")["plan"] == report_of(tmp_path / "copy")["plan"]
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("accelerate", marks=pytest.mark.slow)])
 def test_as_a_person_starts_it(
     prune: Prune, dense: Path, text: Path, held_out: Path, tmp_path: Path, launcher: str
 ) -> None:
