@@ -33,16 +33,7 @@ from llm_snp.evaluation.speed import measure_speed
 from llm_snp.families import family_of
 from llm_snp.pruning.decide import decide
 from llm_snp.pruning.executor import prune_blocks
-from llm_snp.pruning.job import (
-    Job,
-    check_structures,
-    fit_for_experts,
-    fit_for_format,
-    fit_for_heads,
-    for_layers,
-    window_length,
-)
-from llm_snp.pruning.plan import check_order
+from llm_snp.pruning.job import Job, fit_for_format, fitted, window_length
 from llm_snp.pruning.session import Session
 from llm_snp.result.assembly import open_result, stored_block, write_rest
 from llm_snp.result.carried import Carried
@@ -98,9 +89,7 @@ class Bench:
     def possible(self, row: Row) -> bool:
         """Whether a row's choices can be made for this model."""
         try:
-            options = fit_for_experts(fit_for_heads(self.options(row, 0.1), self.family, self.config), self.family)
-            check_structures(options, self.config)
-            check_order(self.family, self.config, options)
+            fitted(self.options(row, 0.1), self.family, self.config)
         except OptionError:
             return False
         return True
@@ -110,7 +99,7 @@ class Bench:
         self, options: PruneConfig, windows: int, least_influence: bool = False
     ) -> Iterator[tuple[Skeleton, dict[str, Any]]]:
         """Prune on the first calibration windows; gives the result, which lasts as long as the context, and facts."""
-        options = fit_for_experts(for_layers(fit_for_heads(options, self.family, self.config)), self.family)
+        options = fitted(options, self.family, self.config)
         timer, tokens = Progress(quiet=True), self.calibration.tokens[:windows]
         options = dataclasses.replace(options, samples=windows)  # of which some may be held out
         with TemporaryDirectory(prefix="llm-snp-quality-") as temporary:

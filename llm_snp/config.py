@@ -299,6 +299,11 @@ class PruneConfig:
         return max(1, self.samples // HELD_OUT) if self.in_steps else 0
 
     @property
+    def whole_experts(self) -> bool:
+        """Whether experts go as a whole, alone or beside neurons; of resolved options."""
+        return self.experts in ("whole", "both")
+
+    @property
     def alike(self) -> bool:
         """Whether every block keeps as much: a stock model has one number of units for all."""
         return self.format == "stock" and self.structures != "layers"

@@ -46,12 +46,13 @@ class Routing:
         """logits (n, E), outputs (E, n, d) of all experts, unweighted; sensitivity G (d, d), None for the identity."""
         by_token, p = outputs.transpose(0, 1), weights(logits.double(), picked, divided)  # (n, E, d), (n, E)
         gram = torch.empty(*logits.shape, logits.shape[1], dtype=torch.float32, device=logits.device)
-        whole = torch.empty_like(p)
+        whole, norms = torch.empty_like(p), torch.empty_like(p, dtype=torch.float32)
+        weighs = None if sensitivity is None else sensitivity.float()
         for rows in strips(len(logits), max(1, PART_BYTES // (4 * outputs.shape[0] * outputs.shape[2]))):
             part = by_token[rows].float()
-            torch.bmm(part if sensitivity is None else part @ sensitivity.float(), part.mT, out=gram[rows])
+            torch.bmm(part if weighs is None else part @ weighs, part.mT, out=gram[rows])
             whole[rows] = torch.bmm(gram[rows].double(), p[rows].unsqueeze(2)).squeeze(2)
-        norms = by_token.float().norm(dim=2)
+            norms[rows] = part.norm(dim=2)
         return cls(logits.double(), gram, norms, whole, (whole * p).sum(1), picked, divided)
 
     @classmethod

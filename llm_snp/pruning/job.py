@@ -17,6 +17,7 @@ from ..families import EXPERTS, SHARED, Family, Site, family_of
 from ..system.device import resolve_device
 from ..system.plain import encodable
 from ..system.private import public_name
+from .kinds import sites_of
 from .plan import check_order
 
 
@@ -37,7 +38,7 @@ class Job:
 
     def sites(self, index: int) -> tuple[Site, ...]:
         """What is pruned in a block."""
-        return self.family.prunable(self.config, self.options.attention, index, self.options.experts)
+        return sites_of(self.family, self.config, self.options, index)
 
     @property
     def from_hub(self) -> bool:
@@ -61,13 +62,19 @@ def open_job(options: PruneConfig, weights: bool, local_index: int = 0) -> Job:
     whole = family.dense_config(config) if pruned else config
     options = fit_for_format(options, family)
     check_format(options, family, config)
-    options = fit_for_heads(options.resolved(), family, config)
-    check_structures(options, config)
-    options = fit_for_experts(for_layers(options), family)
-    check_order(family, config, options)
+    options = fitted(options.resolved(), family, config)
     output = output_of(options)
     device = resolve_device(options.device, local_index)
     return Job(options, directory, config, whole, family, output, device, window_length(options, config))
+
+
+def fitted(options: PruneConfig, family: Family, config: Any) -> PruneConfig:
+    """The choices that a model leaves; `options`: resolved. Raises `OptionError` for one that it cannot have."""
+    options = fit_for_heads(options, family, config)
+    check_structures(options, config)
+    options = fit_for_experts(for_layers(options), family)
+    check_order(family, config, options)
+    return options
 
 
 def for_layers(options: PruneConfig) -> PruneConfig:
@@ -112,13 +119,12 @@ def fit_for_experts(options: PruneConfig, family: Family) -> PruneConfig:
     compared = options.order in EXPERT_ORDERS and options.allocation == "loss"
     if options.experts == "both" and (family.mixture is None or not compared):
         options = dataclasses.replace(options, experts="neurons")
-    whole = options.experts != "neurons"
-    if whole and family.mixture is None:
+    if options.whole_experts and family.mixture is None:
         raise OptionError(
             f"--experts {options.experts} is for mixtures of experts, and models of type {family.model_type!r} are "
             "none; leave it out"
         )
-    if whole and options.order not in EXPERT_ORDERS:
+    if options.whole_experts and options.order not in EXPERT_ORDERS:
         raise OptionError(
             f"--order {options.order} ranks what a single layer reads, and an expert is three of them; give --order "
             f"{' or '.join(EXPERT_ORDERS)}, or leave out --experts {options.experts}"

@@ -12,13 +12,20 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
+from typing import Any
 
+from ..config import PruneConfig
 from ..core.allocation import SiteCurve, allocate, allocate_alike, allocate_loss
 from ..errors import OptionError
-from ..families import EXPERTS, MLP
+from ..families import EXPERTS, MLP, Family, Site
 
 # Of the plans that take one expert more than the one before so many are looked at, evenly spread.
 PLANS = 256
+
+
+def sites_of(family: Family, config: Any, options: PruneConfig, index: int) -> tuple[Site, ...]:
+    """What is pruned of a block, in this order; `options`: resolved."""
+    return family.prunable(config, options.attention, index, options.experts)
 
 
 def cheapest_kind(choices: list[list[SiteCurve]], share: float) -> list[SiteCurve]:

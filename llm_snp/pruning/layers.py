@@ -17,6 +17,7 @@ from ..config import PruneConfig
 from ..core.allocation import SiteCurve, allocate
 from ..errors import OptionError
 from ..families import ATTENTION, SCORES, Family, first_attentions
+from .kinds import sites_of
 
 # So many plans with ever more layers gone may be no better in a row, then no more are looked at.
 PATIENCE = 5
@@ -35,7 +36,7 @@ def layer_curves(
     """
     first, found = first_attentions(config), []
     for i, block in enumerate(blocks):
-        for site in family.prunable(config, options.attention, i, options.experts):
+        for site in sites_of(family, config, options, i):
             stays = site.name == ATTENTION and i in first
             total = totals.get((i, site.name), 0.0 if totals else None)  # of what stays nothing is measured
             loss = None if total is None else torch.linspace(total, 0.0, site.units + 1, dtype=torch.float64)

@@ -104,7 +104,7 @@ def _calibrate(session: Session, index: int, block: nn.Module, state: State, str
     sensitivity, experts = read_sensitivity(session, index), None
     sites = [site for site in session.sites(index) if site.unit != EXPERTS]
     for site in session.sites(index):
-        if site.experts and session.options.experts in ("whole", "both"):
+        if site.experts and session.options.whole_experts:
             experts = _expert_curve(session, index, block, stream, site.by_expert, sensitivity.get(site.name))
     moments = calibrate_block(index, block, stream, tuple(sites), attention, advance=True)
     return _Seen(index, block, state, moments, sensitivity, sample, experts)

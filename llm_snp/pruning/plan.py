@@ -15,7 +15,7 @@ from ..core.allocation import ALLOCATIONS, SiteCurve, allocate, allocate_alike
 from ..core.orders import NEEDS_NONNEGATIVE
 from ..errors import OptionError
 from ..families import ATTENTION, EXPERTS, MLP, SHARED, Attention, Family, Site, dropped
-from .kinds import allocate_mixed
+from .kinds import allocate_mixed, sites_of
 from .layers import allocate_both, allocate_layers, layer_curves, removable
 from .steps import Step, why_steps
 
@@ -113,9 +113,7 @@ class Plan:
 
 def check_order(family: Family, config: Any, options: PruneConfig) -> None:
     """Raise `OptionError` if the order cannot rank the units of some site, before anything is loaded."""
-    sites = {
-        site for index in _blocks(config) for site in family.prunable(config, options.attention, index, options.experts)
-    }
+    sites = {site for index in _blocks(config) for site in sites_of(family, config, options, index)}
     for site in sorted(sites, key=lambda site: site.name):
         by_direction = site.name == ATTENTION and site.unit == "heads" and options.attention == "dims"
         if options.order in NEEDS_NONNEGATIVE and not (site.nonnegative or by_direction):
@@ -141,7 +139,7 @@ def block_curves(family: Family, config: Any, index: int, block: nn.Module, opti
     """Those of one block."""
     attention = family.attention(config, index) if options.attention == "dims" else None
     curves = []
-    for site in family.prunable(config, options.attention, index, options.experts):
+    for site in sites_of(family, config, options, index):
         if site.name == ATTENTION and attention is not None:
             curves += direction_curves(family, index, block, site, attention, options)
             continue
@@ -276,7 +274,7 @@ def planned(
             beside += sum(p.numel() for p in block.parameters()) - bases[index]
             continue
         alone = {curve.site for curve in curves if curve.block == index and kept[index][curve.unit] == 0}
-        for site in family.prunable(config, options.attention, index, options.experts):
+        for site in sites_of(family, config, options, index):
             beside += family.beside_cost(block, site) if site.name in alone else 0
             beside += family.router_row(block, site) * (site.experts - kept[index].get(EXPERTS, site.experts))
     return Plan(tuple(kept), tuple(curves), by, asked, sum(gone), sum(bases), options.alike, beside, structures)

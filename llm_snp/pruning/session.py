@@ -15,6 +15,7 @@ from ..families import Family, Site, linear
 from ..system.journal import Journal
 from ..system.processes import Processes
 from ..system.progress import Progress
+from .kinds import sites_of
 
 # What a repair follows of the dense residual stream is 1 / (1 + CHANCE q), q the parameters that all such repairs fit
 # for each output and token. Set by one model and one q: SmolLM2, 30 %, 36 windows of 512, q = 3.4. There the mean loss
@@ -41,7 +42,7 @@ class Session:
 
     def sites(self, index: int) -> tuple[Site, ...]:
         """What is pruned in a block, in this order."""
-        return self.family.prunable(self.config, self.options.attention, index, self.options.experts)
+        return sites_of(self.family, self.config, self.options, index)
 
     def stream(self, windows: int | None = None) -> Stream:
         """The hidden states of this process's share of the first `windows` windows (all), before the first block."""

@@ -21,6 +21,7 @@ from ..dense.storage import stays_on
 from ..dense.stream import WAITING, windows_at_once
 from ..families import ATTENTION, EXPERTS, WHOLE, Attention, Family, Site, linear, parameters_of
 from ..pruning.experts import tokens_looked_at
+from ..pruning.kinds import sites_of
 from ..pruning.layers import layer_curves
 from ..pruning.left_out import LEFT_OUT_TOKENS
 from ..pruning.sensitivity import gradient_passes, gradient_windows, inputs_kept
@@ -95,7 +96,7 @@ def estimate(
     # The largest, which stands for all: in a pruned model they differ.
     index = max(range(len(blocks)), key=sizes_of.__getitem__)
     block, per_block = blocks[index], sizes_of[index]
-    sites = family.prunable(config, options.attention, index, options.experts)
+    sites = sites_of(family, config, options, index)
     total = sum(p.numel() for p in model.parameters())
     outer = total - sum(sizes_of)
     outputs = {site.name: linear(block, site.consumer).out_features for site in sites}
@@ -116,7 +117,7 @@ def estimate(
     vocabulary = model.get_input_embeddings().weight.shape[0]
     heading = outer * size + LOGIT_COPIES * FLOAT32 * min(HEAD_TOKENS, length) * vocabulary
     on_device = max(measuring, solving, heading)
-    if widest.experts and options.experts in ("whole", "both"):
+    if widest.experts and options.whole_experts:
         products = ROUTING_COPIES * FLOAT32 * tokens_looked_at(experts, options.samples * length) * experts**2
         on_device = max(on_device, live_blocks * per_block * size + products + ROUTING_PARTS * PART_BYTES)
 
@@ -222,7 +223,7 @@ def operations(sizes: _Sizes, options: PruneConfig) -> dict[str, float]:
         m, d = float(site.columns), float(sizes.outputs[site.name])
         experts, tokens = len(site.members), sizes.tokens * _working(site, sizes) / m  # of all experts together
         by_direction = site.name == ATTENTION and dims
-        if site.experts and options.experts in ("whole", "both"):
+        if site.experts and options.whole_experts:
             looked_at = tokens_looked_at(site.experts, sizes.tokens)
             each = 6 * d * m + 2 * d * (site.experts + options.needs_gradient * d)  # run it, and multiply what it gives
             until = sizes.until[site.name] - 3 * d * _working(site, sizes)  # a pass ends in front of the experts

@@ -45,7 +45,7 @@ def report_of(directory: Path) -> dict[str, Any] | None:
 def memory_of(job: Job, read: Mapping[str, str]) -> dict[str, Any]:
     """What the report does not say, because it is of this machine: the options as given, and the model's place.
 
-    read: hashes of what the run has read (`what_is_read`).
+    read: hashes of the model and the texts that the run has read.
     """
     model = job.options.model if job.from_hub or job.options.model is None else str(job.directory.resolve())
     return {"options": dataclasses.asdict(job.options), "model": model, "read": dict(read)}

@@ -35,6 +35,16 @@ def mixtral(tmp_path: Path) -> Path:
     return save_tiny("mixtral", tmp_path / "mixtral")
 
 
+def streamed(directory: Path, ids: torch.Tensor) -> torch.Tensor:
+    """The logits of a checkpoint of which one block is loaded at a time."""
+    skeleton = opened(directory)
+    stream = Stream(skeleton, ids)
+    for index in range(BLOCKS):
+        stream.advance(index, skeleton.load_block(index, skeleton.block_state(index)))
+    with skeleton.outer_weights():
+        return skeleton.leave(ids, stream.states)
+
+
 def opened(directory: Path) -> Skeleton:
     config = load_config(directory)
     family = family_of(config)
@@ -134,12 +144,7 @@ def test_files_are_those_that_transformers_writes(
     mixture = FAMILIES[model.config.model_type].mixture
     assert mixture is not None
     assert getattr(model.config, mixture.neurons) == report["plan"]["kept"][0]["neurons"] < 96
-    skeleton = opened(tmp_path / "out")
-    stream = Stream(skeleton, ids[:, :LENGTH])
-    for index in range(BLOCKS):
-        stream.advance(index, skeleton.load_block(index, skeleton.block_state(index)))
-    with skeleton.outer_weights():
-        found = skeleton.leave(ids[:, :LENGTH], stream.states)
+    found = streamed(tmp_path / "out", ids[:, :LENGTH])
     torch.testing.assert_close(found, logits(model, ids[:, :LENGTH]), rtol=1e-4, atol=1e-4)
 
 

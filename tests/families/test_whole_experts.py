@@ -13,7 +13,7 @@ from conftest import LENGTH, Prune, Shell, load, logits
 from elsewhere import elsewhere
 from pruned_models import save_pruned
 from test_families import narrowed
-from test_mixtures import MIXTURES, keys, opened
+from test_mixtures import MIXTURES, keys, opened, streamed
 from tiny_models import BLOCKS, in_float64, save_tiny, tiny_config, unfused
 from transformers import AutoModelForCausalLM
 
@@ -21,7 +21,6 @@ from llm_snp.config import PruneConfig
 from llm_snp.dense.data import Windows, evaluation_windows
 from llm_snp.dense.hub import load_tokenizer
 from llm_snp.dense.skeleton import empty_model, linear_blocks
-from llm_snp.dense.stream import Stream
 from llm_snp.errors import CheckpointError, OptionError
 from llm_snp.evaluation.perplexity import perplexity_loaded, perplexity_streamed
 from llm_snp.families import EXPERTS, FAMILIES, MLP, family_of
@@ -145,12 +144,7 @@ def test_as_many_in_every_block_is_stock(name: str, prune: Prune, tmp_path: Path
     assert getattr(model.config, mixture.experts) == left < 4
     assert keys(tmp_path / "out") < keys(directory)
     assert model.num_parameters() == report["model"]["parameters_pruned"]
-    skeleton = opened(tmp_path / "out")
-    stream = Stream(skeleton, ids[:, :LENGTH])
-    for index in range(BLOCKS):
-        stream.advance(index, skeleton.load_block(index, skeleton.block_state(index)))
-    with skeleton.outer_weights():
-        found = skeleton.leave(ids[:, :LENGTH], stream.states)
+    found = streamed(tmp_path / "out", ids[:, :LENGTH])
     torch.testing.assert_close(found, logits(model, ids[:, :LENGTH]), rtol=1e-4, atol=1e-4)
 
 
