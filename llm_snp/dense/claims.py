@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, UnsupportedModelError
 from ..system.files import size
+from ..system.libraries import parse_json
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -38,6 +39,9 @@ DTYPES = ("float16", "bfloat16", "float32", "float64")
 COMPUTED = 1 << 30
 # Older checkpoints have frequencies and causal masks of every layer, which are made anew today.
 BUFFERS = (r"\.rotary_emb\.inv_freq$", r"\.(attn|attention)\.(masked_)?bias$")
+# Transformers takes what is in the second for settings, too.
+TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
+HANDED_ON = ("sp_model_kwargs",)  # to sentencepiece, which reads data
 SHOWN = 80  # characters at most that an error quotes
 
 
@@ -71,6 +75,25 @@ def checked_config(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
             raise CheckpointError(f"{name} is {_shown(value)} in {path}; expected one of {', '.join(DTYPES)}")
         fields[name] = plain
     return fields
+
+
+def check_tokenizer_settings(directory: Path) -> None:
+    """Raise `CheckpointError` for settings that transformers hands on to a package of its own for the language.
+
+    Such a package may follow them to a library that it loads (`sudachi_kwargs`). What is not JSON others refuse.
+    """
+    for name in TOKENIZER_SETTINGS:
+        path = directory / name
+        try:
+            fields = parse_json(path.read_bytes())
+        except (OSError, ValueError):
+            continue
+        for field, value in fields.items() if isinstance(fields, dict) else ():
+            if value and field not in HANDED_ON and (field == "init_inputs" or field.endswith("_kwargs")):
+                raise CheckpointError(
+                    f"{path} has {_shown(field)}, settings for another package, which may follow them to code; llm_snp "
+                    "reads tokenizers whose files say all: take it out, or save the tokenizer as a tokenizer.json"
+                )
 
 
 def check_blocks(config: Any, names: list[str], directory: Path) -> None:

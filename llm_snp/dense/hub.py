@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import CheckpointError, HubError
 from ..system.libraries import explained, parse_json, reason
 from ..system.private import HUB_ID, carried_words, within
-from .claims import checked_config
+from .claims import check_tokenizer_settings, checked_config
 
 if TYPE_CHECKING:  # where a model is can be told without torch
     import torch
@@ -183,8 +183,13 @@ def config_dtype(config: Any) -> torch.dtype:
 
 
 def load_tokenizer(directory: Path) -> Any:
-    """The tokenizer of a model directory. Raises `CheckpointError` if it has none that loads."""
+    """The tokenizer of a model directory.
+
+    Raises `CheckpointError` if it has none that loads, or one whose settings are for another package.
+    """
     from transformers import AutoTokenizer
+
+    check_tokenizer_settings(directory)
 
     advice = "copy the tokenizer files of the original model beside the weights"
 

@@ -183,9 +183,16 @@ def _dataset_directory(path: Path) -> Iterator[str]:
         raise CorpusError(f"{path} has the splits {', '.join(loaded)}; name the directory of one of them")
     if "text" not in loaded.column_names:
         raise CorpusError(f'{path} has columns {loaded.column_names}, expected one named "text"')
+    feature = loaded.features["text"]
+    if getattr(feature, "dtype", None) not in ("string", "large_string"):
+        raise CorpusError(f'{path} has {type(feature).__name__} in its column "text", expected strings')
+    # As arrow has them: columns that datasets decodes name files and addresses of a stranger's choice, which it opens,
+    # and with older versions of fsspec even the templates in such a name are run.
+    with explained(lambda cause: CorpusError(f"{path} is damaged: {cause}")):
+        plain = loaded.with_format("arrow", columns=["text"])
     for first in range(0, len(loaded), ROWS):
         with explained(lambda cause: CorpusError(f"{path} is damaged: {cause}")):
-            texts = loaded[first : first + ROWS]["text"]
+            texts = plain[first : first + ROWS]["text"].to_pylist()
         for row, text in enumerate(texts, first + 1):
             yield _string(text, f"{path}, row {row}")
 

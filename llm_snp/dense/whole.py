@@ -17,7 +17,10 @@ from .checkpoint import weight_files
 from .skeleton import computing
 
 # Fields of a config by which transformers would take other weights than those that are pruned, or build another model.
-ELSEWHERE = ("transformers_weights", "fusion_config", "distributed_config", "kernel_config")
+ELSEWHERE = (
+    *("transformers_weights", "fusion_config", "distributed_config", "kernel_config"),
+    *("quantization_config", "compression_config"),  # the weights are plain by now, or were refused
+)
 SETTINGS = "generation_config.json"
 
 

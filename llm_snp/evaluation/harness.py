@@ -74,10 +74,11 @@ def evaluate_harness(
     """
     results: dict[str, Any] = {}
     with _quiet_log(), _own_random_numbers(device):
-        requests = [(request.name, request.load()) for request in find_tasks(tasks)]
+        requests = [(request, request.load()) for request in find_tasks(tasks)]
         model = _open_model(directory.resolve(), device, dtype, batch_size)
-        for name, loaded in requests:
-            results |= _results(_run(model, name, loaded, seed, limit))
+        for request, loaded in requests:
+            with request.at_home():
+                results |= _results(_run(model, request.name, loaded, seed, limit))
     del model
     gc.collect()  # the harness's wrapper is in a cycle with the model
     return results

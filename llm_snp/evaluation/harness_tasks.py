@@ -55,15 +55,25 @@ class Request:
             raise self._refusal(error) from error
         return merged
 
+    @contextmanager
+    def at_home(self) -> Iterator[None]:
+        """Its place to be loaded and run: beside a local task, and nowhere for one of the harness.
+
+        datasets and evaluate prefer what has the name of a task's data, or of a metric, in the working directory, which
+        may be a stranger's, and run a script in it: datasets before version 4, evaluate always, and often not before
+        the task is run.
+        """
+        with _working_directory(next(filter(None, self.tasks.values()), None)):
+            yield
+
     def _load(self, task: str, directory: Path | None) -> Mapping[str, Any]:
+        if not self.local:
+            with self.at_home():
+                return self.manager.load([task])
         if directory:
             with suppress(FileNotFoundError), _working_directory(directory):
                 return self.manager.load([task])
-        if self.local:
-            return self.manager.load([task])
-        # datasets prefers what has the name of a task's data in the working directory, which may be a stranger's, and
-        # before version 4 it runs a script in it.
-        with tempfile.TemporaryDirectory(prefix="llm-snp-") as empty, _working_directory(Path(empty)):
+        with _metrics_of_elsewhere():
             return self.manager.load([task])
 
     def _refusal(self, error: Exception) -> SnpError:
@@ -187,14 +197,33 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _working_directory(directory: Path) -> Iterator[None]:
-    """contextlib.chdir of Python 3.11."""
+def _working_directory(directory: Path | None) -> Iterator[None]:
+    """Be in a directory, or in an empty one, as with contextlib.chdir of Python 3.11."""
     before = Path.cwd()
-    os.chdir(directory)
+    with tempfile.TemporaryDirectory(prefix="llm-snp-") as empty:
+        os.chdir(directory or empty)
+        try:
+            yield
+        finally:
+            os.chdir(before)
+
+
+@contextmanager
+def _metrics_of_elsewhere() -> Iterator[None]:
+    """Load no metric from the working directory, though data may be there."""
+    import evaluate
+
+    load = evaluate.load
+
+    def elsewhere(*args: Any, **options: Any) -> Any:
+        with _working_directory(None):
+            return load(*args, **options)
+
+    evaluate.load = elsewhere
     try:
         yield
     finally:
-        os.chdir(before)
+        evaluate.load = load
 
 
 def reason(error: BaseException) -> str:

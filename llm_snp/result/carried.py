@@ -19,6 +19,7 @@ from ..dense.hub import load_tokenizer
 from ..errors import CheckpointError
 from ..system.files import digest_of_bytes, digest_of_json, disk
 from ..system.libraries import parse_json, reason
+from ..system.plain import encodable
 from ..system.private import is_private, within
 
 # Files in which transformers and llama.cpp's tools look for tokenizers, and what `generate` begins with.
@@ -123,6 +124,10 @@ class Carried:
         self.files = {path.relative_to(directory).as_posix(): self._read(path) for path in found}
 
     def _read(self, path: Path) -> bytes:
+        if not (encodable(path.name) and path.name.isprintable()):
+            raise CheckpointError(
+                f"{str(path)!a} would travel with the result, and the Hub takes no file of such a name; rename it"
+            )
         if not within(path, self.directory):
             raise CheckpointError(
                 f"{path} is a link out of the model's directory, and would travel with the result; put the file itself "

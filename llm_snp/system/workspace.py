@@ -82,8 +82,8 @@ class Workspace:
         if records and not (resume or self._overwrite):
             what = f"{blocks} finished blocks" if blocks else "the state" if states else "what was measured"
             raise OutputError(
-                f"{self.directory} holds {what} of an interrupted run; add --resume to go on with it, or --overwrite "
-                "to start anew"
+                f"{self.directory} holds {what} of an interrupted run; add --resume to go on with it, if it is "
+                "yours, or --overwrite to start anew"
             )
         self.resumed = resume and any(self.journal.glob("*.json"))
         write_text(self.journal / OWNER, f"process {os.getpid()} on {socket.gethostname()}")

@@ -75,6 +75,32 @@ def test_every_form_gives_the_same_windows(tmp_path: Path, tokenizer: Any) -> No
     assert len(calibrations) == 1
 
 
+def saved_with(folder: Path, column: str, texts: list[str]) -> Path:
+    """A dataset as a stranger may have saved it: a column of images that are somewhere else."""
+    images = [{"bytes": None, "path": str(folder / "nowhere.png")} for _ in texts]
+    kinds = {"text": datasets.Value("string")} | {
+        column: {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
+    }
+    saved = datasets.Dataset.from_dict({"text": texts} | {column: images}, features=datasets.Features(kinds))
+    saved.save_to_disk(str(folder / "strange"))
+    info = folder / "strange" / "dataset_info.json"
+    fields = json.loads(info.read_text())
+    fields["features"][column] = {"_type": "Image"}
+    info.write_text(json.dumps(fields))
+    return folder / "strange"
+
+
+def test_what_the_other_columns_of_a_dataset_name_is_not_opened(tmp_path: Path) -> None:
+    """It may be a place on the network, or code to older versions of fsspec."""
+    assert [*documents(str(saved_with(tmp_path, "image", DOCUMENTS)), "calibration")] == DOCUMENTS
+
+
+def test_a_text_column_of_images_is_refused(tmp_path: Path) -> None:
+    path = saved_with(tmp_path, "text", DOCUMENTS)
+    with pytest.raises(CorpusError, match='has Image in its column "text", expected strings'):
+        [*documents(str(path), "calibration")]
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_plain_text_survives_to_the_character(tmp_path: Path, seed: int) -> None:
     text = "".join(random.Random(seed).choices("a \n\n\n", k=200)) + "a"

@@ -10,6 +10,7 @@ import random
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from llm_snp.errors import (
     OptionError,
     SnpError,
 )
-from llm_snp.evaluation import harness_tasks
+from llm_snp.evaluation import harness, harness_tasks
 from llm_snp.evaluation.harness import check_tasks, compare, evaluate_harness, harness_rows, tasks_of, texts_of
 
 TASKS = Path(__file__).parent.parent / "harness_tasks"
@@ -269,6 +270,46 @@ def test_the_data_of_a_known_task_is_not_looked_for_in_the_working_directory(
     assert known.load()["tasks"] == {"piqa": None}
     assert seen == [[]]
     assert Path.cwd() == tmp_path
+
+
+def test_a_known_task_is_run_where_no_strangers_metric_lies(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several ask `evaluate` for a metric only when they are run, and that looks in the working directory first."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rouge").mkdir()
+    seen = []
+
+    class Manager:
+        def load(self, tasks: list[str]) -> dict[str, Any]:
+            return {"tasks": {}}
+
+    def run(model: Any, name: str, *rest: Any) -> dict[str, Any]:
+        seen.append((name, sorted(os.listdir())))
+        return {"group_subtasks": {}, "n-samples": {}, "results": {}}
+
+    known = harness_tasks.Request("noticia", Manager(), {"noticia": None}, [("noticia", "lm-evaluation-harness")])
+    local = harness_tasks.find_tasks([CHOICE])
+    monkeypatch.setattr(harness, "find_tasks", lambda tasks: [known, *local])
+    monkeypatch.setattr(harness, "_run", run)
+    assert evaluate(dense, "noticia", CHOICE) == {}
+    assert seen == [("noticia", []), (CHOICE, sorted(os.listdir(TASKS)))]
+    assert Path.cwd() == tmp_path
+
+
+def test_a_metric_of_the_working_directory_is_not_run_though_data_is_there(
+    task: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("evaluate.config.HF_EVALUATE_OFFLINE", True)
+    (tmp_path / "evil").mkdir()
+    (tmp_path / "evil" / "evil.py").write_text(f"open({str(tmp_path / 'mark')!r}, 'w')\n")
+    file = task()
+    file.write_text(file.read_text().replace("metric: acc\n", "metric: evil\n"))
+    (file.parent / "small_choice.jsonl").rename(tmp_path / "small_choice.jsonl")
+    with suppress(SnpError):
+        check_tasks([str(file)])
+    assert not (tmp_path / "mark").exists()
 
 
 def test_a_group_has_its_own_row_and_those_of_its_tasks(dense: Path, tmp_path: Path) -> None:

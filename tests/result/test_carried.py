@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 import llm_snp
-from llm_snp.dense.hub import card_metadata
+from llm_snp.dense.hub import card_metadata, load_tokenizer
 from llm_snp.errors import CheckpointError
 from llm_snp.evaluation.speed import load_model
 from llm_snp.result.carried import CODE, Carried, check_tokenizer_class, without_code
@@ -158,7 +158,9 @@ def test_a_whole_model_is_that_of_the_weights_alone(
         for part, shape in (("A", (2, HIDDEN)), ("B", (NEURONS, 2)))
     }
     save_file(pairs, directory / "adapter_model.safetensors")
+    packed = {"quant_method": "gptq", "bits": 4}  # what a copy in plain weights may have left
     change(directory / "config.json", transformers_weights="adapter_model.safetensors", fusion_config={"x": 1})
+    change(directory / "config.json", quantization_config=packed, compression_config=packed)
     if measure == "self":
         for name, model in (("out", directory), ("plain", dense)):
             prune(model, tmp_path / name, calibration="self", samples=2)
@@ -223,6 +225,42 @@ def test_a_link_out_of_the_directory_does_not_travel(shell: Shell, dense: Path, 
     (directory / name).symlink_to(tmp_path / "secret")
     message = shell.refused(directory)
     assert message.startswith(f"{directory / name} is a link out of the model's directory")
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9.jinja", b"a\nb.jinja", b"\x1b[2J.jinja"])
+def test_a_template_with_a_name_that_the_hub_cannot_take_is_refused(
+    shell: Shell, dense: Path, tmp_path: Path, name: bytes
+) -> None:
+    directory = Path(shutil.copytree(dense, tmp_path / "model"))
+    (directory / "additional_chat_templates").mkdir()
+    (directory / "additional_chat_templates" / os.fsdecode(name)).write_text("{{ messages }}")
+    message = shell.refused(directory)
+    assert message.endswith("would travel with the result, and the Hub takes no file of such a name; rename it")
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize(
+    "settings", [{"sudachi_kwargs": {"sudachi_config_path": "x/sudachi.json"}}, {"init_inputs": ["vocab.txt"]}]
+)
+def test_a_tokenizer_that_hands_its_settings_on_is_refused(
+    shell: Shell, dense: Path, tmp_path: Path, name: str, settings: dict[str, Any]
+) -> None:
+    """SudachiPy loads a library that its settings name, and transformers never asks about it."""
+    directory = Path(shutil.copytree(dense, tmp_path / "model"))
+    fields = json.loads((directory / name).read_text()) if (directory / name).exists() else {}
+    (directory / name).write_text(json.dumps(fields | settings))
+    message = shell.refused(directory)
+    assert message.startswith(f"{directory / name} has '{next(iter(settings))}', settings for another package, which ")
+    with pytest.raises(CheckpointError, match="settings for another package"):
+        load_tokenizer(directory)
+
+
+def test_settings_for_sentencepiece_and_empty_ones_are_read(dense: Path, tmp_path: Path) -> None:
+    directory = Path(shutil.copytree(dense, tmp_path / "model"))
+    change(
+        directory / "tokenizer_config.json", sp_model_kwargs={"enable_sampling": False}, init_inputs=[], mecab_kwargs={}
+    )
+    load_tokenizer(directory)
 
 
 def test_a_pipe_among_the_templates_is_not_waited_for(dense: Path, tmp_path: Path) -> None:

@@ -601,8 +601,8 @@ def test_finished_blocks_are_not_thrown_away(runs: Runs) -> None:
     runs.interrupted()
     message = runs.refused()
     assert message == (
-        f"{runs.partial} holds 2 finished blocks of an interrupted run; add --resume to go on with it, or --overwrite "
-        "to start anew"
+        f"{runs.partial} holds 2 finished blocks of an interrupted run; add --resume to go on with it, if it is "
+        "yours, or --overwrite to start anew"
     )
     assert runs("--overwrite", "--seed", "1")[0] == 0
     assert result(runs.output) != result(runs.whole)
