@@ -36,6 +36,10 @@ class OutputError(SnpError):
     """The result cannot be written where it was asked for."""
 
 
+class ReplacedError(OutputError):
+    """A result was moved, or another one took its place, while it was measured."""
+
+
 class DiskFullError(OutputError):
     """The disk has no room for the result, or for what is offloaded."""
 

@@ -1,6 +1,7 @@
 """Where modules are looked for when llm_snp is run as `python -m llm_snp`: not in the working directory.
 
-Python puts that first there, and it may be the directory of a stranger's model, with a `numpy.py` in it.
+Python puts that first there, and once more for an empty entry of PYTHONPATH, as `$PYTHONPATH:/x` makes one where that
+was not set. It may be the directory of a stranger's model, with a `numpy.py` in it.
 """
 
 import os
@@ -8,17 +9,17 @@ import sys
 
 
 def leave_out_working_directory() -> None:
-    """Take the entry that `python -m` has added off `sys.path`, unless llm_snp itself lies there, as in its sources."""
+    """Take what nobody named off `sys.path`, unless llm_snp itself lies there, as in its sources."""
     home = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     safe = getattr(sys.flags, "safe_path", False)  # from Python 3.11 on: with it nothing was added
     # While Python looks for a module to run, and then only, "-m" is what the program is called.
-    if (
-        sys.argv[:1] == ["-m"]
-        and not safe
-        and sys.path[:1] == [os.getcwd()]
-        and not os.path.samefile(home, sys.path[0])
-    ):
+    if sys.argv[:1] != ["-m"] or os.path.samefile(home, here := os.getcwd()):
+        return
+    if not safe and sys.path[:1] == [here]:
         del sys.path[0]
+    named = os.environ.get("PYTHONPATH", "").split(os.pathsep) if not sys.flags.ignore_environment else []
+    if "" in named and here not in named:
+        sys.path[:] = [entry for entry in sys.path if entry not in ("", here)]
 
 
 leave_out_working_directory()

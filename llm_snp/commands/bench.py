@@ -53,7 +53,7 @@ def main(args: argparse.Namespace) -> None:
 
     Raises `SnpError` for what cannot be measured.
     """
-    from ..documents.writing import read_report, write_documents
+    from ..documents.writing import check_there, read_report, write_documents
     from ..evaluation.speed import measure_speed, measurements
     from ..evaluation.speed_table import speed_table
     from ..system.device import resolve_device, resolve_dtype
@@ -64,6 +64,8 @@ def main(args: argparse.Namespace) -> None:
     config = load_config(directory)
     report = read_report(directory) if has_report(directory) else None
     dense, its_own = _against(args.against, directory, report)
+    # A repository's files in the cache of the Hub are not ours to change.
+    kept = report is not None and its_own and os.path.isdir(os.path.expanduser(args.directory))
     for path in (directory, dense):
         if args.prompt is not None and path is not None:
             _check_prompt(args.prompt, path)
@@ -74,11 +76,11 @@ def main(args: argparse.Namespace) -> None:
     if args.against is not None:
         print(f"dense    stands for {dense}, which was asked for")
     print("\n".join(speed_table(speed)))
-    # A repository's files in the cache of the Hub are not ours to change.
-    if report is not None and its_own and os.path.isdir(os.path.expanduser(args.directory)):
+    if report is not None and kept:
         if dense is None and "dense" in report.get("speed", {}):
             print(f"kept     the earlier figures in {directory}, which compare with the dense model")
             return
+        check_there(directory, report)
         write_documents(directory, report | {"speed": speed})
         print(f"stored   in the report of {directory}")
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import stat
-import tempfile
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, HubError
+from ..system.files import scratch, write_text
 from ..system.libraries import explained, parse_json, reason
 from ..system.private import HUB_ID, carried_words, within
 from .claims import check_tokenizer_settings, checked_config
@@ -165,10 +165,12 @@ def load_config(directory: Path) -> Any:
     def refusal(cause: str) -> CheckpointError:
         return CheckpointError(f"{path} is no config of model type {kind!r} that this transformers can read ({cause})")
 
-    with tempfile.TemporaryDirectory(prefix="llm-snp-") as folder, explained(refusal):
+    with ExitStack() as stack, explained(refusal):
+        folder = directory
         if fields != content:  # transformers reads configs from files only
-            Path(folder, "config.json").write_text(json.dumps(fields))
-        config = AutoConfig.from_pretrained(directory if fields == content else folder, trust_remote_code=False)
+            folder = stack.enter_context(scratch())
+            write_text(folder / "config.json", json.dumps(fields))
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         config.name_or_path = ""  # or the result's config.json would have it
         config.to_json_string()  # what can be read must also be possible to write, at the end
         return config

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME
 
 from ..errors import SnpError
+from ..system.files import scratch
 from ..system.libraries import ONE_AT_A_TIME, explained
 from .checkpoint import weight_files
 from .skeleton import computing
@@ -38,8 +38,8 @@ def whole_model(directory: Path, config: Any, dtype: torch.dtype | None, sentenc
     # The name of the argument before transformers 4.56.
     options = {} if dtype is None else {"dtype" if hasattr(config, "dtype") else "torch_dtype": dtype}
     names = [*weight_files(directory), SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME, SETTINGS]
-    with tempfile.TemporaryDirectory(prefix="llm-snp-") as folder, explained(sentence), ONE_AT_A_TIME:
+    with scratch() as folder, explained(sentence), ONE_AT_A_TIME:
         for name in names:
             if (directory / name).is_file():
-                Path(folder, name).symlink_to((directory / name).resolve())
+                (folder / name).symlink_to((directory / name).resolve())
         return AutoModelForCausalLM.from_pretrained(folder, config=config, trust_remote_code=False, **options)

@@ -20,6 +20,7 @@ PLACES = ("model", "output", "calibration", "evaluate")  # options that name fil
 # What a result has nothing of: whose scratch disk was used, and where its run published it, perhaps privately.
 UNTOLD = {"offload": None, "push_to_hub": None, "private": False}
 FACTS = ("removed", "healed")  # of a model that another one was made of, beside its name
+ROOTS = ("/", "~", ".")  # with which a branch, tag or commit does not begin, and places do
 FURTHEST = 1e30  # from zero that a measured number may be: what is made of several must stay finite, too
 TASKS = "harness:"  # what begins so among the texts to evaluate on lists tasks
 
@@ -55,6 +56,8 @@ def shareable(report: dict[str, Any]) -> dict[str, Any]:
     report["options"] = {name: (called if name in PLACES else last)(value) for name, value in told.items()}
     if options.get("model") is not None:
         report["options"]["model"] = model["name"]
+    if kept is not None and isinstance(revision := options.get("revision"), str) and not revision.startswith(ROOTS):
+        report["options"]["revision"] = revision  # refs/pr/3 or release/v1 of a repository, of which 3 or v1 is another
     if "parents" in report:
         report["parents"] = [_named(one) | {name: one.get(name, 0) for name in FACTS} for one in report["parents"]]
     for step in report.get("healing", []):

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError, OptionError, OutputError
+from ..errors import CheckpointError, OptionError, OutputError, ReplacedError
 from ..system.files import digest, digest_of_bytes, disk, inside, write_bytes, write_together
 from ..system.manifest import FILES, MEMORY, REPORT, changed, expect_result, is_result, manifest, recall, remember
 from .card import model_card
@@ -64,6 +64,20 @@ def write_documents(directory: Path, report: dict[str, Any]) -> list[Path]:
         for name in old:
             plots[name].unlink(missing_ok=True)
     return [directory / name for name in (*made, REPORT)]
+
+
+def check_there(directory: Path, report: dict[str, Any]) -> None:
+    """Raise `ReplacedError` unless `directory` has the result that `report` is of: measuring it may take hours."""
+    documents = {CARD, PAGE, *map(plot_path, PLOTS)}
+    there, expected = (
+        {name: found for name, found in files.items() if name not in documents}
+        for files in (manifest(directory), manifest(directory, report))
+    )
+    if not is_result(directory) or there != expected:
+        raise ReplacedError(
+            f"{directory} has another result by now, or none: it was replaced or moved while it was measured; what was "
+            "measured is written nowhere"
+        )
 
 
 def write_report(directory: Path, report: dict[str, Any]) -> None:

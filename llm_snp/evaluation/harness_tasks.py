@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import difflib
 import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from typing import Any
 import yaml
 
 from ..errors import CorpusError, HubError, OptionError, SnpError
+from ..system.files import scratch
 
 PREFIX = "harness:"
 ENDINGS = (".yaml", ".yml")
@@ -200,7 +200,7 @@ def _read(file: Path) -> dict[str, Any]:
 def _working_directory(directory: Path | None) -> Iterator[None]:
     """Be in a directory, or in an empty one, as with contextlib.chdir of Python 3.11."""
     before = Path.cwd()
-    with tempfile.TemporaryDirectory(prefix="llm-snp-") as empty:
+    with scratch() as empty:
         os.chdir(directory or empty)
         try:
             yield

@@ -10,14 +10,13 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path, PurePath, PurePosixPath
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
 from ..dense.hub import load_tokenizer
 from ..errors import CheckpointError
-from ..system.files import digest_of_bytes, digest_of_json, disk
+from ..system.files import digest_of_bytes, digest_of_json, disk, scratch
 from ..system.libraries import parse_json, reason
 from ..system.plain import encodable
 from ..system.private import is_private, within
@@ -155,8 +154,7 @@ class Carried:
         """
         settings = read_object(self.directory / "config.json", content_of(self.directory / "config.json"))
         advice = "save it with `save_pretrained` of its own class, and give that"
-        with disk(Path("a temporary file")), TemporaryDirectory(prefix="llm_snp-") as name:
-            folder = Path(name)
+        with scratch() as folder, disk(folder):
             (folder / TEMPLATES).mkdir()
             for file, content in (self.files | {"config.json": json.dumps(without_code(settings)).encode()}).items():
                 (folder / file).write_bytes(content)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
+from os.path import lexists as is_here
 from pathlib import Path
 from typing import Any
 
 from ..dense.hub import EMBEDDED, find
-from ..errors import SnpError
+from ..errors import CheckpointError, SnpError
 from ..system.manifest import has_report, recall
+from ..system.private import HUB_ID
 
 COPIED = "a result that was copied does not know where that is"  # see `recall`
 
@@ -17,20 +19,23 @@ COPIED = "a result that was copied does not know where that is"  # see `recall`
 def dense_of(directory: Path, report: dict[str, Any]) -> str | None:
     """Where the dense model of a result is: its Hub id, or its directory on the machine that pruned it; None: embedded.
 
-    Elsewhere a report tells no more of a directory than its name.
+    Raises `CheckpointError` where only the machine of the run would know. A report's word for a directory is not taken:
+    it may be a stranger's, and what is read there is distilled or timed, and published.
     """
     name: str | None = report["options"].get("model")
-    if name is None or report["model"].get("hub"):
-        return name
-    if (known := recall(directory).get("model")) is not None:
+    if (known := recall(directory).get("model")) is not None and not report["model"].get("hub"):
         return str(known)
-    # Reports of earlier versions have the path itself. Without any, a name must not become one on the Hub.
-    return name if "/" in name else f"./{name}"
+    if name is None or (report["model"].get("hub") and HUB_ID.fullmatch(name) and not is_here(name)):
+        return name
+    raise CheckpointError(f"{name} was a directory on the machine that made {directory}")
 
 
 def is_dense_of(given: str, found: Path, directory: Path, report: dict[str, Any]) -> bool:
     """Whether the model that was given, and found there, is the one that a result was made of."""
-    name, revision = dense_of(directory, report), report["options"].get("revision")
+    try:
+        name, revision = dense_of(directory, report), report["options"].get("revision")
+    except CheckpointError:
+        return False
     local = EMBEDDED if name is None else Path(os.path.expanduser(name))
     return (given == name and not revision) or (os.path.isdir(local) and found.samefile(local))
 

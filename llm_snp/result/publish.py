@@ -118,6 +118,8 @@ def _files(directory: Path, report: dict[str, Any]) -> dict[str, Path | bytes]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{directory} is damaged: its config or index cannot be read; prune again") from error
     needed = {"config.json", index.name, *map(str, shards)} | ({MODELING} if config.get("auto_map") else set())
+    if FILES in report and (unknown := sorted(needed - set(files))):
+        raise CheckpointError(f"{directory} has {some(unknown)}, of which its report says nothing; prune again")
     missing, other = changed(directory, dict.fromkeys(sorted(needed)) | files)
     other += [name for name in sorted(needed) if name.endswith(".safetensors") and not _opens(directory / name)]
     if wrong := faults(missing, other):

@@ -13,8 +13,8 @@ import torch
 
 from ..config import RUNS, PruneConfig
 from ..dense.hub import config_dtype
-from ..documents.writing import write_documents
-from ..errors import DeviceMemoryError, Interrupted, SnpError
+from ..documents.writing import check_there, write_documents
+from ..errors import DeviceMemoryError, Interrupted, ReplacedError, SnpError
 from ..evaluation.harness import check_tasks, compare, evaluate_harness, tasks_of
 from ..evaluation.speed import measure_speed, measurements
 from ..pruning.job import Job
@@ -34,7 +34,8 @@ def check_afterwards(options: PruneConfig) -> None:
 def afterwards(job: Job, report: dict[str, Any], progress: Progress) -> dict[str, Any]:
     """Do what `job.options` ask for and `report` does not have; returns the report with it.
 
-    Raises `SnpError`, and `Interrupted` for Ctrl-C; what was measured before is written.
+    Raises `SnpError` (`ReplacedError` where another result has come into its place), and `Interrupted` for Ctrl-C; what
+    was measured before is written.
     """
     options = job.options
     dtype = resolve_dtype(options.dtype, job.device, config_dtype(job.config))
@@ -53,6 +54,7 @@ def afterwards(job: Job, report: dict[str, Any], progress: Progress) -> dict[str
                 report["speed"] = measure_speed(job.output, job.directory, job.device, dtype, step=step)
             _write(job, report, progress, "speed")
         if options.push_to_hub:
+            check_there(job.output, report)
             with progress.phase("push", title=f"push to {options.push_to_hub}"):
                 url = push(job.output, options.push_to_hub, options.private, options.overwrite)
             progress.say(f"published as {url}")
@@ -60,6 +62,7 @@ def afterwards(job: Job, report: dict[str, Any], progress: Progress) -> dict[str
 
 
 def _write(job: Job, report: dict[str, Any], progress: Progress, phase: str) -> None:
+    check_there(job.output, report)
     report["seconds"][phase] = round(progress.seconds[phase], 3)
     write_documents(job.output, report)
 
@@ -75,6 +78,8 @@ def _finished_all_the_same(job: Job) -> Iterator[None]:
             f"the device ran out of memory with a whole model on it ({str(error).splitlines()[0]}); {left}, on "
             "--device cpu, too"
         ) from error
+    except ReplacedError:
+        raise
     except SnpError as error:
         raise type(error)(f"{error}; {left}") from error
     except KeyboardInterrupt as error:

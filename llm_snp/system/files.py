@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import re
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path, PurePath
@@ -134,6 +135,20 @@ def disk(path: Path) -> Iterator[None]:
             ) from error
         reason = os.strerror(number) if number else str(error)
         raise OutputError(f"{path} cannot be written: {reason}; give another directory") from error
+
+
+@contextmanager
+def scratch() -> Iterator[Path]:
+    """A directory for the moment, where the system has temporary files. Raises `OutputError` if there can be none."""
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="llm_snp-", ignore_cleanup_errors=True)
+    except OSError as error:
+        raise OutputError(
+            f"no temporary file can be made ({error.strerror}: {error.filename or tempfile.tempdir}); free some space "
+            "there, or set TMPDIR to a directory that can be written to"
+        ) from error
+    with folder as name:
+        yield Path(name)
 
 
 @contextmanager

@@ -315,3 +315,20 @@ def test_limits_and_notes(report: dict[str, Any]) -> None:
 def test_llama_cpp_is_named_where_it_has_blocks_of_their_own_widths() -> None:
     """The card imports no family, so it keeps a list; Qwen3, which has to be tied for it, is not on that."""
     assert set(BLOCKWISE_IN_GGUF) == {kind for kind, rows in GGUF.items() if DECI in rows}
+
+
+@pytest.mark.parametrize(
+    ("hub", "revision", "told"),
+    [
+        (True, "refs/pr/3", "refs/pr/3"),
+        (True, "release/v1", "release/v1"),
+        (True, "main", "main"),
+        (False, "me/private/v1", "v1"),
+        (True, "/home/me/v1", "v1"),
+    ],
+)
+def test_a_revision_is_told_whole(report: dict[str, Any], hub: bool, revision: str, told: str) -> None:
+    """Part of it would be another one of the same repository."""
+    model = report["model"] | {"name": "someone/model" if hub else "model", "hub": hub}
+    options = report["options"] | {"model": model["name"], "revision": revision}
+    assert shareable(report | {"model": model, "options": options})["options"]["revision"] == told

@@ -21,7 +21,7 @@ from llm_snp.documents.page import html_page
 from llm_snp.documents.plots import PLOTS
 from llm_snp.documents.schema import fault
 from llm_snp.documents.writing import read_report
-from llm_snp.errors import NumericalError, OutputError
+from llm_snp.errors import NumericalError, OptionError, OutputError
 from llm_snp.healing import training
 from llm_snp.healing.options import HealConfig, command_line
 from llm_snp.healing.pair import find_pair
@@ -329,7 +329,9 @@ def test_a_report_of_an_earlier_version_is_read_without_its_places(pruned: Path,
     report["evaluation"] = {str(tmp_path / "x.txt"): next(iter(report["evaluation"].values()))}
     (result / "report.json").write_text(json.dumps(report))
     shutil.rmtree(result / ".cache")
-    pair = find_pair(HealConfig(str(result), ("x",), 1))
+    with pytest.raises(OptionError, match=r"is not there to learn from \(.* was a directory on the machine that made"):
+        find_pair(HealConfig(str(result), ("x",), 1))  # a stranger's report would choose what is read
+    pair = find_pair(HealConfig(str(result), ("x",), 1, teacher=str(dense)))
     assert pair.teacher.directory == dense
     assert str(tmp_path) not in json.dumps(pair.report)
     assert str(dense.parent) not in json.dumps(pair.report)
@@ -402,7 +404,7 @@ def test_bad_input(heal: Healer, pruned: Path, dense: Path, tmp_path: Path, monk
         (pruned, ("--output", "/"), "--output / is the root of the file system"),
         (damaged, (), "is not as it was written: config.json changed; restore that, or prune again"),
         (dense, (), "has no report.json; give the directory that a run of llm_snp has written"),
-        (moved, (), "is not there to learn from (tiny does not exist"),
+        (moved, (), "is not there to learn from (tiny was a directory on the machine that made "),
     ):
         assert said in heal.refused(directory, "--no-evaluate", *arguments), said
     assert "heal needs --tokens N" in heal.shell.run("heal", str(pruned), "--text", "x")[2]

@@ -122,17 +122,21 @@ def test_no_code_but_ours_reaches_the_user_of_a_result(
     assert not (tmp_path / "mark").exists()
 
 
-def test_modules_of_the_working_directory_are_not_imported(dense: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("begin", ["", os.pathsep])
+def test_modules_of_the_working_directory_are_not_imported(dense: Path, tmp_path: Path, begin: str) -> None:
     """One works in the directory of a stranger's model, where modules have the names of those that are needed."""
     directory = Path(shutil.copytree(dense, tmp_path / "stranger"))
-    for name in ("__future__", "difflib", "numpy", "yaml", "tqdm", "torchao", "kernels", "transformers", "peft"):
+    own = ("difflib", "numpy", "yaml", "tqdm", "torchao", "kernels", "transformers", "peft")
+    # Python itself imports the first, for an installation that leads to the sources, before anything of llm_snp runs.
+    for name in own if begin else ("__future__", *own):
         (directory / f"{name}.py").write_text(EVIL.format(mark=tmp_path / "mark"))
     (directory / "matplotlibrc").write_bytes(b"\xff no settings")
     short = ["--samples", "3", "--sequence-length", "8", "--no-evaluate", "--device", "cpu", "--quiet"]
     more = ["--calibration", "self", "--measure-speed"]
     words = [sys.executable, "-m", "llm_snp", ".", "--output", str(tmp_path / "out"), *short, *more]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment |= {"PYTHONPATH": str(Path(llm_snp.__file__).parent.parent), "MPLBACKEND": "none of matplotlib's"}
+    sources = f"{begin}{Path(llm_snp.__file__).parent.parent}"  # an empty entry stands for the working directory, too
+    environment |= {"PYTHONPATH": sources, "MPLBACKEND": "none of matplotlib's"}
     done = subprocess.run(words, cwd=directory, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "matplotlib" not in done.stderr

@@ -17,8 +17,9 @@ from conftest import LENGTH, SAMPLES, Prune, Shell
 
 from llm_snp.config import PruneConfig
 from llm_snp.documents.writing import read_report, write_documents
+from llm_snp.errors import CheckpointError
 from llm_snp.pruning.job import default_output, open_job
-from llm_snp.result.origin import dense_of
+from llm_snp.result.origin import ancestors, dense_of, is_dense_of
 from llm_snp.running.resume import again, finished_before
 from llm_snp.system.manifest import MEMORY, recall, remember
 from llm_snp.system.private import public_name
@@ -105,11 +106,35 @@ def test_elsewhere_a_result_does_not_know_where_its_model_is(home: Path, tmp_pat
         assert recall(copy) == {}
     assert recall(copy)
     shutil.rmtree(copy / ".cache")
-    assert dense_of(copy, read_report(copy)) == "./tiny"
+    unknown = pytest.raises(CheckpointError, match="tiny was a directory on the machine that made")
+    with unknown:
+        dense_of(copy, read_report(copy))
     (copy / MEMORY).parent.mkdir(parents=True)
     for damaged in (b"{", b"[]", b"[" * 100_000, b'{"model": 5, "options": 5}', b"\xff"):
         (copy / MEMORY).write_bytes(damaged)
-        assert dense_of(copy, read_report(copy)) == "./tiny"
+        with unknown:
+            dense_of(copy, read_report(copy))
+
+
+def test_a_report_does_not_make_a_directory_its_model(
+    home: Path, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever heals a stranger's result would distil what lies at a place of his choice into it, and publish that."""
+    copy = Path(shutil.copytree(home / "out" / "tiny-30", tmp_path / "copy"))
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(dense, tmp_path / "me" / "secret")
+    shutil.copytree(dense, tmp_path / "tiny")
+    report = read_report(copy)
+    for name in (str(dense), "tiny", "./tiny", "me/secret", "..", "~"):
+        for hub in (False, True):
+            strange = report | {
+                "options": report["options"] | {"model": name},
+                "model": report["model"] | {"name": name, "hub": hub},
+            }
+            with pytest.raises(CheckpointError, match="was a directory on the machine that made"):
+                dense_of(copy, strange)
+            assert not is_dense_of(name, dense, copy, strange)
+            assert ancestors(copy, strange) == []
 
 
 def options_of(home: Path, **other: Any) -> PruneConfig:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -267,6 +268,17 @@ def test_a_damaged_result_is_refused(hub: HubServer, result: Path, which: str, s
     if which != "config.json" or spoil not in ("truncate", "empty", "other"):  # then it may be no JSON
         assert f"{path.name} {'missing' if spoil == 'unlink' else 'changed'}" in message
     assert str(result) in message
+    assert not hub.uploads
+
+
+@pytest.mark.parametrize("left", [".*", "model-00002.*", "config.json", "modeling_snp.py"])
+def test_a_report_that_says_nothing_of_what_is_needed(hub: HubServer, result: Path, left: str) -> None:
+    """What goes up is what the report lists: without a shard it would be no model."""
+    report = json.loads((result / "report.json").read_text())
+    report["files"] = {name: found for name, found in report["files"].items() if not re.fullmatch(left, name)}
+    (result / "report.json").write_text(json.dumps(report))
+    message = refusal(CheckpointError, REPO, directory=result)
+    assert message.endswith("of which its report says nothing; prune again")
     assert not hub.uploads
 
 

@@ -134,6 +134,45 @@ def test_a_result_survives_ctrl_c_while_it_is_timed(shell: Shell, dense: Path, m
     assert "prefill, ms" in out
 
 
+@pytest.mark.parametrize("command", ["prune", "bench"])
+@pytest.mark.parametrize("how", ["replaced", "renamed", "gone"])
+def test_a_result_that_was_replaced_while_it_was_timed_keeps_its_report(
+    shell: Shell, prune: Prune, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, how: str
+) -> None:
+    """Another terminal prunes another model into the same place, or moves the result, in the hours that it takes."""
+    if command == "bench":
+        assert shell.prune(dense)[0] == 0
+    other = save(tiny_opt(seed=1), tmp_path / "other")
+    there: dict[str, bytes] = {}
+
+    def meanwhile(*models: object, **options: object) -> object:
+        if how == "replaced":
+            prune(other, shell.output, overwrite=True)
+            there.update({path.name: path.read_bytes() for path in shell.output.iterdir() if path.is_file()})
+        else:
+            shell.output.rename(tmp_path / "moved")
+        if how == "gone":
+            shell.output.mkdir()
+        return {}
+
+    for module in ("llm_snp.running.afterwards", "llm_snp.evaluation.speed"):
+        monkeypatch.setattr(f"{module}.measure_speed", meanwhile)
+    monkeypatch.setattr("llm_snp.evaluation.speed_table.speed_table", lambda found: [])
+    if command == "bench":
+        code, _, err = shell.run("bench", shell.output, "--prompt", 8, "--device", "cpu")
+    else:
+        code, _, err = shell.prune(dense, "--measure-speed")
+    assert code == 2
+    assert err.endswith("it was replaced or moved while it was measured; what was measured is written nowhere\n")
+    assert "--resume" not in err
+    found = {path.name: path.read_bytes() for path in shell.output.iterdir() if path.is_file()} if there else there
+    assert found == there
+    if how != "replaced":
+        assert shell.output.exists() == (how == "gone")
+        assert not any(shell.output.glob("*"))
+        assert "speed" not in json.loads((tmp_path / "moved" / "report.json").read_text())
+
+
 def test_a_report_of_a_model_that_knows_nothing_can_be_read(
     shell: Shell, prune: Prune, tmp_path: Path, held_out: Path
 ) -> None:
