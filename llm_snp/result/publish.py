@@ -45,13 +45,14 @@ ATTRIBUTES = ".gitattributes"  # the Hub puts it into every new repository
 REASON = 300  # characters at most that an error quotes
 
 
-def check_push(repo: str, overwrite: bool = False) -> None:
+def check_push(repo: str, overwrite: bool = False, private: bool = False) -> None:
     """Raise unless a result can be pushed to `repo` ("user/name"), as far as can be told before there is one.
 
     Raises `OptionError` for a name that is none, `HubError` if there is no token, the Hub refuses it or cannot be
-    reached, the token may not write for this user or organisation, or, without `overwrite`, the repository has files.
+    reached, the token may not write for this user or organisation, or, without `overwrite`, the repository has files,
+    or is not `private` where that was asked for.
     """
-    _files_there(HfApi(), repo, overwrite)
+    _files_there(HfApi(), repo, overwrite, private)
 
 
 def push(directory: Path, repo: str, private: bool = False, overwrite: bool = False, message: str | None = None) -> str:
@@ -72,7 +73,7 @@ def push(directory: Path, repo: str, private: bool = False, overwrite: bool = Fa
     report = read_report(directory)
     files = _files(directory, report)
     api = HfApi()
-    there = _files_there(api, repo, overwrite)
+    there = _files_there(api, repo, overwrite, private)
     content = files | _documents(directory, report, repo, files)
     stale = sorted((there or set()) - set(content) - {ATTRIBUTES})
     visibility: dict[str, Any] = {"private": True} if private else {}  # else the owner's default, for most public
@@ -208,7 +209,7 @@ def _card(path: Path, report: dict[str, Any], repo: str) -> str | None:
     return model_card(report, repo, plots) if ours else None
 
 
-def _files_there(api: HfApi, repo: str, overwrite: bool) -> set[str] | None:
+def _files_there(api: HfApi, repo: str, overwrite: bool, private: bool) -> set[str] | None:
     """The files `repo` has, None if it does not exist; raises what `check_push` says."""
     try:
         validate_repo_id(repo)
@@ -223,10 +224,16 @@ def _files_there(api: HfApi, repo: str, overwrite: bool) -> set[str] | None:
         _check_permission(api.whoami(), repo)
         try:
             there = set(api.list_repo_files(repo))
+            open_to_all = private and api.repo_info(repo).private is not True
         except RepositoryNotFoundError:
             return None
     except CLIENT_ERRORS as error:
         raise _refused(error, repo) from error
+    if open_to_all:
+        raise HubError(
+            f"{repo} exists on the Hub, and not as a private repository, which --private asks for; make it one in its "
+            "settings, or give another name"
+        )
     if not overwrite and there - {ATTRIBUTES}:  # without other files: a push that broke off
         raise HubError(f"{repo} exists on the Hub and has {len(there)} files; give another name, or --overwrite")
     return there

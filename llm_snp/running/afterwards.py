@@ -28,7 +28,7 @@ def check_afterwards(options: PruneConfig) -> None:
     if tasks := tasks_of(options.evaluate or ()):
         check_tasks(tasks)
     if options.push_to_hub:
-        check_push(options.push_to_hub, options.overwrite)
+        check_push(options.push_to_hub, options.overwrite, options.private)
 
 
 def afterwards(job: Job, report: dict[str, Any], progress: Progress) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Prune, load, logits, new_connections
-from hub_server import FINE, ORGANISATION, READ, USER, WRITE, HubServer
+from hub_server import FINE, ORGANISATION, READ, USER, WRITE, HubServer, Repository
 from huggingface_hub import constants
 
 from llm_snp.cli import main
@@ -171,6 +171,22 @@ def test_private_and_the_message_arrive(hub: HubServer, pruned: Path) -> None:
     repository = hub.repositories[f"{ORGANISATION}/secret"]
     assert repository.private
     assert repository.commits[1].message == "as asked"
+
+
+@pytest.mark.parametrize("files", [False, True])
+def test_a_repository_that_is_open_to_all_is_not_private(hub: HubServer, pruned: Path, files: bool) -> None:
+    """It keeps who may see it, so what was to be private would be published."""
+    hub.repositories[REPO] = Repository(private=False)
+    if files:
+        push(pruned, REPO)
+    before = len(hub.repositories[REPO].commits)
+    for upload in (lambda: check_push(REPO, files, True), lambda: push(pruned, REPO, private=True, overwrite=files)):
+        with pytest.raises(HubError, match="exists on the Hub, and not as a private repository, which --private asks"):
+            upload()
+    assert len(hub.repositories[REPO].commits) == before
+    hub.repositories[REPO].private = True
+    push(pruned, REPO, private=True, overwrite=files)
+    assert set(hub.repositories[REPO].files) >= names(pruned)
 
 
 def test_card_and_report_are_those_for_others(hub: HubServer, pruned: Path, text: Path) -> None:
