@@ -256,6 +256,8 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True, raising=False)
     with HubServer() as server:
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        address = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address)
         new_connections()
         yield server
     new_connections()

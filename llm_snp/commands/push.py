@@ -17,7 +17,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--overwrite",
         action="store_true",
-        help="replace what the repository has, in one commit; its history keeps the earlier version",
+        help="replace the result that the repository has, in one commit; its history keeps the earlier version",
     )
     p.add_argument("--message", metavar="TEXT", help="what the commit says")
 

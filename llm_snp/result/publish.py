@@ -22,8 +22,8 @@ from ..documents.plots import FOLDER, plot_images
 from ..documents.shareable import shareable
 from ..documents.writing import CARD, PAGE, read_report
 from ..errors import CheckpointError, HubError, OptionError
-from ..system.files import digest, digest_of_bytes
-from ..system.manifest import FILES, REPORT, changed, faults, manifest, some, strays
+from ..system.files import digest, digest_of_bytes, scratch
+from ..system.manifest import FILES, REPORT, changed, faults, is_result, manifest, some, strays
 from ..version import __version__
 from .assembly import MODELING, own_code
 from .carried import SETTINGS, read_object, travels, without_code
@@ -50,7 +50,7 @@ def check_push(repo: str, overwrite: bool = False, private: bool = False) -> Non
 
     Raises `OptionError` for a name that is none, `HubError` if there is no token, the Hub refuses it or cannot be
     reached, the token may not write for this user or organisation, or, without `overwrite`, the repository has files,
-    or is not `private` where that was asked for.
+    or, with it, files that are no result's, or is not `private` where that was asked for.
     """
     _files_there(HfApi(), repo, overwrite, private)
 
@@ -234,9 +234,29 @@ def _files_there(api: HfApi, repo: str, overwrite: bool, private: bool) -> set[s
             f"{repo} exists on the Hub, and not as a private repository, which --private asks for; make it one in its "
             "settings, or give another name"
         )
-    if not overwrite and there - {ATTRIBUTES}:  # without other files: a push that broke off
+    if not there - {ATTRIBUTES}:  # made, and no more: by a person, or by a push that broke off
+        return there
+    if not overwrite:
         raise HubError(f"{repo} exists on the Hub and has {len(there)} files; give another name, or --overwrite")
+    if others := sorted(there - _written_there(api, repo, there)):
+        raise HubError(
+            f"{repo} has {some(others)} on the Hub, which no run of llm_snp wrote, and --overwrite replaces results "
+            "only; give another name, or remove them there"
+        )
     return there
+
+
+def _written_there(api: HfApi, repo: str, there: set[str]) -> set[str]:
+    """The files of a repository that are a result's, by its report, and those that every repository may have."""
+    ours = {ATTRIBUTES, CARD}
+    if REPORT not in there:
+        return ours
+    with scratch() as folder:
+        try:
+            api.hf_hub_download(repo, REPORT, local_dir=folder)
+        except CLIENT_ERRORS as error:
+            raise _refused(error, repo) from error
+        return ours | {*manifest(folder), *[REPORT] * is_result(folder)}
 
 
 def _check_permission(who: dict[str, Any], repo: str) -> None:

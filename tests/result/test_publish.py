@@ -409,6 +409,26 @@ def test_an_existing_repository_is_refused(hub: HubServer, pruned: Path) -> None
     assert len(hub.repositories[REPO].commits) == 2
 
 
+@pytest.mark.parametrize("there", ["nothing of ours", "a result and more", "another program's report"])
+def test_overwriting_replaces_results_only(hub: HubServer, pruned: Path, there: str) -> None:
+    """`--overwrite` of a run is meant for its directory; a repository of other things is not to be emptied by it."""
+    if there == "a result and more":
+        push(pruned, REPO)
+    repository = hub.repositories.setdefault(REPO, Repository(private=False))
+    repository.files["precious.bin"] = b"1"
+    if there == "another program's report":
+        repository.files["report.json"] = b'{"files": {"precious.bin": "00"}}'
+    before = dict(repository.files)
+    others = "precious.bin, report.json" if there == "another program's report" else "precious.bin"
+    for upload in (lambda: check_push(REPO, overwrite=True), lambda: push(pruned, REPO, overwrite=True)):
+        with pytest.raises(HubError, match=f"{REPO} has {others} on the Hub, which no run of llm_snp wrote"):
+            upload()
+    assert repository.files == before
+    repository.commits[-1].files = {"README.md": b"# Mine", ".gitattributes": b""}  # as the Hub's page makes one
+    push(pruned, REPO, overwrite=True)
+    assert names(pruned) <= set(repository.files)
+
+
 @pytest.mark.parametrize("token", ["hf_schlüssel", "hf two words", "hf_\n"])
 def test_a_token_that_is_none(hub: HubServer, monkeypatch: pytest.MonkeyPatch, token: str) -> None:
     monkeypatch.setattr("huggingface_hub.get_token", lambda: token)
