@@ -13,7 +13,13 @@ def leave_out_working_directory() -> None:
     home = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     safe = getattr(sys.flags, "safe_path", False)  # from Python 3.11 on: with it nothing was added
     # While Python looks for a module to run, and then only, "-m" is what the program is called.
-    if sys.argv[:1] != ["-m"] or os.path.samefile(home, here := os.getcwd()):
+    if sys.argv[:1] != ["-m"]:
+        return
+    try:
+        here = os.getcwd()
+    except FileNotFoundError:  # it has been removed
+        return
+    if os.path.samefile(home, here):
         return
     if not safe and sys.path[:1] == [here]:
         del sys.path[0]

@@ -31,13 +31,15 @@ def write_documents(directory: Path, report: dict[str, Any]) -> list[Path]:
     They are made as a whole, and written aside, before the first takes its name: a failure leaves those that were
     there. What a person has edited since it was written here, or has put there, is left alone. Sets `report["card"]`,
     the hash that tells it of README.md, and `report["files"]`, those of everything that belongs to the result. Nothing
-    that is written names a place on this machine (`shareable`). Raises `OutputError` if the disk does not take them, or
-    a name is that of a file which the report does not list.
+    that is written names a place on this machine (`shareable`). Raises `OutputError` if the disk does not take them, a
+    name is that of a file which the report does not list, or the report has what none can have.
     """
     plots = {plot_path(name): inside(directory, plot_path(name)) for name in PLOTS}
     files = manifest(directory, report)
     others = {name for name in (*plots, PAGE) if name not in files and os.path.lexists(directory / name)}
     public = shareable(report)
+    if wrong := fault(public):
+        raise OutputError(f"{directory / REPORT} could not be read again ({wrong}); it stays as it is")
     drawn = plot_images(public)
     made = dict(drawn)
     made[PAGE] = html_page(public).encode()
@@ -120,6 +122,7 @@ def _edited(path: Path, expected: str | None) -> bool:
 
 def write_page(path: Path, report: dict[str, Any]) -> None:
     """Write only the page, to a new file or over an earlier page. Raises `OptionError` for any other file."""
+    page = html_page(report).encode()  # takes a while, in which something else may come there
     with disk(path):
         if path.suffix.lower() not in (".html", ".htm"):
             raise OptionError(f"--output {path} is no name for a page; give one that ends in .html")
@@ -128,7 +131,7 @@ def write_page(path: Path, report: dict[str, Any]) -> None:
         ours = path.is_file() and any(mark in path.read_bytes() for mark in PAGE_MARKS)
         if os.path.lexists(path) and not ours:
             raise OptionError(f"--output {path} is there, and no page of llm_snp; give another name, or move it")
-    write_bytes(path, html_page(report).encode(), replace=ours)
+    write_bytes(path, page, replace=ours)
 
 
 def _finite(text: str) -> float:

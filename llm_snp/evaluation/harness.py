@@ -209,7 +209,7 @@ def _results(raw: Mapping[str, Any]) -> dict[str, Any]:
                 metrics[name if kind == "none" else key] = {
                     "value": _number(value),
                     "stderr": _number(values.get(f"{name}_stderr,{kind}")),
-                    "higher_is_better": raw["higher_is_better"].get(task, {}).get(name),
+                    "higher_is_better": _truth(raw["higher_is_better"].get(task, {}).get(name)),
                 }
         if metrics:
             shots = raw["n-shot"].get(task)
@@ -217,7 +217,7 @@ def _results(raw: Mapping[str, Any]) -> dict[str, Any]:
                 "metrics": metrics,
                 "version": _scalar(raw["versions"].get(task)),
                 "samples": count(task),
-                "num_fewshot": shots,
+                "num_fewshot": shots if type(shots) is int else None,
             }
             if inner.get(task):
                 found[task]["subtasks"] = list(inner[task])
@@ -228,6 +228,11 @@ def _scalar(value: Any) -> str | int | float | None:
     """A task's version as JSON has it: in YAML `2024-01-01` is a date, and a person may write a list."""
     plain = value is None or isinstance(value, (str, int)) or _number(value) is not None
     return value if plain else str(value)  # type: ignore[no-any-return]
+
+
+def _truth(value: Any) -> bool | None:
+    """In a person's YAML it may be "yes", which says nothing that is relied on."""
+    return value if isinstance(value, bool) else None
 
 
 def _number(value: Any) -> float | None:

@@ -25,9 +25,15 @@ def dense_of(directory: Path, report: dict[str, Any]) -> str | None:
     name: str | None = report["options"].get("model")
     if (known := recall(directory).get("model")) is not None and not report["model"].get("hub"):
         return str(known)
-    if name is None or (report["model"].get("hub") and HUB_ID.fullmatch(name) and not is_here(name)):
-        return name
-    raise CheckpointError(f"{name} was a directory on the machine that made {directory}")
+    if name is None:
+        return None
+    if not (report["model"].get("hub") and HUB_ID.fullmatch(name)):
+        raise CheckpointError(f"{name} was a directory on the machine that made {directory}")
+    if is_here(name):
+        raise CheckpointError(
+            f"{name} is on the Hub, and what has that name in the working directory is something else"
+        )
+    return name
 
 
 def is_dense_of(given: str, found: Path, directory: Path, report: dict[str, Any]) -> bool:

@@ -24,7 +24,7 @@ from llm_snp.documents.page import html_page
 from llm_snp.documents.plots import PLOTS, figures, plot_images
 from llm_snp.documents.report import block_line
 from llm_snp.documents.writing import read_report, write_documents
-from llm_snp.errors import CheckpointError
+from llm_snp.errors import CheckpointError, OutputError
 from llm_snp.system.manifest import changed, manifest
 
 pytestmark = pytest.mark.documents
@@ -636,11 +636,32 @@ def test_the_command_writes_a_page_over_nothing_else(found: str, shell: Shell, r
     path = Path("page.html")
     make = {"link": lambda: path.symlink_to("nowhere"), "pipe": lambda: os.mkfifo(path), "folder": path.mkdir}
     make.get(found, lambda: path.write_text("mine"))()
-    before = path.lstat()
+    before = (path.lstat().st_ino, path.lstat().st_mtime_ns)
     code, out, err = shell.run("report", result, "--output", path)
     assert (code, out) == (2, "")
     assert err == "llm_snp: --output page.html is there, and no page of llm_snp; give another name, or move it\n"
-    assert path.lstat() == before
+    assert (path.lstat().st_ino, path.lstat().st_mtime_ns) == before
+
+
+def test_what_comes_there_while_the_page_is_drawn_stays(
+    shell: Shell, result: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert shell.run("report", result, "--output", "page.html")[0] == 0
+
+    def drawn(report: dict[str, Any]) -> str:
+        Path("page.html").write_text("mine")
+        return html_page(report)
+
+    monkeypatch.setattr("llm_snp.documents.writing.html_page", drawn)
+    assert shell.run("report", result, "--output", "page.html")[0] == 2
+    assert Path("page.html").read_text() == "mine"
+
+
+def test_what_could_not_be_read_again_is_not_written(result: Path) -> None:
+    before = (result / "report.json").read_bytes()
+    with pytest.raises(OutputError, match=r"could not be read again \(notes: .*\); it stays as it is"):
+        write_documents(result, read_report(result) | {"notes": "none"})
+    assert (result / "report.json").read_bytes() == before
 
 
 def test_a_hidden_file_of_that_name_stays(shell: Shell, result: Path) -> None:

@@ -312,6 +312,13 @@ def test_a_metric_of_the_working_directory_is_not_run_though_data_is_there(
     assert not (tmp_path / "mark").exists()
 
 
+def test_what_a_task_says_in_words_does_not_get_into_a_report(dense: Path, task: Callable[..., Path]) -> None:
+    """Its YAML is a person's, and a report with that could not be read again."""
+    found = evaluate(dense, task(higher_is_better='"yes"'), limit=4)["small_choice"]
+    assert {metric["higher_is_better"] for metric in found["metrics"].values()} <= {None, True}
+    assert None in {metric["higher_is_better"] for metric in found["metrics"].values()}
+
+
 def test_a_group_has_its_own_row_and_those_of_its_tasks(dense: Path, tmp_path: Path) -> None:
     for file in TASKS.glob("small_choice.*"):
         shutil.copy(file, tmp_path)
