@@ -83,7 +83,10 @@ class Bench:
         }
 
     def options(self, row: Row, sparsity: float) -> PruneConfig:
-        given = PruneConfig(sparsity=sparsity, samples=self.args.samples, seed=self.args.seed, **row.given)
+        texts = tuple(self.args.calibration)  # by their number `--attention auto` decides
+        given = PruneConfig(
+            sparsity=sparsity, samples=self.args.samples, seed=self.args.seed, calibration=texts, **row.given
+        )
         return fit_for_format(given, self.family).resolved()
 
     def possible(self, row: Row) -> bool:

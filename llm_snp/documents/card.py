@@ -275,7 +275,7 @@ def _steps(report: dict[str, Any]) -> str:
 
 def _how_it_was_made(report: dict[str, Any]) -> str:
     options, calibration = report["options"], report["calibration"]
-    named = ["order", "target", "attention"] + ["experts"] * (options.get("experts", "neurons") != "neurons")
+    named = ["order", "target", "attention"] + ["experts"] * (options.get("experts") not in (None, "neurons"))
     choices = ", ".join(f"{name} `{options[name]}`" for name in named)
     made = (
         f"With {choices}, allocation `{report['plan']['allocation']}`; calibrated on {calibration['windows']} windows "

@@ -142,7 +142,7 @@ class Report:
                 f"--round-to {options.round_to} allows {plan.achieved:.2%} of the block parameters to go, "
                 f"{options.sparsity:.2%} was asked"
             )
-        if options.attention == "both" and plan.whole_heads and len(options.texts) == 1 and "self" not in options.texts:
+        if options.attention == "both" and plan.whole_heads and options.one_kind:  # as was asked for
             self.note(
                 "whole heads go, judged on one kind of text: on other kinds results have lost more by that than with "
                 "--attention dims; calibrate on several (--calibration A --calibration B), or give --attention dims"

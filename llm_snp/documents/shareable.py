@@ -156,6 +156,8 @@ def command_line(options: Mapping[str, Any], processes: int = 1, nodes: int = 1)
     method = plain.get("method")
     default = PruneConfig(plain.get("model"), method=method if method in METHODS else PruneConfig.method).resolved()
     usual = dataclasses.asdict(default) | {"method": PruneConfig.method}
+    if usual["attention"] == "auto":  # what that comes to
+        usual["attention"] = "dims" if PruneConfig(calibration=plain.get("calibration")).one_kind else "both"
     words = [*launcher(processes, nodes), "-m", "llm_snp", *([plain["model"]] if plain.get("model") else [])]
     for field in dataclasses.fields(PruneConfig):
         name, value = field.name, plain.get(field.name)

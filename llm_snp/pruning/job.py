@@ -112,13 +112,15 @@ def check_structures(options: PruneConfig, config: Any) -> None:
 
 
 def fit_for_experts(options: PruneConfig, family: Family) -> PruneConfig:
-    """Where whole experts cannot go, or cannot be compared with neurons, `both` means neurons; `options`: resolved.
+    """Where whole experts cannot be compared with neurons, `both` means neurons, and nothing where there are none.
+
+    options: resolved.
 
     Raises `OptionError` for `whole` where they cannot, and for an order that ranks nothing else where others can go.
     """
     compared = options.order in EXPERT_ORDERS and options.allocation == "loss"
     if options.experts == "both" and (family.mixture is None or not compared):
-        options = dataclasses.replace(options, experts="neurons")
+        options = dataclasses.replace(options, experts=None if family.mixture is None else "neurons")
     if options.whole_experts and family.mixture is None:
         raise OptionError(
             f"--experts {options.experts} is for mixtures of experts, and models of type {family.model_type!r} are "
@@ -146,7 +148,7 @@ def fit_for_format(options: PruneConfig, family: Family) -> PruneConfig:
         return options
     heads = family.whole_heads if options.format == "blockwise" else "heads" in family.stock
     modes = ("heads", "none") if heads else ("none",)
-    if options.attention is not None and options.attention not in modes:
+    if options.attention not in (None, "auto", *modes):
         why = {
             "blockwise": "engines for blocks of different widths know whole heads only",
             "stock": f"the stock class of model type {family.model_type!r} cannot have such attention layers",
@@ -155,7 +157,7 @@ def fit_for_format(options: PruneConfig, family: Family) -> PruneConfig:
             f"--format {options.format} and --attention {options.attention} exclude each other: {why[options.format]}; "
             f"leave one of them out, or give --attention {' or '.join(modes)}"
         )
-    attention = options.attention or modes[0]
+    attention = modes[0] if options.attention in (None, "auto") else options.attention
     experts = options.experts or METHODS[options.method]["experts"]
     mixed = family.mixture is not None and experts == "both" and options.allocation in (None, "loss")
     if options.format == "blockwise" or attention == "heads" or mixed:
@@ -190,8 +192,13 @@ def check_format(options: PruneConfig, family: Family, config: Any) -> None:
 def fit_for_heads(options: PruneConfig, family: Family, config: Any) -> PruneConfig:
     """Where heads can only go as a whole, `both` means heads, and where they cannot, `dims`; `options`: resolved.
 
+    `auto` is one of these, by the texts.
+
     Raises `OptionError` for what cannot be: `dims`, or `heads`, and `queries` where no key/value head has several.
     """
+    if options.attention == "auto":
+        directions = options.one_kind and family.attention(config) is not None
+        options = dataclasses.replace(options, attention="dims" if directions else "both")
     if not family.whole_heads and options.attention in ("heads", "queries"):
         raise OptionError(
             f"--attention {options.attention} is not possible for models of type {family.model_type!r}, whose heads "

@@ -60,7 +60,7 @@ def preview_text(p: Preview) -> str:
     lines = [
         f"plan for {options.model or 'the embedded OPT'}: {options.method}, order {options.order}, "
         f"allocation {options.allocation}, target {options.target}, attention {options.attention}"
-        + ("" if options.experts == "neurons" else f", experts {options.experts}")
+        + ("" if options.experts in (None, "neurons") else f", experts {options.experts}")
     ]
     if p.measured:
         by = "which layers and units go is decided step by step" if options.in_steps else ""

@@ -300,7 +300,7 @@ def test_whole_heads_by_one_kind_of_text_are_pointed_out(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The only place where a published model lost by the default: before the blocks are pruned, and in the report."""
+    """On a published model they lost most there: before the blocks are pruned, and in the report."""
 
     def said(**options: Any) -> bool:
         notes = prune(dense, tmp_path / "out", 0.5, overwrite=True, quiet=False, **options)["notes"]
@@ -312,12 +312,33 @@ def test_whole_heads_by_one_kind_of_text_are_pointed_out(
     other = tmp_path / "other.txt"
     other.write_text(text.read_text()[::-1])
     monkeypatch.setattr("llm_snp.pruning.measure.cheapest_kind", lambda choices, share: choices[0])  # the heads
-    assert said(method="best")
-    assert not said(method="best", calibration=(str(text), str(other)))
-    assert not said(method="best", calibration="self")
-    assert not said(method="best", attention="heads")  # which was asked for
+    assert said(attention="both")
+    assert not said(attention="both", calibration=(str(text), str(other)))
+    assert not said(attention="both", calibration="self")
+    assert not said(attention="heads")
     monkeypatch.setattr("llm_snp.pruning.measure.cheapest_kind", lambda choices, share: choices[-1])
-    assert not said(method="best")
+    assert not said(attention="both")
+
+
+def test_whole_heads_go_only_where_several_kinds_of_text_judge_them(
+    prune: Prune, dense: Path, text: Path, tmp_path: Path
+) -> None:
+    """What `auto`, the default, comes to."""
+    other = tmp_path / "other.txt"
+    other.write_text(text.read_text()[::-1])
+    for texts, attention in (
+        ((str(text),), "dims"),
+        ((f"{text}:2",), "dims"),
+        ((str(text), str(other)), "both"),
+        (("self",), "both"),
+        (("self:2",), "both"),
+    ):
+        report = prune(dense, tmp_path / "out", 0.3, overwrite=True, method="best", calibration=texts)
+        assert report["options"]["attention"] == attention
+        assert "--attention" not in report["command"]
+        assert "--experts" not in report["command"]
+    report = prune(dense, tmp_path / "out", 0.3, overwrite=True, attention="both")
+    assert report["command"].count("--attention both") == 1
 
 
 def test_text_that_the_model_writes(prune: Prune, dense: Path, tmp_path: Path) -> None:
