@@ -118,12 +118,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     args = parser().parse_args(arguments)
     args.sparsity = sorted(set(args.sparsity))
+    several = len(args.calibration) > 1
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     progress = Progress(args.quiet)
     try:
         check(args)
-        rows = rows_matching(args.rows)
+        rows = rows_matching(args.rows, several)
         progress.say("load ...")
         bench = Bench(args)
         origin = provenance(__file__, arguments)
@@ -135,14 +136,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         print("quality: interrupted; the same command goes on from what --json has", file=sys.stderr)
         return exit_code(error)
-    shown = [row for row in all_rows() if any(results.find(row, sparsity) for sparsity in args.sparsity)]
+    shown = [row for row in all_rows(several) if any(results.find(row, sparsity) for sparsity in args.sparsity)]
     print(heading(results.data, args.over_dense), "\n", sep="")
     print(aligned(cells(results, shown, args.sparsity, markdown=False, over_dense=args.over_dense)), "\n", sep="")
     print("\n".join(verdict(results, shown, args.sparsity)))
     if args.markdown:
         args.markdown.write_text(markdown(results, shown, args.sparsity, args.over_dense), encoding="utf-8")
     if args.plot:
-        plot(results, all_rows(), args.plot)
+        plot(results, all_rows(several), args.plot)
     return 0
 
 

@@ -84,16 +84,22 @@ SAME = ("model", "calibration", "corpora", "device")
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table. choices: what its options come to, once the preset is filled in."""
+    """A line of the table. choices: what its options come to, once the preset is filled in.
+
+    several: whether the calibration is of several texts, by which `--attention auto` decides.
+    """
 
     group: str
     name: str
     options: Options
+    several: bool = False
 
     @property
     def choices(self) -> Options:
         resolved = PruneConfig(**self.given).resolved()
         found = {name: getattr(resolved, name) for name in CHOICES}
+        if found["attention"] == "auto":
+            found["attention"] = "both" if self.several else "dims"
         usual = {"format": "auto", "structures": "units"}
         found |= {name: value for name in usual if (value := getattr(resolved, name)) != usual[name]}
         found |= {"method": resolved.method} if resolved.in_steps else {}
@@ -110,14 +116,14 @@ class Row:
         return "least_influence" in self.options
 
 
-def all_rows() -> list[Row]:
-    return [Row(group, name, options) for group, members in ROWS.items() for name, options in members]
+def all_rows(several: bool = False) -> list[Row]:
+    return [Row(group, name, options, several) for group, members in ROWS.items() for name, options in members]
 
 
-def rows_matching(pattern: str) -> list[Row]:
+def rows_matching(pattern: str, several: bool = False) -> list[Row]:
     """The rows whose name or group matches. Raises `OptionError` if none does."""
     try:
-        rows = [row for row in all_rows() if re.search(pattern, row.name) or re.search(pattern, row.group)]
+        rows = [row for row in all_rows(several) if re.search(pattern, row.name) or re.search(pattern, row.group)]
     except re.error as error:
         raise OptionError(f"--rows {pattern!r} is no regular expression: {error}") from error
     if not rows:
