@@ -181,7 +181,7 @@ def follow(name: str, arguments: str, workplace: Path) -> None:
     CHECKS[name](done.stdout, workplace)
 
 
-SLOW = {"compile.py", "onnx_export.py"}  # half a minute of compiling, or of tracing
+SLOW = {"compile.py", "onnx_export.py", "quantize.py"}  # they compile, or trace, or import what takes as long
 MARKED = [
     pytest.param(name, arguments, marks=[pytest.mark.slow] * (name in SLOW), id=name) for name, arguments in COMMANDS
 ]

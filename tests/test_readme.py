@@ -33,7 +33,7 @@ LINKED = [*PAGES, "CHANGELOG.md", "SECURITY.md", "examples/README.md", "benchmar
 # Its code describes a family that does not exist; the others' runs.
 FRAGMENTS = "docs/families.md"
 # Twenty to forty seconds each.
-SLOW = {"docs/scale.md", "docs/method.md", "docs/healing.md", "docs/serving.md"}
+SLOW = {"docs/scale.md", "docs/method.md", "docs/healing.md", "docs/serving.md", "docs/using.md"}
 # What a page names without having made it: the result of the README's first command.
 RESULT = "opt-1.3b-snp-30"
 # What is not downloaded here, is shorter here, or belongs to another user.

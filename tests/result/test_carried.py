@@ -122,7 +122,7 @@ def test_no_code_but_ours_reaches_the_user_of_a_result(
     assert not (tmp_path / "mark").exists()
 
 
-@pytest.mark.parametrize("begin", ["", os.pathsep])
+@pytest.mark.parametrize("begin", ["", pytest.param(os.pathsep, marks=pytest.mark.slow)])
 def test_modules_of_the_working_directory_are_not_imported(dense: Path, tmp_path: Path, begin: str) -> None:
     """One works in the directory of a stranger's model, where modules have the names of those that are needed."""
     directory = Path(shutil.copytree(dense, tmp_path / "stranger"))
