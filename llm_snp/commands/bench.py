@@ -10,7 +10,7 @@ from typing import Any
 from ..config import DEVICES, DTYPES, NEW, PROMPT, RUNS
 from ..dense.hub import config_dtype, find, load_config, locate
 from ..errors import OptionError, SnpError, at_least, choose
-from ..result.origin import COPIED, dense_of, is_dense_of
+from ..result.origin import COPIED, find_dense, is_dense_of
 from ..system.manifest import has_report
 
 HELP = "time a pruned model beside the dense one, and count their memory"
@@ -101,7 +101,7 @@ def _against(against: str | None, directory: Path, report: dict[str, Any] | None
         given = locate(against)
         return given, is_dense_of(against, given, directory, report)
     try:
-        return locate(dense_of(directory, report), report["options"].get("revision")), True
+        return find_dense(directory, report), True
     except SnpError as error:
         print(f"alone    the dense model is not there to compare with: {' '.join(str(error).split())}; {COPIED}")
         return None, True

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import CheckpointError, OptionError, OutputError, ReplacedError
 from ..system.files import digest, digest_of_bytes, disk, inside, write_bytes, write_together
-from ..system.manifest import FILES, MEMORY, REPORT, changed, expect_result, is_result, manifest, recall, remember
+from ..system.manifest import FILES, REPORT, changed, expect_result, is_result, manifest
 from .card import model_card
 from .page import html_page
 from .plots import FOLDER, PLOTS, plot_images, plot_path
@@ -58,8 +58,6 @@ def write_documents(directory: Path, report: dict[str, Any]) -> list[Path]:
     files |= {name: digest_of_bytes(content) for name, content in made.items()}
     report[FILES] = _with_hashes(directory, files)
     public |= {"card": report.get("card"), FILES: report[FILES]}
-    if not (directory / MEMORY).exists() and is_result(directory):
-        _remember_earlier(directory)
     # Last: a directory with it is a result.
     write_together(directory, made | {REPORT: (json.dumps(public, indent=2, allow_nan=False) + "\n").encode()})
     with disk(directory / FOLDER):
@@ -93,17 +91,6 @@ def _with_hashes(directory: Path, files: Mapping[str, str | None]) -> dict[str, 
     """A manifest in order; of an earlier version's, which has none, with the hashes that the files have now."""
     with disk(directory):
         return {name: digest(directory / name) if found is None else found for name, found in sorted(files.items())}
-
-
-def _remember_earlier(directory: Path) -> None:
-    """What earlier versions kept in the report itself: where the model is on this machine.
-
-    Not the texts that it was measured on: `heal` reads those unasked, and a report may be a stranger's.
-    """
-    earlier = json.loads((directory / REPORT).read_bytes())
-    options = earlier.get("options")
-    if FILES not in earlier and isinstance(options, dict) and not recall(directory):
-        remember(directory, {"model": options.get("model")})
 
 
 def kept(directory: Path, written: Sequence[Path]) -> list[Path]:

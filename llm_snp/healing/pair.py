@@ -22,7 +22,7 @@ from ..documents.shareable import hub_id, shareable
 from ..documents.writing import read_report
 from ..errors import CheckpointError, OptionError, SnpError, UnsupportedModelError
 from ..families import FAMILIES
-from ..result.origin import COPIED, ancestors, dense_of, is_dense_of
+from ..result.origin import COPIED, ancestors, find_dense, is_dense_of
 from ..system.manifest import changed, faults, has_report, manifest
 from ..system.private import public_name
 from .options import HealConfig
@@ -103,14 +103,14 @@ def _teacher(given: str | None, directory: Path, report: dict[str, Any]) -> tupl
         return found, name, found != here, is_dense_of(given, found, directory, report)
     its_own, seen = True, {directory.resolve()}
     try:
-        found = locate(dense_of(directory, report), report["options"].get("revision"))
+        found = find_dense(directory, report)
         # A result that was pruned more than once: the model before knows more, if it is there. A report may name its
         # own directory.
         while has_report(found) and found.resolve() not in seen:
             seen.add(found.resolve())
             earlier = read_report(found)
             try:
-                before = locate(dense_of(found, earlier), earlier["options"].get("revision"))
+                before = find_dense(found, earlier)
             except SnpError:
                 break
             found, report, its_own = before, earlier, False

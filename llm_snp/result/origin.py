@@ -8,11 +8,14 @@ from os.path import lexists as is_here
 from pathlib import Path
 from typing import Any
 
-from ..dense.hub import EMBEDDED, find
+from ..dense.checkpoint import weight_files
+from ..dense.hub import EMBEDDED, find, locate
 from ..errors import CheckpointError, SnpError
+from ..system.files import digest
 from ..system.manifest import has_report, recall
 from ..system.private import HUB_ID
 
+WEIGHTS_READ = "the hash of the model's weights"  # in what this machine remembers of a result
 COPIED = "a result that was copied does not know where that is"  # see `recall`
 
 
@@ -34,6 +37,21 @@ def dense_of(directory: Path, report: dict[str, Any]) -> str | None:
             f"{name} is on the Hub, and what has that name in the working directory is something else"
         )
     return name
+
+
+def find_dense(directory: Path, report: dict[str, Any]) -> Path:
+    """The dense model of a result, fetched if need be.
+
+    Raises `SnpError` if it cannot be had, or is a directory that has other weights than when the result was made of it.
+    """
+    found = locate(dense_of(directory, report), report["options"].get("revision"))
+    memory = recall(directory)
+    expected = memory.get("read", {}).get(WEIGHTS_READ)
+    if expected is None or memory.get("model") != str(found):
+        return found
+    if expected != digest(*(found / name for name in weight_files(found))):
+        raise CheckpointError(f"{found} has other weights than when {directory} was made of it")
+    return found
 
 
 def is_dense_of(given: str, found: Path, directory: Path, report: dict[str, Any]) -> bool:

@@ -21,6 +21,7 @@ from ..errors import CheckpointError, ResumeError
 from ..evaluation.harness import texts_of
 from ..pruning.job import Job
 from ..result.carried import Carried
+from ..result.origin import WEIGHTS_READ
 from ..system.files import digest
 from ..system.keeping import kept_for_later
 from ..system.manifest import JOURNAL, is_result, recall
@@ -49,7 +50,7 @@ def model_identity(job: Job, carried: Carried, checkpoint: Checkpoint) -> dict[s
         return {
             "the hash of the model's config.json": digest(job.directory / "config.json"),
             "the hash of the model's tokenizer, templates and terms": carried.digest,
-            "the hash of the model's weights": digest(*checkpoint.files),
+            WEIGHTS_READ: digest(*checkpoint.files),
         }
     except OSError as error:
         raise CheckpointError(f"{error.filename or job.directory} cannot be read: {error.strerror}") from error

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import LENGTH, SAMPLES, Prune, Shell
+from conftest import LENGTH, SAMPLES, Prune, Shell, save, tiny_opt
 
 from llm_snp.config import PruneConfig
 from llm_snp.documents.writing import read_report, write_documents
 from llm_snp.errors import CheckpointError
 from llm_snp.pruning.job import default_output, open_job
-from llm_snp.result.origin import ancestors, dense_of, is_dense_of
+from llm_snp.result.origin import ancestors, dense_of, find_dense, is_dense_of
 from llm_snp.running.resume import again, finished_before
 from llm_snp.system.manifest import MEMORY, recall, remember
 from llm_snp.system.private import public_name
@@ -116,6 +116,17 @@ def test_elsewhere_a_result_does_not_know_where_its_model_is(home: Path, tmp_pat
             dense_of(copy, read_report(copy))
 
 
+def test_a_model_that_has_changed_is_not_what_a_result_was_made_of(prune: Prune, dense: Path, tmp_path: Path) -> None:
+    """Figures beside it, and what is learned from it, would be said of another one."""
+    model = Path(shutil.copytree(dense, tmp_path / "model"))
+    prune(model, tmp_path / "out")
+    report = read_report(tmp_path / "out")
+    assert find_dense(tmp_path / "out", report) == model
+    save(tiny_opt(seed=5), model)
+    with pytest.raises(CheckpointError, match=f"{model} has other weights than when .* was made of it"):
+        find_dense(tmp_path / "out", report)
+
+
 def test_a_report_does_not_make_a_directory_its_model(
     home: Path, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -176,7 +187,7 @@ def test_a_local_model_is_never_published_as_one_on_the_hub(
 
 
 def test_a_report_of_an_earlier_version_is_cleaned_when_it_is_written_anew(home: Path, tmp_path: Path) -> None:
-    """It had the command line of the program and all paths; where the model is stays known on this machine."""
+    """It had the command line of the program and all paths, which may be a stranger's: none is believed afterwards."""
     copy = Path(shutil.copytree(home / "out" / "tiny-30", tmp_path / "copy"))
     shutil.rmtree(copy / ".cache")
     report = json.loads((copy / "report.json").read_text())
@@ -189,8 +200,9 @@ def test_a_report_of_an_earlier_version_is_cleaned_when_it_is_written_anew(home:
     for name, content in published(copy).items():
         assert SECRET.encode() not in content, name
         assert str(home).encode() not in content, name
-    assert dense_of(copy, read_report(copy)) == f"{home}/models/tiny"
-    assert "options" not in recall(copy)
+    assert recall(copy) == {}
+    with pytest.raises(CheckpointError, match="tiny was a directory on the machine that made"):
+        dense_of(copy, read_report(copy))
 
 
 def test_a_home_directory_is_not_called_by_the_name_of_who_lives_there(
