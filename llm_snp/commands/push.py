@@ -30,7 +30,7 @@ def check(args: argparse.Namespace) -> None:
 def main(args: argparse.Namespace) -> None:
     """Upload DIR, and print where it is and how to load it. Raises `SnpError`."""
     from ..documents.writing import read_report
-    from ..result.publish import left_here, push
+    from ..result.publish import card_is_edited, left_here, push
     from ..system.manifest import some
 
     url = push(args.directory, args.repo, args.private, args.overwrite, args.message)
@@ -38,4 +38,6 @@ def main(args: argparse.Namespace) -> None:
     print(f"pushed   {url}")
     if left := left_here(args.directory):
         print(f"left     {some(left)}: no run of llm_snp wrote what stays here")
+    if card_is_edited(args.directory):
+        print("edited   README.md went up as it is: somebody has changed it since it was written")
     print(f"load it  AutoModelForCausalLM.from_pretrained({args.repo!r}{trust})")

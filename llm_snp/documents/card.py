@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,6 +21,7 @@ TASK = "text-generation"
 # other heads and neurons in every block; and those of which vLLM's own class reads no width of a head.
 NOT_IN_VLLM = ("falcon", "gpt2", "mixtral", "qwen2_moe", "qwen3_moe", "olmoe")
 BLOCKWISE_IN_GGUF, NO_HEAD_WIDTH = ("llama", "mistral", "qwen2"), ("qwen2",)
+CODE_SPAN = frozenset("`|<[")  # with these a command in a table would end, or be more than a command
 PLOT = re.compile(r"^!\[(.*)\]\((plots/[^)]+)\)$", re.MULTILINE)
 
 
@@ -35,7 +37,7 @@ def model_card(report: dict[str, Any], name: str | None = None, plots: Sequence[
     metadata = _metadata(report, title)
     report = _as_text(report)
     sections = [
-        f"# {title}",
+        f"# {_as_text(title)}",
         _summary(report),
         _how_to_load(report, name),
         _how_to_serve(report, name),
@@ -153,13 +155,14 @@ def _how_to_load(report: dict[str, Any], name: str) -> str:
                 "each block its width; it is not needed where `llm_snp` is imported."
             ),
         )
+    place = json.dumps(name, ensure_ascii=False)  # a name ends no string of Python's that is written so
     return f"""## Load it
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{name}"{trust})
-tokenizer = AutoTokenizer.from_pretrained("{name}"{trust})
+model = AutoModelForCausalLM.from_pretrained({place}{trust})
+tokenizer = AutoTokenizer.from_pretrained({place}{trust})
 ```
 
 {why}"""
@@ -171,6 +174,7 @@ def _how_to_serve(report: dict[str, Any], name: str) -> str:
     sites = [site for block in report["blocks"] for site in block.values() if isinstance(site, dict)]
     fewer = {site["unit"] for site in sites if site["kept"] < site["units"]}
     backend = own or (kind in NO_HEAD_WIDTH and "heads" in fewer)
+    name = name if CODE_SPAN.isdisjoint(name) else "DIR"
     quoted, file = shlex.quote(name), shlex.quote(name.rstrip("/").rsplit("/", 1)[-1] + ".gguf")
     rows = []
     if not (own and (kind in NOT_IN_VLLM or any(site["kept"] == 0 for site in sites))):

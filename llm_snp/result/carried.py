@@ -75,6 +75,8 @@ PLACES = frozenset(
         "_name_or_path",
         "_commit_hash",
         "transformers_weights",
+        "configuration_files",
+        "fast_tokenizer_files",
         "gguf_file",
         "quantization_config",
         "compression_config",

@@ -18,7 +18,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from ..dense.hub import check_token
 from ..documents.card import model_card, plots_of
 from ..documents.page import html_page
-from ..documents.plots import FOLDER, plot_images
+from ..documents.plots import FOLDER, PLOTS, plot_images, plot_path
 from ..documents.shareable import shareable
 from ..documents.writing import CARD, PAGE, read_report
 from ..errors import CheckpointError, HubError, OptionError
@@ -107,6 +107,11 @@ def push(directory: Path, repo: str, private: bool = False, overwrite: bool = Fa
 def left_here(directory: Path) -> list[str]:
     """The files in a result that `push` leaves where they are: no run wrote them."""
     return [name for name in strays(directory) if name != CARD]
+
+
+def card_is_edited(directory: Path) -> bool:
+    """Whether somebody has changed README.md, which goes up all the same."""
+    return CARD in strays(directory)
 
 
 def _files(directory: Path, report: dict[str, Any]) -> dict[str, Path | bytes]:
@@ -203,7 +208,8 @@ def _card(path: Path, report: dict[str, Any], repo: str) -> str | None:
     if not path.exists():
         return model_card(report, repo)
     text = path.read_text(encoding="utf-8", errors="replace")
-    plots = plots_of(text)
+    titles = {plot_path(one): plot.title for one, plot in PLOTS.items()}  # not the card's: that may be a stranger's
+    plots = [(titles[shown], shown) for _, shown in plots_of(text) if shown in titles]
     known = report.get("card")
     ours = digest(path) == known if known else text == model_card(report, plots=plots)
     return model_card(report, repo, plots) if ours else None

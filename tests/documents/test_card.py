@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -332,3 +334,17 @@ def test_a_revision_is_told_whole(report: dict[str, Any], hub: bool, revision: s
     model = report["model"] | {"name": "someone/model" if hub else "model", "hub": hub}
     options = report["options"] | {"model": model["name"], "revision": revision}
     assert shareable(report | {"model": model, "options": options})["options"]["revision"] == told
+
+
+def test_the_name_of_a_result_is_no_code_and_no_markup(report: dict[str, Any]) -> None:
+    """A stranger's report has one of his choice, and `report` makes a card of it."""
+    name = 'x"); import os; os.system("id") #<b>[y](z)`'
+    card = model_card(report | {"output": name})
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
+    assert [call.func.attr for call in calls] == ["from_pretrained", "from_pretrained"]  # type: ignore[attr-defined]
+    assert {call.args[0].value for call in calls} == {name}  # type: ignore[attr-defined]
+    rest = card[card.index("\n# ") :].replace(code, "")
+    assert "<b>" not in rest.replace("\\<b>", "")
+    assert "[y](z)" not in rest.replace("\\[y](z)", "")
+    assert "`vllm serve DIR --trust-remote-code" in rest

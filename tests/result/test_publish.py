@@ -214,7 +214,9 @@ def test_an_edited_card_goes_up_as_it_is(hub: HubServer, result: Path) -> None:
     (result / "report.json").write_text(json.dumps(report | {"card": digest(readme)}))
     push(result, REPO)
     assert REPO in hub.repositories[REPO].files["README.md"].decode()
+    assert not publish.card_is_edited(result)
     readme.write_text(readme.read_text() + "\nMy own words.\n")
+    assert publish.card_is_edited(result)
     push(result, REPO, overwrite=True)
     assert hub.repositories[REPO].files["README.md"] == readme.read_bytes()
     report.pop("card", None)  # as of a version that kept no hash of it
@@ -407,6 +409,20 @@ def test_an_existing_repository_is_refused(hub: HubServer, pruned: Path) -> None
         assert "--overwrite" in message
     check_push(REPO, overwrite=True)
     assert len(hub.repositories[REPO].commits) == 2
+
+
+def test_what_a_card_shows_is_not_taken_from_it(hub: HubServer, result: Path) -> None:
+    """A stranger's report has the hash of his card, too."""
+    readme, report = result / "README.md", json.loads((result / "report.json").read_text())
+    text = readme.read_text().replace("![", "![x](https://evil/t.png) <a href=evil>y</a> ![")
+    readme.write_text(f"{text}\n![z](plots/none.png)\n")
+    report["files"]["README.md"] = report["card"] = digest(readme)
+    (result / "report.json").write_text(json.dumps(report))
+    push(result, REPO)
+    card = hub.repositories[REPO].files["README.md"].decode()
+    assert "](plots/kept.png)" in card
+    assert "evil" not in card
+    assert "none.png" not in card
 
 
 @pytest.mark.parametrize("there", ["nothing of ours", "a result and more", "another program's report"])
