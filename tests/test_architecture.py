@@ -129,8 +129,21 @@ def test_what_people_read_is_made_from_the_report_only() -> None:
 def test_the_executor_names_no_family_and_no_criterion() -> None:
     source = MODULES["pruning/executor"].read_text().lower()
     names = {*FAMILIES, *ORDERS, *ALLOCATIONS, *METHODS, *ATTENTION_MODES, "llama", "q_proj", "fc1", "fc2"}
-    # `dims`, `heads`, `queries` and `both` are units and modes that every family has; variance and loss are words.
-    names -= {"dims", "heads", "queries", "both", "none", "loss", "variance", "random", "energy", "best", "uniform"}
+    # `dims`, `heads`, `queries` and `both` are units and modes of every family; `auto`, variance and loss are words.
+    names -= {
+        "auto",
+        "dims",
+        "heads",
+        "queries",
+        "both",
+        "none",
+        "loss",
+        "variance",
+        "random",
+        "energy",
+        "best",
+        "uniform",
+    }
     assert {"opt", "zca", "greedy"} <= names
     for name in names:
         assert not re.search(rf"(?<![a-z]){re.escape(name)}(?![a-z])", source), name

@@ -8,7 +8,6 @@ from os.path import lexists as is_here
 from pathlib import Path
 from typing import Any
 
-from ..dense.checkpoint import weight_files
 from ..dense.hub import EMBEDDED, find, locate
 from ..errors import CheckpointError, SnpError
 from ..system.files import digest
@@ -49,6 +48,8 @@ def find_dense(directory: Path, report: dict[str, Any]) -> Path:
     expected = memory.get("read", {}).get(WEIGHTS_READ)
     if expected is None or memory.get("model") != str(found):
         return found
+    from ..dense.checkpoint import weight_files  # with torch, and the door is light
+
     if expected != digest(*(found / name for name in weight_files(found))):
         raise CheckpointError(f"{found} has other weights than when {directory} was made of it")
     return found
