@@ -23,7 +23,8 @@ def leave_out_working_directory() -> None:
         return
     if not safe and sys.path[:1] == [here]:
         del sys.path[0]
-    named = os.environ.get("PYTHONPATH", "").split(os.pathsep) if not sys.flags.ignore_environment else []
+    given = "" if sys.flags.ignore_environment else os.environ.get("PYTHONPATH", "")
+    named = given.split(os.pathsep) if given else []
     if "" in named and here not in named:
         sys.path[:] = [entry for entry in sys.path if entry not in ("", here)]
 
