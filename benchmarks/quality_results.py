@@ -12,7 +12,7 @@ from typing import Any
 
 from perplexity import write_json
 
-from llm_snp.config import METHODS, PruneConfig
+from llm_snp.config import METHODS, PruneConfig, judged_attention
 from llm_snp.core.orders import ORDERS
 from llm_snp.errors import OptionError
 
@@ -99,7 +99,7 @@ class Row:
         resolved = PruneConfig(**self.given).resolved()
         found = {name: getattr(resolved, name) for name in CHOICES}
         if found["attention"] == "auto":
-            found["attention"] = "both" if self.several else "dims"
+            found["attention"] = judged_attention(one_kind=not self.several)
         usual = {"format": "auto", "structures": "units"}
         found |= {name: value for name in usual if (value := getattr(resolved, name)) != usual[name]}
         found |= {"method": resolved.method} if resolved.in_steps else {}

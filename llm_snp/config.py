@@ -86,6 +86,11 @@ def make_plain(options: Any) -> None:
             object.__setattr__(options, f.name, found.removeprefix("torch.") if f.name == "dtype" else found)
 
 
+def judged_attention(one_kind: bool) -> str:
+    """What `--attention auto` comes to."""
+    return "dims" if one_kind else "both"
+
+
 def option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
     """A dataclass field whose metadata becomes the flag's help."""
     return field(default=default, metadata={"help": text, "choices": choices})

@@ -65,7 +65,7 @@ def main(args: argparse.Namespace) -> None:
     report = read_report(directory) if has_report(directory) else None
     dense, its_own = _against(args.against, directory, report)
     # A repository's files in the cache of the Hub are not ours to change.
-    kept = report is not None and its_own and os.path.isdir(os.path.expanduser(args.directory))
+    own = report if its_own and os.path.isdir(os.path.expanduser(args.directory)) else None
     for path in (directory, dense):
         if args.prompt is not None and path is not None:
             _check_prompt(args.prompt, path)
@@ -76,12 +76,12 @@ def main(args: argparse.Namespace) -> None:
     if args.against is not None:
         print(f"dense    stands for {dense}, which was asked for")
     print("\n".join(speed_table(speed)))
-    if report is not None and kept:
-        if dense is None and "dense" in report.get("speed", {}):
+    if own is not None:
+        if dense is None and "dense" in own.get("speed", {}):
             print(f"kept     the earlier figures in {directory}, which compare with the dense model")
             return
-        check_there(directory, report)
-        write_documents(directory, report | {"speed": speed})
+        check_there(directory, own)
+        write_documents(directory, own | {"speed": speed})
         print(f"stored   in the report of {directory}")
 
 

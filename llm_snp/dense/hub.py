@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
-from contextlib import ExitStack, suppress
+from contextlib import nullcontext, suppress
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -165,10 +165,8 @@ def load_config(directory: Path) -> Any:
     def refusal(cause: str) -> CheckpointError:
         return CheckpointError(f"{path} is no config of model type {kind!r} that this transformers can read ({cause})")
 
-    with ExitStack() as stack, explained(refusal):
-        folder = directory
+    with nullcontext(directory) if fields == content else scratch() as folder, explained(refusal):
         if fields != content:  # transformers reads configs from files only
-            folder = stack.enter_context(scratch())
             write_text(folder / "config.json", json.dumps(fields))
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         config.name_or_path = ""  # or the result's config.json would have it

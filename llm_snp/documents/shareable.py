@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..config import METHODS, PruneConfig, flag_of
+from ..config import METHODS, PruneConfig, flag_of, judged_attention
 from ..system.private import HUB_ID, carried_words, public_name, public_text
 
 CORPORA = {  # Hub id, config and split of the texts that have a name: what is evaluated on
@@ -156,8 +156,8 @@ def command_line(options: Mapping[str, Any], processes: int = 1, nodes: int = 1)
     method = plain.get("method")
     default = PruneConfig(plain.get("model"), method=method if method in METHODS else PruneConfig.method).resolved()
     usual = dataclasses.asdict(default) | {"method": PruneConfig.method}
-    if usual["attention"] == "auto":  # what that comes to
-        usual["attention"] = "dims" if PruneConfig(calibration=plain.get("calibration")).one_kind else "both"
+    if usual["attention"] == "auto":
+        usual["attention"] = judged_attention(PruneConfig(calibration=plain.get("calibration")).one_kind)
     words = [*launcher(processes, nodes), "-m", "llm_snp", *([plain["model"]] if plain.get("model") else [])]
     for field in dataclasses.fields(PruneConfig):
         name, value = field.name, plain.get(field.name)

@@ -43,14 +43,14 @@ def write_documents(directory: Path, report: dict[str, Any]) -> list[Path]:
     drawn = plot_images(public)
     made = dict(drawn)
     made[PAGE] = html_page(public).encode()
-    if not _edited(directory / CARD, report.get("card")):
+    if not edited(directory / CARD, report.get("card")):
         titles = [(plot.title, plot_path(name)) for name, plot in PLOTS.items() if plot_path(name) in made]
         made[CARD] = model_card(public, plots=titles).encode()
         report["card"] = digest_of_bytes(made[CARD])
     if (directory / REPORT).exists() and (taken := sorted(others.intersection(made))):
         raise OutputError(f"{directory / taken[0]} is none that a run of llm_snp wrote, and in its way; move it")
     for name in [one for one in (*plots, PAGE) if one in made and files.get(one)]:
-        if _edited(directory / name, files[name]):
+        if edited(directory / name, files[name]):
             del made[name]
     gone = {name: found for name, found in files.items() if name in plots and name not in drawn}
     old = set(gone).difference(*changed(directory, gone))
@@ -99,7 +99,7 @@ def kept(directory: Path, written: Sequence[Path]) -> list[Path]:
     return [path for path in paths if os.path.lexists(path) and path not in written]
 
 
-def _edited(path: Path, expected: str | None) -> bool:
+def edited(path: Path, expected: str | None) -> bool:
     """Whether a document is not what was written here. One without a report is of a run that was killed."""
     with disk(path):
         report = path.with_name(REPORT) if path.parent.name != FOLDER else path.parent.with_name(REPORT)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -200,8 +200,8 @@ def _read(file: Path) -> dict[str, Any]:
 def _working_directory(directory: Path | None) -> Iterator[None]:
     """Be in a directory, or in an empty one, as with contextlib.chdir of Python 3.11."""
     before = Path.cwd()
-    with scratch() as empty:
-        os.chdir(directory or empty)
+    with nullcontext(directory) if directory else scratch() as place:
+        os.chdir(place)
         try:
             yield
         finally:

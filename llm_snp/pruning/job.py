@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..config import EXPERT_ORDERS, METHODS, ORDERS, PruneConfig
+from ..config import EXPERT_ORDERS, METHODS, ORDERS, PruneConfig, judged_attention
 from ..dense.hub import EMBEDDED, load_config, locate
 from ..errors import OptionError, OutputError, first_line
 from ..families import EXPERTS, SHARED, Family, Site, family_of
@@ -148,16 +148,17 @@ def fit_for_format(options: PruneConfig, family: Family) -> PruneConfig:
         return options
     heads = family.whole_heads if options.format == "blockwise" else "heads" in family.stock
     modes = ("heads", "none") if heads else ("none",)
-    if options.attention not in (None, "auto", *modes):
+    given = None if options.attention == "auto" else options.attention
+    if given not in (None, *modes):
         why = {
             "blockwise": "engines for blocks of different widths know whole heads only",
             "stock": f"the stock class of model type {family.model_type!r} cannot have such attention layers",
         }
         raise OptionError(
-            f"--format {options.format} and --attention {options.attention} exclude each other: {why[options.format]}; "
+            f"--format {options.format} and --attention {given} exclude each other: {why[options.format]}; "
             f"leave one of them out, or give --attention {' or '.join(modes)}"
         )
-    attention = modes[0] if options.attention in (None, "auto") else options.attention
+    attention = given or modes[0]
     experts = options.experts or METHODS[options.method]["experts"]
     mixed = family.mixture is not None and experts == "both" and options.allocation in (None, "loss")
     if options.format == "blockwise" or attention == "heads" or mixed:
@@ -198,7 +199,7 @@ def fit_for_heads(options: PruneConfig, family: Family, config: Any) -> PruneCon
     """
     if options.attention == "auto":
         directions = options.one_kind and family.attention(config) is not None
-        options = dataclasses.replace(options, attention="dims" if directions else "both")
+        options = dataclasses.replace(options, attention=judged_attention(directions))
     if not family.whole_heads and options.attention in ("heads", "queries"):
         raise OptionError(
             f"--attention {options.attention} is not possible for models of type {family.model_type!r}, whose heads "

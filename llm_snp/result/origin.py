@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
-from os.path import lexists as is_here
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ def dense_of(directory: Path, report: dict[str, Any]) -> str | None:
         return None
     if not (report["model"].get("hub") and HUB_ID.fullmatch(name)):
         raise CheckpointError(f"{name} was a directory on the machine that made {directory}")
-    if is_here(name):
+    if os.path.lexists(name):
         raise CheckpointError(
             f"{name} is on the Hub, and what has that name in the working directory is something else"
         )

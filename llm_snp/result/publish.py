@@ -20,7 +20,7 @@ from ..documents.card import model_card, plots_of
 from ..documents.page import html_page
 from ..documents.plots import FOLDER, PLOTS, plot_images, plot_path
 from ..documents.shareable import shareable
-from ..documents.writing import CARD, PAGE, read_report
+from ..documents.writing import CARD, PAGE, edited, read_report
 from ..errors import CheckpointError, HubError, OptionError
 from ..system.files import digest, digest_of_bytes, scratch
 from ..system.manifest import FILES, REPORT, changed, faults, is_result, manifest, some, strays
@@ -111,7 +111,7 @@ def left_here(directory: Path) -> list[str]:
 
 def card_is_edited(directory: Path) -> bool:
     """Whether somebody has changed README.md, which goes up all the same."""
-    return CARD in strays(directory)
+    return edited(directory / CARD, manifest(directory).get(CARD))
 
 
 def _files(directory: Path, report: dict[str, Any]) -> dict[str, Path | bytes]:
@@ -233,6 +233,7 @@ def _files_there(api: HfApi, repo: str, overwrite: bool, private: bool) -> set[s
             open_to_all = private and api.repo_info(repo).private is not True
         except RepositoryNotFoundError:
             return None
+        others = sorted(there - _written_there(api, repo, there)) if overwrite else []
     except CLIENT_ERRORS as error:
         raise _refused(error, repo) from error
     if open_to_all:
@@ -240,11 +241,9 @@ def _files_there(api: HfApi, repo: str, overwrite: bool, private: bool) -> set[s
             f"{repo} exists on the Hub, and not as a private repository, which --private asks for; make it one in its "
             "settings, or give another name"
         )
-    if not there - {ATTRIBUTES}:  # made, and no more: by a person, or by a push that broke off
-        return there
-    if not overwrite:
+    if not overwrite and there - {ATTRIBUTES}:  # without other files: a push that broke off
         raise HubError(f"{repo} exists on the Hub and has {len(there)} files; give another name, or --overwrite")
-    if others := sorted(there - _written_there(api, repo, there)):
+    if others:
         raise HubError(
             f"{repo} has {some(others)} on the Hub, which no run of llm_snp wrote, and --overwrite replaces results "
             "only; give another name, or remove them there"
@@ -258,10 +257,7 @@ def _written_there(api: HfApi, repo: str, there: set[str]) -> set[str]:
     if REPORT not in there:
         return ours
     with scratch() as folder:
-        try:
-            api.hf_hub_download(repo, REPORT, local_dir=folder)
-        except CLIENT_ERRORS as error:
-            raise _refused(error, repo) from error
+        api.hf_hub_download(repo, REPORT, local_dir=folder)
         return ours | {*manifest(folder), *[REPORT] * is_result(folder)}
 
 
