@@ -65,6 +65,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--sparsity", type=float, nargs="+", default=[0.2, 0.3, 0.4, 0.5], metavar="S", help="the budgets")
     p.add_argument("--samples", type=int, default=128, metavar="N", help="calibration windows (default: 128)")
     p.add_argument("--sequence-length", type=int, default=2048, metavar="T", help="tokens per window (default: 2048)")
+    p.add_argument(
+        "--evaluation-length",
+        type=int,
+        metavar="T",
+        help="tokens per window of the --evaluate texts, to compare calibrations in windows of other lengths (default: "
+        "those of --sequence-length)",
+    )
     p.add_argument("--seed", type=int, default=0, help="seed of everything random (default: 0)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:i (default: auto)")
     p.add_argument("--dtype", default="auto", choices=DTYPES, help="type to compute in (default: auto)")
@@ -106,6 +113,8 @@ def check(args: argparse.Namespace) -> None:
         dataclasses.replace(options, sparsity=sparsity).validate()
     if args.max_windows is not None and args.max_windows < 1:
         raise OptionError(f"--max-windows is {args.max_windows}; it must be at least 1")
+    if args.evaluation_length is not None and args.evaluation_length < 2:
+        raise OptionError(f"--evaluation-length is {args.evaluation_length}; it must be at least 2")
     if args.jobs < 1:
         raise OptionError(f"--jobs is {args.jobs}; it must be at least 1")
     texts = len(shares(tuple(args.calibration)))

@@ -67,7 +67,7 @@ class Bench:
         if args.own_text:
             fitted = dataclasses.replace(self.calibration, tokens=self.calibration.tokens[: args.own_text])
             self.corpora = {"calibration windows": fitted, "other windows of that text": unseen}
-        self.corpora |= windows_of(args.evaluate, tokenizer, length, args.max_windows)
+        self.corpora |= windows_of(args.evaluate, tokenizer, args.evaluation_length or length, args.max_windows)
         name, digest = Path(args.model).name, sha256(checkpoint.files)
         self.facts: dict[str, Any] = {
             "model": {"name": name, "type": self.config.model_type, "sha256": digest},
