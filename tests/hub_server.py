@@ -10,6 +10,7 @@ import hashlib
 import json
 import socket
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -56,7 +57,8 @@ class HubServer(ThreadingHTTPServer):
     """`with HubServer() as hub:` serves at `hub.url` until the end of the block.
 
     repositories: by "user/name". lost_after: how many uploads of large files (or parts) get through before the
-    connection is lost, each time anew. commit_status: with what commits are answered instead of being made.
+    connection is lost, each time anew. commit_status: with what commits are answered instead of being made. on_upload:
+    what happens, once, when files are announced.
     """
 
     daemon_threads = True
@@ -70,6 +72,7 @@ class HubServer(ThreadingHTTPServer):
         self.uploads: list[str] = []  # SHA-256 of the large files and parts that came through
         self.lost_after: int | None = None
         self.commit_status: int | None = None
+        self.on_upload: Callable[[], object] | None = None
         self.lock = threading.Lock()
 
     def __enter__(self) -> HubServer:
@@ -221,6 +224,9 @@ class _Handler(BaseHTTPRequestHandler):
             mode = "lfs" if path.endswith(LARGE) else "regular"
             answer.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": there})
         self._json({"files": answer})
+        if self.server.on_upload is not None:
+            happens, self.server.on_upload = self.server.on_upload, None
+            happens()
 
     def _where_to(self, wanted: dict[str, Any]) -> dict[str, Any]:
         sha, size = wanted["oid"], wanted["size"]
@@ -260,6 +266,8 @@ class _Handler(BaseHTTPRequestHandler):
         for key, value in ((line["key"], line["value"]) for line in lines):
             if key == "header":
                 message = value["summary"]
+                if value.get("parentCommit", repository.commits[-1].sha) != repository.commits[-1].sha:
+                    raise _Refusal(412, "A commit has happened since. Please refresh and try again.")
             elif key == "deletedFile":
                 del files[value["path"]]
                 deleted.add(value["path"])

@@ -622,7 +622,7 @@ def test_what_a_killed_run_left_is_replaced_but_nothing_else(shell: Shell, dense
     partial = shell.directory / "out.partial"
     written(partial, {"notes.txt": "mine"})
     message = shell.refused(dense)
-    assert message == f"{partial} is in the way and not from llm_snp; remove it, or give another --output"
+    assert message == f"{partial} is in the way and no unfinished run of yours; remove it, or give another --output"
     (partial / JOURNAL).mkdir()  # anybody can make one
     assert shell.refused(dense) == message
     (partial / JOURNAL / OWNER).write_text("process 1 on here")

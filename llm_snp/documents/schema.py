@@ -20,6 +20,7 @@ Positive = Annotated[float, Field(gt=0, le=FURTHEST)]
 Length = Annotated[int, Field(ge=2, le=LARGEST)]  # tokens of a window, of which all but the first are predicted
 NotNegative = Annotated[float, Field(ge=0, le=FURTHEST)]
 Name = Annotated[str, Field(min_length=1)]
+Word = Annotated[str, Field(pattern=r"^\w[\w +-]*$", max_length=60)]  # of a run's own vocabulary: no address, no markup
 Range = Annotated[list[NotNegative], Field(min_length=2, max_length=2)]
 Scalar = str | bool | int | float | None
 MISSING: Any = None  # the default of what may be missing, but not null
@@ -97,7 +98,7 @@ class Overfit(_Part):
 
 
 class Site(_Part):
-    unit: Name
+    unit: Word
     units: Some
     kept: Count
     lost: NotNegative | None
@@ -108,14 +109,14 @@ class Site(_Part):
 class Block(_Part):
     """A site by its name."""
 
-    __pydantic_extra__: dict[str, Site]
+    __pydantic_extra__: dict[Word, Site]
     block: Count
 
 
 class Curve(_Part):
     block: Count
-    site: Name
-    unit: Name
+    site: Word
+    unit: Word
     units: Some
     at_kept: list[Count] = []
     variance: list[Number] = []
@@ -123,9 +124,9 @@ class Curve(_Part):
 
 
 class Plan(_Part):
-    allocation: str
+    allocation: Word
     why: str
-    kept: Annotated[list[dict[str, Count]], Field(min_length=1)]
+    kept: Annotated[list[dict[Word, Count]], Field(min_length=1)]
     curves: list[Curve]
 
     @model_validator(mode="after")
@@ -201,7 +202,7 @@ class Candidate(_Part):
     to_parent: Share
     to_dense: Share
     block: Count | None
-    site: Name | None
+    site: Word | None
     loss: Number | None
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from ..system.processes import Processes
 from ..system.progress import Progress
 from ..system.workspace import Workspace, check_space, known
 from ..version import __version__
-from .options import SELF, HealConfig, command_line
+from .options import HealConfig, command_line
 from .pair import Pair, find_pair, open_model, stored
 from .record import healed, label, labels, with_healing
 from .resume import States, finished_before, identity_of, inputs_of, left, memory_of
@@ -126,14 +125,11 @@ class _Healing:
     def _evaluation(self) -> tuple[dict[str, Windows], list[str]]:
         """Windows of the texts to measure perplexity on, and the earlier ones that are not measured again."""
         report, asked = self.pair.report, self.options.evaluate
-        memory = recall(self.pair.student.directory).get("options", {})
-        known = texts_of(memory.get("evaluate") or ())
+        known = as_then(recall(self.pair.student.directory))
         found: dict[str, Windows] = {}
         for source in known if asked is None else asked:
             earlier = report["evaluation"].get(label(source))
             length = earlier["pruned"]["sequence_length"] if earlier else report["calibration"]["sequence_length"]
-            if asked is None and (source == SELF or not _is_there(source)):
-                continue
             try:
                 found[source] = evaluation_windows(source, self.pair.student.tokenizer, self.pair.length(length))
             except (CorpusError, HubError):
@@ -232,8 +228,18 @@ class _Healing:
         return summary(report).splitlines()
 
 
-def _is_there(source: str) -> bool:
-    return source in HUB_CORPORA or os.path.exists(os.path.expanduser(source))
+def as_then(memory: Mapping[str, Any]) -> list[str]:
+    """The texts that the pruning was measured on, where they are found with what they had.
+
+    Whoever has made up a memory, and where it lies, can name files of this machine, but hardly knows what is in them.
+    """
+    found = []
+    for source in texts_of(memory.get("options", {}).get("evaluate") or ()):
+        with suppress(CorpusError):
+            here = digests([source])
+            if source in HUB_CORPORA or (here and here.items() <= memory.get("read", {}).items()):
+                found.append(source)
+    return found
 
 
 @contextmanager

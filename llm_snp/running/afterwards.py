@@ -18,7 +18,8 @@ from ..errors import DeviceMemoryError, Interrupted, ReplacedError, SnpError
 from ..evaluation.harness import check_tasks, compare, evaluate_harness, tasks_of
 from ..evaluation.speed import measure_speed, measurements
 from ..pruning.job import Job
-from ..result.publish import check_push, push
+from ..result.publish import push
+from ..result.repository import check_push
 from ..system.device import resolve_dtype
 from ..system.progress import Progress
 

@@ -194,7 +194,8 @@ def remove_own(directory: Path) -> None:
     """Remove what runs of llm_snp wrote, and with it the directory, unless there is something else in it."""
     if is_result(directory):
         kept = set(strays(directory))
-        for name in [*names_in(directory), REPORT, MEMORY, IGNORE]:
+        # The report last: by it the rest is known, should this be killed.
+        for name in [*(name for name in names_in(directory) if name != REPORT), MEMORY, IGNORE, REPORT]:
             if name not in kept:
                 with suppress(OSError):
                     (directory / name).unlink()

@@ -5,9 +5,11 @@ At the end the directory gets its name, so that a result is complete or not ther
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import socket
+import stat
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -53,6 +55,7 @@ class Workspace:
                 self.journal.mkdir(parents=True, exist_ok=True)
                 self._acquire()
                 self._take_over(resume)
+                self._try_to_replace()
             except BaseException:
                 # What was there before stays.
                 if self.directory in self._made:
@@ -73,6 +76,8 @@ class Workspace:
 
     def _take_over(self, resume: bool) -> None:
         """What an interrupted run left: go on with it, refuse to throw it away, or throw it away."""
+        if not is_ours(self.directory):  # it has come there since it was looked for
+            raise _in_the_way(self.directory)
         if not self.output.exists() and was_put_aside(self.journal, _aside(self.output)):
             # That run was killed while the result was about to take the place of an earlier one.
             os.rename(_aside(self.output), self.output)
@@ -89,6 +94,39 @@ class Workspace:
         write_text(self.journal / OWNER, f"process {os.getpid()} on {socket.gethostname()}")
         if not resume:
             self._empty()
+
+    def _try_to_replace(self) -> None:
+        """Do at the start what `finish` does at the end, and undo it: whether that can be done shows nowhere else.
+
+        What an image of a container brought cannot be renamed in it, nor what is somebody else's in `/tmp`.
+        """
+        if not self.output.exists():
+            return
+        aside = _aside(self.output)
+        try:
+            try:
+                self._put_aside()
+            finally:
+                if aside.exists() and not self.output.exists():
+                    os.rename(aside, self.output)
+                (self.journal / REPLACES).unlink(missing_ok=True)
+        except OSError as error:
+            # An overlay file system does not rename what lies below; an empty directory can be made anew there.
+            if error.errno == errno.EXDEV and not any(self.output.iterdir()):
+                mode = stat.S_IMODE(self.output.stat().st_mode)
+                self.output.rmdir()
+                self.output.mkdir()
+                self.output.chmod(mode)
+                return
+            raise OutputError(
+                f"--output {self.output} is there and cannot be replaced ({error.strerror}); remove it, or give "
+                "another directory"
+            ) from error
+
+    def _put_aside(self) -> None:
+        """The earlier result, noted so that a run that is killed here is told from a person who has made the other."""
+        write_text(self.journal / REPLACES, str(self.output.stat().st_ino))
+        os.rename(self.output, _aside(self.output))
 
     @property
     def finished_blocks(self) -> int:
@@ -116,8 +154,7 @@ class Workspace:
         with disk(self.output):
             try:
                 if self.output.exists():
-                    write_text(self.journal / REPLACES, str(self.output.stat().st_ino))
-                    os.rename(self.output, old)
+                    self._put_aside()
                 os.rename(self.directory, self.output)
             except BaseException:
                 if old.exists() and not self.output.exists():
@@ -177,7 +214,7 @@ def check_output(output: Path, overwrite: bool) -> None:
             raise OutputError(f"--output {output} is a mount point, which cannot be replaced; give a directory in it")
         partial = resolved.with_name(resolved.name + PARTIAL)
         if os.path.lexists(partial) and not is_ours(partial):
-            raise OutputError(f"{partial} is in the way and not from llm_snp; remove it, or give another --output")
+            raise _in_the_way(partial)
         parent = next(path for path in resolved.parents if path.exists())
         if not parent.is_dir():
             raise OutputError(f"--output {output} cannot be made: {parent} is a file; give another directory")
@@ -262,6 +299,10 @@ def check_space(directory: Path, needed: int) -> None:
 def _aside(output: Path) -> Path:
     """Where an earlier result is while the new one gets its name."""
     return output.with_name(output.name + ".replaced")
+
+
+def _in_the_way(partial: Path) -> OutputError:
+    return OutputError(f"{partial} is in the way and no unfinished run of yours; remove it, or give another --output")
 
 
 def _owner(journal: Path) -> str:

@@ -136,6 +136,24 @@ def test_every_key_may_be_missing_or_of_another_type(tmp_path: Path, monkeypatch
     assert shown > 50
 
 
+@pytest.mark.parametrize("where", ["unit", "site", "allocation", "kept"])
+def test_words_of_a_run_are_no_addresses(where: str) -> None:
+    """They stand in a card as they are, and the Hub makes a link of a bare address."""
+    report = full()
+    evil, block = "https://evil.example/x", report["blocks"][0]
+    site = next(name for name in block if name != "block")
+    match where:
+        case "unit":
+            block[site]["unit"] = evil
+        case "site":
+            block[evil] = block.pop(site)
+        case "allocation":
+            report["plan"]["allocation"] = evil
+        case "kept":
+            report["plan"]["kept"][0][evil] = 1
+    assert "should match pattern" in fault(report)
+
+
 def test_what_a_stranger_s_report_says_of_others_is_text() -> None:
     """It goes into the cards of whoever heals or prunes that result: no heading, no link, no place."""
     report = full()

@@ -27,11 +27,11 @@ from llm_snp.healing.options import HealConfig, command_line
 from llm_snp.healing.pair import find_pair
 from llm_snp.healing.record import label
 from llm_snp.healing.resume import identity_of
-from llm_snp.healing.run import _full
+from llm_snp.healing.run import _full, as_then
 from llm_snp.healing.training import Watch, adapted
 from llm_snp.result.rewriting import Rewriting
 from llm_snp.system.files import digest_of_bytes
-from llm_snp.system.manifest import changed, manifest
+from llm_snp.system.manifest import changed, manifest, recall
 
 pytestmark = [pytest.mark.cpu]
 
@@ -89,6 +89,17 @@ def interrupted(*arguments: Any, **options: Any) -> None:
 
 def report_of(directory: Path) -> dict[str, Any]:
     return json.loads((directory / "report.json").read_text())  # type: ignore[no-any-return]
+
+
+def test_only_the_same_text_is_measured_again(pruned: Path, held_out: Path, tmp_path: Path) -> None:
+    """The name and the perplexity of a text go into what is published: a stranger might choose it, not what it has."""
+    memory = recall(pruned)
+    assert as_then(memory) == [str(held_out)]
+    assert as_then(memory | {"read": {}}) == []
+    diary = tmp_path / "diary.txt"
+    diary.write_text("Dear diary")
+    others = {"evaluate": ["wikitext2", "self", str(diary), str(tmp_path / "none.txt"), "harness:arc_easy"]}
+    assert as_then({"options": others, "read": memory["read"]}) == ["wikitext2"]
 
 
 def without_weights(directory: Path) -> dict[str, bytes]:

@@ -123,7 +123,12 @@ def test_a_model_that_has_changed_is_not_what_a_result_was_made_of(prune: Prune,
     report = read_report(tmp_path / "out")
     assert find_dense(tmp_path / "out", report) == model
     save(tiny_opt(seed=5), model)
-    with pytest.raises(CheckpointError, match=f"{model} has other weights than when .* was made of it"):
+    changed = pytest.raises(CheckpointError, match=f"{model} has other weights than when .* was made of it")
+    with changed:
+        find_dense(tmp_path / "out", report)
+    # In a file system that a stranger has made he chooses its numbers, and with them who is believed.
+    remember(tmp_path / "out", {name: known for name, known in recall(tmp_path / "out").items() if name != "read"})
+    with changed:
         find_dense(tmp_path / "out", report)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Prune, load, logits, new_connections
-from hub_server import FINE, ORGANISATION, READ, USER, WRITE, HubServer, Repository
+from hub_server import FINE, ORGANISATION, READ, USER, WRITE, Commit, HubServer, Repository
 from huggingface_hub import constants
 
 from llm_snp.cli import main
@@ -26,7 +26,8 @@ from llm_snp.dense.hub import locate
 from llm_snp.documents.card import model_card
 from llm_snp.errors import CheckpointError, HubError, OptionError, SnpError
 from llm_snp.result import publish
-from llm_snp.result.publish import check_push, push
+from llm_snp.result.publish import push
+from llm_snp.result.repository import check_push
 from llm_snp.system.files import digest, digest_of_bytes
 from llm_snp.system.manifest import changed, manifest, strays
 
@@ -77,7 +78,7 @@ def names(directory: Path) -> set[str]:
     return {name for name in found if not name.startswith(".cache/")}
 
 
-def refusal(kind: type[SnpError], *arguments: str, directory: Path | None = None) -> str:
+def refusal(kind: type[SnpError], *arguments: Any, directory: Path | None = None) -> str:
     """The message of `check_push`, or of `push` with a directory; it is one sentence."""
     with pytest.raises(kind) as error:
         push(directory, *arguments) if directory else check_push(*arguments)
@@ -390,6 +391,20 @@ def test_after_a_failed_commit_the_same_command_ends_well(hub: HubServer, pruned
     push(pruned, REPO)
     assert len(hub.repositories[REPO].commits) == 2
     assert set(hub.repositories[REPO].files) == names(pruned) | {INITIAL}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_has_come_meanwhile_is_not_written_over(hub: HubServer, result: Path, overwrite: bool) -> None:
+    """Large files take hours, in which a colleague may push there, too."""
+    if overwrite:
+        push(result, REPO)
+        with open(result / "README.md", "a") as card:
+            card.write("Edited since.\n")
+    theirs = {"README.md": b"# Mine", "notes.md": b"1"}
+    hub.on_upload = lambda: hub.repositories[REPO].commits.append(Commit("theirs", set(theirs), set(), theirs))
+    message = refusal(HubError, REPO, False, overwrite, directory=result)
+    assert message.startswith(f"{REPO} has changed on the Hub meanwhile")
+    assert hub.repositories[REPO].files == theirs
 
 
 def test_interrupting_is_passed_on(hub: HubServer, pruned: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -15,7 +16,8 @@ from llm_snp.documents.writing import read_report, write_documents
 from llm_snp.errors import CheckpointError, OutputError
 from llm_snp.pruning.job import open_job
 from llm_snp.running.inputs import inputs_of
-from llm_snp.system.manifest import manifest, strays
+from llm_snp.system import owned
+from llm_snp.system.manifest import is_result, manifest, strays
 from llm_snp.system.workspace import Workspace
 
 
@@ -367,9 +369,62 @@ def test_a_journal_with_a_link_is_nobody_s(tmp_path: Path, link: str) -> None:
     (journal / link).unlink(missing_ok=True)
     (journal / link).symlink_to(tmp_path / "mine")
     for resume in (False, True):
-        with pytest.raises(OutputError, match=r"out\.partial is in the way and not from llm_snp"):
+        with pytest.raises(OutputError, match=r"out\.partial is in the way and no unfinished run of yours"):
             Workspace(tmp_path / "out", overwrite=True, resume=resume)
     assert (tmp_path / "mine" / "checkpoint-7").is_dir()
+
+
+@pytest.mark.parametrize("content", ["nothing", "a result"])
+@pytest.mark.parametrize("reason", [errno.EXDEV, errno.EPERM])
+def test_what_cannot_be_replaced_is_told_at_the_start(
+    shell: Shell, dense: Path, monkeypatch: pytest.MonkeyPatch, content: str, reason: int
+) -> None:
+    """What a container's image brought (EXDEV), or what is another user's in /tmp (EPERM): at the end it is late."""
+    out = shell.output.resolve()
+    out.mkdir(mode=0o770)
+    if content == "a result":
+        assert shell.prune(dense)[0] == 0
+    before, rename, tried = contents(shell.directory), os.rename, []
+
+    def refused(source: Path, target: Path) -> None:
+        if Path(source) == out and not tried:  # what is made anew can be renamed
+            tried.append(out)
+            raise OSError(reason, os.strerror(reason))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", refused)
+    code, _, err = shell.prune(dense, "--overwrite")
+    if content == "nothing" and reason == errno.EXDEV:  # which can be made anew
+        assert code == 0, err
+        assert is_result(out)
+        return
+    assert code == 2
+    assert f"--output {out} is there and cannot be replaced ({os.strerror(reason)}); remove it, or give" in err
+    assert contents(shell.directory) == before
+
+
+def test_what_can_be_replaced_is_as_it_was(result: Path) -> None:
+    """Trying is not doing: an interrupted run leaves an earlier result, or an empty directory, as it found them."""
+    place = result.parent
+    (place / "empty").mkdir(mode=0o750)
+    before = [(path, path.stat().st_ino, path.stat().st_mode) for path in sorted(place.rglob("*"))]
+    for directory in (place / "empty", result):
+        Workspace(directory, overwrite=True, resume=False).discard()
+    assert [(path, path.stat().st_ino, path.stat().st_mode) for path in sorted(place.rglob("*"))] == before
+
+
+def test_an_unfinished_run_of_another_user_is_not_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Anybody may make OUTPUT.partial in /tmp, and can change what lies in his directory until it is loaded."""
+    workspace = Workspace(tmp_path / "out", overwrite=False, resume=False)
+    workspace.keep()
+    uid = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: uid + 1)
+    Workspace(tmp_path / "out", overwrite=False, resume=True).keep()  # a disk on which everything is one user's
+    monkeypatch.setattr(owned, "_new_file_of", lambda _: uid + 1)
+    for resume in (False, True):
+        with pytest.raises(OutputError, match=r"out\.partial is in the way and no unfinished run of yours"):
+            Workspace(tmp_path / "out", overwrite=True, resume=resume)
+    assert workspace.directory.is_dir()
 
 
 @pytest.mark.parametrize(
