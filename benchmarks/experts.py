@@ -120,7 +120,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--json", type=Path, metavar="FILE", help="write the results there, after each number of experts")
     p.add_argument("--markdown", type=Path, metavar="FILE", help="write the table as Markdown")
     p.add_argument("--quiet", action="store_true", help="print the table only")
-    p.set_defaults(device="auto", dtype="auto", own_text=0, speed=False)
+    p.set_defaults(device="auto", dtype="auto", own_text=0, evaluation_length=None, speed=False)
     return p
 
 

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -49,24 +50,26 @@ REST = f"model-{BLOCKS + 1:05d}-of-{BLOCKS + 1:05d}.safetensors"
 PATIENCE = 60.0  # seconds until a test gives up on another process
 
 
-def start(arguments: list[str], when: str = "", name: str = "", number: int = signal.SIGKILL) -> Any:
+def start(arguments: list[str], when: str = "", name: str = "", number: int = signal.SIGKILL, nth: int = 1) -> Any:
     """Begin `python -m llm_snp *arguments` in a process of its own.
 
-    It gets signal `number` before or after a file called `name` gets its name, or when half of it is written.
+    It gets signal `number` before or after a file called `name` gets its name for the `nth` time, or when half of it is
+    written.
     """
-    process = FORK.Process(target=_run, args=(arguments, str(Path.cwd()), when, name, number))
+    process = FORK.Process(target=_run, args=(arguments, str(Path.cwd()), when, name, number, nth))
     process.start()
     return process
 
 
-def _run(arguments: list[str], directory: str, when: str, name: str, number: int) -> None:
+def _run(arguments: list[str], directory: str, when: str, name: str, number: int, nth: int) -> None:
     torch.set_num_threads(1)
     os.chdir(directory)
+    hits = count(1)
 
     def watched(function: Callable[..., Any], which: int) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             path = Path(args[which])
-            hit = fnmatch(path.name, name)
+            hit = fnmatch(path.name, name) and next(hits) == nth
             if hit and when == "half":
                 path.write_bytes(b"half")
             if hit and when in ("half", "before"):
@@ -185,9 +188,9 @@ class Runs:
     def __call__(self, *more: str | Path) -> tuple[int, str, str]:
         return self.shell.run(*self.arguments(*more))
 
-    def killed(self, when: str, name: str, *more: str | Path) -> None:
+    def killed(self, when: str, name: str, *more: str | Path, nth: int = 1) -> None:
         """See `start`."""
-        process = start(self.arguments("--quiet", *more), when, name)
+        process = start(self.arguments("--quiet", *more), when, name, nth=nth)
         process.join(PATIENCE)
         assert process.exitcode == -signal.SIGKILL
 
@@ -279,18 +282,19 @@ def test_killed_again_and_again(runs: Runs) -> None:
     runs.is_whole()
 
 
-def test_killed_between_the_renames(runs: Runs, dense: Path) -> None:
-    """The earlier result has been put aside, and the new one has not its name yet."""
+@pytest.mark.parametrize(("nth", "blocks"), [(1, 0), (2, 3)], ids=["trying", "at the end"])
+def test_killed_between_the_renames(runs: Runs, nth: int, blocks: int) -> None:
+    """The earlier result has been put aside, and has its name not yet again, or the new one has not its."""
     assert runs("--seed", "1")[0] == 0
     earlier = result(runs.output)
-    runs.killed("after", "out", "--overwrite")
+    runs.killed("after", "out", "--overwrite", nth=nth)
     assert sorted(path.name for path in runs.shell.directory.iterdir()) == ["out.partial", "out.replaced"]
     # Whatever comes next, the earlier result is back first.
     code, _, err = runs("--quiet")
     assert code == 2
     assert "holds an earlier result; give another directory, or --overwrite" in err
     assert result(runs.output) == earlier
-    runs.finishes("--overwrite", blocks=3)
+    runs.finishes("--overwrite", blocks=blocks)
 
 
 def test_killed_before_the_earlier_result_is_removed(runs: Runs) -> None:
