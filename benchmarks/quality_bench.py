@@ -61,13 +61,16 @@ class Bench:
         checkpoint = Checkpoint(directory, self.family.renames)
         self.skeleton = Skeleton(self.config, self.family.blocks, checkpoint, device, dtype)
         self.tokenizer = tokenizer = load_tokenizer(directory)
-        length = window_length(PruneConfig(sequence_length=args.sequence_length), self.config)
+        length, read = (
+            window_length(PruneConfig(sequence_length=asked), self.config)
+            for asked in (args.sequence_length, args.evaluation_length or args.sequence_length)
+        )
         self.corpora: dict[str, Windows] = {}
         self.calibration, unseen = drawn(args, tokenizer, length)
         if args.own_text:
             fitted = dataclasses.replace(self.calibration, tokens=self.calibration.tokens[: args.own_text])
             self.corpora = {"calibration windows": fitted, "other windows of that text": unseen}
-        self.corpora |= windows_of(args.evaluate, tokenizer, args.evaluation_length or length, args.max_windows)
+        self.corpora |= windows_of(args.evaluate, tokenizer, read, args.max_windows)
         name, digest = Path(args.model).name, sha256(checkpoint.files)
         self.facts: dict[str, Any] = {
             "model": {"name": name, "type": self.config.model_type, "sha256": digest},

@@ -80,7 +80,7 @@ class Workspace:
             raise _in_the_way(self.directory)
         if not self.output.exists() and was_put_aside(self.journal, _aside(self.output)):
             # That run was killed while the result was about to take the place of an earlier one.
-            os.rename(_aside(self.output), self.output)
+            self._put_back()
             check_output(self.output, self._overwrite)
         blocks, states = self.finished_blocks, len(list(self.journal.glob(STATES)))
         records = {path.stem for path in self.journal.glob("*.json")} - COMPARED
@@ -102,13 +102,11 @@ class Workspace:
         """
         if not self.output.exists():
             return
-        aside = _aside(self.output)
         try:
             try:
                 self._put_aside()
             finally:
-                if aside.exists() and not self.output.exists():
-                    os.rename(aside, self.output)
+                self._put_back()
                 (self.journal / REPLACES).unlink(missing_ok=True)
         except OSError as error:
             # An overlay file system does not rename what lies below; an empty directory can be made anew there.
@@ -127,6 +125,11 @@ class Workspace:
         """The earlier result, noted so that a run that is killed here is told from a person who has made the other."""
         write_text(self.journal / REPLACES, str(self.output.stat().st_ino))
         os.rename(self.output, _aside(self.output))
+
+    def _put_back(self) -> None:
+        """Undo that, if it was done and nothing has taken the place."""
+        if _aside(self.output).exists() and not self.output.exists():
+            os.rename(_aside(self.output), self.output)
 
     @property
     def finished_blocks(self) -> int:
@@ -149,16 +152,14 @@ class Workspace:
     def finish(self) -> None:
         """Give the directory its name, in place of an earlier result."""
         check_output(self.output, self._overwrite)  # another run may have been quicker
-        old = _aside(self.output)
-        _check_aside(old)
+        _check_aside(_aside(self.output))
         with disk(self.output):
             try:
                 if self.output.exists():
                     self._put_aside()
                 os.rename(self.directory, self.output)
             except BaseException:
-                if old.exists() and not self.output.exists():
-                    os.rename(old, self.output)
+                self._put_back()
                 raise
         self.finished = True
         tidy(self.output)
