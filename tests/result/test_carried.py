@@ -259,6 +259,33 @@ def test_a_tokenizer_that_hands_its_settings_on_is_refused(
         load_tokenizer(directory)
 
 
+@pytest.mark.parametrize("where", ["tokenizer_config.json", "config.json"])
+def test_a_tokenizer_made_of_others_is_refused_before_they_are_loaded(
+    shell: Shell, dense: Path, tmp_path: Path, where: str
+) -> None:
+    """RAG's loads tokenizers of sub-folders, whose settings nobody has looked at."""
+    directory = Path(shutil.copytree(dense, tmp_path / "model"))
+    change(directory / "config.json", question_encoder=None, generator=None)
+    change(directory / where, tokenizer_class="RagTokenizer")
+    for part in ("question_encoder_tokenizer", "generator_tokenizer"):
+        (directory / part).mkdir()
+        (directory / part / "tokenizer_config.json").write_text('{"sudachi_kwargs": {"sudachi_config_path": "x.json"}}')
+    with pytest.raises(CheckpointError, match="is a RagTokenizer, which is made of other tokenizers"):
+        load_tokenizer(directory)
+    assert "made of other tokenizers" in shell.refused(directory)
+
+
+def test_a_type_of_model_whose_tokenizer_is_made_of_others_is_refused(dense: Path, tmp_path: Path) -> None:
+    directory = Path(shutil.copytree(dense, tmp_path / "model"))
+    change(directory / "tokenizer_config.json", tokenizer_class=None)
+    encoder = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(
+        json.dumps({"model_type": "rag", "question_encoder": encoder, "generator": encoder})
+    )
+    with pytest.raises(CheckpointError, match="is a RagTokenizer, which is made of other tokenizers"):
+        load_tokenizer(directory)
+
+
 def test_settings_for_sentencepiece_and_empty_ones_are_read(dense: Path, tmp_path: Path) -> None:
     directory = Path(shutil.copytree(dense, tmp_path / "model"))
     change(
