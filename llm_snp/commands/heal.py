@@ -1,4 +1,4 @@
-"""`python -m llm_snp heal DIR --text TEXT --tokens N`: train a result on what its teacher predicts."""
+"""`python -m llm_snp heal DIR`: train a result on what its teacher predicts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from ..dense.hub import find
-from ..errors import OptionError
 from ..healing.options import HealConfig
 from ..system.manifest import expect_result
 from ..system.rank import name_of_process
@@ -37,9 +36,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 
 
 def options_of(args: argparse.Namespace) -> HealConfig:
-    """What the flags say. Raises `OptionError` where one that is needed is missing."""
-    if args.tokens is None:
-        raise OptionError("heal needs --tokens N, how many to train on; a million takes minutes for a small model")
+    """What the flags say. Raises `OptionError` for a value that is none of its kind."""
     values: dict[str, Any] = {name: value for name, value in vars(args).items() if name != "no_evaluate"}
     values["text"] = tuple(args.text or ())
     values["evaluate"] = evaluated(args)

@@ -185,7 +185,8 @@ def config_dtype(config: Any) -> torch.dtype:
 def load_tokenizer(directory: Path) -> Any:
     """The tokenizer of a model directory.
 
-    Raises `CheckpointError` if it has none that loads, one whose settings are for another package, or one made of others.
+    Raises `CheckpointError` if it has none that loads, one whose settings are for another package, or one that is made
+    of others.
     """
     from transformers import AutoTokenizer
 
@@ -209,10 +210,10 @@ def load_tokenizer(directory: Path) -> Any:
 
 
 def _check_single_tokenizer(directory: Path, config: Any) -> None:
-    """Raise `CheckpointError` for a class that loads other tokenizers (RAG's): it would read folders not looked at here.
+    """Raise `CheckpointError` for a class that loads other tokenizers (RAG's), from folders that nobody has looked at.
 
-    The class is what the tokenizer's settings or the config name, or belongs to a type of model, which a config may hold
-    several of.
+    The class is what the tokenizer's settings or the config name, or belongs to a type of model, of which a config may
+    hold several.
     """
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
     from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES, tokenizer_class_from_name
@@ -233,7 +234,7 @@ def _check_single_tokenizer(directory: Path, config: Any) -> None:
         stand_in = hasattr(found, "_backends")  # for a class whose package is missing; it says so when it is called
         if isinstance(found, type) and not issubclass(found, PreTrainedTokenizerBase) and not stand_in:
             raise CheckpointError(
-                f"the tokenizer of {directory} is a {name}, which is made of other tokenizers; llm_snp reads tokenizers "
+                f"the tokenizer of {directory} is a {name}, which is made of other tokenizers; llm_snp reads those "
                 'whose files say all: save the one of this model as a tokenizer.json, with "tokenizer_class": '
                 '"PreTrainedTokenizerFast"'
             )

@@ -32,11 +32,12 @@ class HealConfig:
 
     directory: str = option(MISSING, "the result of a run")
     text: tuple[str, ...] = option(
-        MISSING,
+        (),
         "text to train on: a file (.txt .raw .json .jsonl, plain or .gz .xz; .parquet), a datasets directory, "
-        "wikitext2 or c4; repeatable, as TEXT:SHARE with another share of the windows than the others have",
+        "wikitext2 or c4; repeatable, as TEXT:SHARE with another share of the windows than the others have (default: "
+        "what DIR was calibrated on, where that is here)",
     )
-    tokens: int = option(MISSING, "tokens to train on, such as 1000000")
+    tokens: int | None = option(None, "tokens to train on, such as 1000000 (default: as many as DIR was calibrated on)")
     teacher: str | None = option(
         None, "whose predictions are learned: directory or Hub id (default: the dense model that DIR was made of)"
     )
@@ -83,10 +84,9 @@ class HealConfig:
 
     def validate(self) -> None:
         """Raise `OptionError` for a value that cannot be used, before anything is loaded."""
-        if not self.text:
-            raise OptionError("heal needs --text TEXT to train on: a file, a datasets directory, wikitext2 or c4")
         for name, least in (("tokens", 1), ("batch", 1), ("accumulate", 1), ("sequence_length", 2)):
-            at_least(getattr(self, name), least, flag_of(name))
+            if getattr(self, name) is not None:
+                at_least(getattr(self, name), least, flag_of(name))
         if not 0 <= self.seed < 2**32:
             raise OptionError(f"--seed is {self.seed}; it must be at least 0 and below 2**32")
         if self.lora is not None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,9 @@ from torch import Tensor
 
 from ..config import PruneConfig, shares
 from ..dense.data import Windows, evaluation_windows
-from ..dense.readers import HUB_CORPORA, digests
+from ..dense.readers import digests
 from ..documents.report import nodes, summary
 from ..errors import CorpusError, HubError, OptionError, OutputError, first_line
-from ..evaluation.harness import texts_of
 from ..evaluation.perplexity import Perplexity, perplexity_loaded, perplexity_of
 from ..pruning.job import output_of
 from ..result.finishing import finish
@@ -30,6 +30,7 @@ from ..system.processes import Processes
 from ..system.progress import Progress
 from ..system.workspace import Workspace, check_space, known
 from ..version import __version__
+from .defaults import completed, evaluated_before
 from .options import HealConfig, command_line
 from .pair import Pair, find_pair, open_model, stored
 from .record import healed, label, labels, with_healing
@@ -53,6 +54,7 @@ def heal(options: HealConfig) -> list[str]:
         with progress.phase("load", title=f"look for {options.directory} and its teacher"):
             device = resolve_device(options.device, processes.local_index)
             pair = find_pair(options)
+            options = processes.from_main(partial(completed, options, pair))
             output = output_of(PruneConfig(output=str(options.destination)))
             if processes.from_main(lambda: finished_before(options, pair)):
                 return [f"{output} is finished already"]
@@ -83,6 +85,7 @@ class _Healing:
         self.states = States(self.journal)
         self.length = pair.length(options.sequence_length)
         windows = options.batch * options.accumulate * processes.count
+        assert options.tokens is not None, "completed"
         self.schedule = Schedule(options.tokens // (windows * self.length), windows)
         if not self.schedule.steps:
             raise OptionError(
@@ -125,7 +128,7 @@ class _Healing:
     def _evaluation(self) -> tuple[dict[str, Windows], list[str]]:
         """Windows of the texts to measure perplexity on, and the earlier ones that are not measured again."""
         report, asked = self.pair.report, self.options.evaluate
-        known = as_then(recall(self.pair.student.directory))
+        known = evaluated_before(recall(self.pair.student.directory))
         found: dict[str, Windows] = {}
         for source in known if asked is None else asked:
             earlier = report["evaluation"].get(label(source))
@@ -226,20 +229,6 @@ class _Healing:
         report["notes"] += self.journal.rescued
         finish(workspace, writer.files, report, memory_of(self.options, self.pair, self.read), self.progress)
         return summary(report).splitlines()
-
-
-def as_then(memory: Mapping[str, Any]) -> list[str]:
-    """The texts that the pruning was measured on, where they are found with what they had.
-
-    Whoever has made up a memory, and where it lies, can name files of this machine, but hardly knows what is in them.
-    """
-    found = []
-    for source in texts_of(memory.get("options", {}).get("evaluate") or ()):
-        with suppress(CorpusError):
-            here = digests([source])
-            if source in HUB_CORPORA or (here and here.items() <= memory.get("read", {}).items()):
-                found.append(source)
-    return found
 
 
 @contextmanager

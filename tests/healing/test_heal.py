@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import LENGTH, Prune, Shell, copied, load, logits, paragraphs, save, tiny_opt, weight_files
+from conftest import LENGTH, SAMPLES, Prune, Shell, copied, load, logits, paragraphs, save, tiny_opt, weight_files
 from tiny_models import save_tiny
 from torch import Tensor
 
@@ -23,11 +23,12 @@ from llm_snp.documents.schema import fault
 from llm_snp.documents.writing import read_report
 from llm_snp.errors import NumericalError, OptionError, OutputError
 from llm_snp.healing import training
+from llm_snp.healing.defaults import completed, evaluated_before
 from llm_snp.healing.options import HealConfig, command_line
 from llm_snp.healing.pair import find_pair
 from llm_snp.healing.record import label
 from llm_snp.healing.resume import identity_of
-from llm_snp.healing.run import _full, as_then
+from llm_snp.healing.run import _full
 from llm_snp.healing.training import Watch, adapted
 from llm_snp.result.rewriting import Rewriting
 from llm_snp.system.files import digest_of_bytes
@@ -94,12 +95,55 @@ def report_of(directory: Path) -> dict[str, Any]:
 def test_only_the_same_text_is_measured_again(pruned: Path, held_out: Path, tmp_path: Path) -> None:
     """The name and the perplexity of a text go into what is published: a stranger might choose it, not what it has."""
     memory = recall(pruned)
-    assert as_then(memory) == [str(held_out)]
-    assert as_then(memory | {"read": {}}) == []
+    assert evaluated_before(memory) == [str(held_out)]
+    assert evaluated_before(memory | {"read": {}}) == []
     diary = tmp_path / "diary.txt"
     diary.write_text("Dear diary")
     others = {"evaluate": ["wikitext2", "self", str(diary), str(tmp_path / "none.txt"), "harness:arc_easy"]}
-    assert as_then({"options": others, "read": memory["read"]}) == ["wikitext2"]
+    assert evaluated_before({"options": others, "read": memory["read"]}) == ["wikitext2"]
+
+
+def test_what_a_result_was_calibrated_on_is_what_it_is_healed_on(heal: Healer, dense: Path, text: Path) -> None:
+    """Without --text and --tokens: the same texts with their shares, and as many tokens."""
+    shell = heal.shell
+    Path("other.txt").write_text("\n\n".join(paragraphs(100, seed=4)))
+    texts = (str(text), "other.txt:2")
+    pruning = [word for given in texts for word in ("--calibration", given)]
+    assert shell.prune(dense, "--sparsity", "0.5", "--attention", "dims", "--target", "none", *pruning)[0] == 0
+    asked = ["--batch", str(BATCH), "--sequence-length", str(LENGTH), "--learning-rate", "1e-3", "--device", "cpu", "--quiet"]
+    assert shell.run("heal", "out", *asked)[0] == 0
+    [section] = report_of(Path("out-healed"))["healing"]
+    assert section["options"]["text"] == [text.name, "other.txt:2"]
+    assert section["options"]["tokens"] == SAMPLES * LENGTH
+    explicit = [word for given in texts for word in ("--text", given)]
+    code, _, err = shell.run("heal", "out", *asked, *explicit, "--tokens", str(SAMPLES * LENGTH), "--output", "same")
+    assert code == 0, err
+    for name in weight_files(Path("same")):
+        assert Path("same", name).read_bytes() == Path("out-healed", name).read_bytes()
+
+    long = HealConfig("out", batch=2 * SAMPLES, sequence_length=LENGTH)
+    assert completed(long, find_pair(long)).tokens == 2 * SAMPLES * LENGTH, "one step at least"
+
+    Path("other.txt").write_text("Of something else.")
+    said = shell.run("heal", "out", *asked, "--output", "third")[2]
+    assert said.startswith(
+        "llm_snp: other.txt, which out was calibrated on, is not here, or is not as it was then; give"
+    )
+    shutil.copytree("out", "copy")
+    said = shell.run("heal", "copy", *asked, "--teacher", str(dense))[2]
+    assert said.startswith(
+        "llm_snp: copy does not know here what text it was calibrated on, as it is a copy; give --text"
+    )
+    assert not Path("third").exists()
+    assert not Path("copy-healed").exists()
+
+
+def test_text_that_the_model_wrote_is_not_trained_on_unasked(heal: Healer, dense: Path) -> None:
+    assert heal.shell.prune(dense, "--sparsity", "0.5", "--calibration", "self")[0] == 0
+    said = heal.shell.run("heal", "out", "--quiet")[2]
+    assert said.startswith(
+        "llm_snp: out was calibrated on text that the model wrote itself, which is too little to train"
+    )
 
 
 def without_weights(directory: Path) -> dict[str, bytes]:
@@ -418,8 +462,6 @@ def test_bad_input(heal: Healer, pruned: Path, dense: Path, tmp_path: Path, monk
         (moved, (), "is not there to learn from (tiny was a directory on the machine that made "),
     ):
         assert said in heal.refused(directory, "--no-evaluate", *arguments), said
-    assert "heal needs --tokens N" in heal.shell.run("heal", str(pruned), "--text", "x")[2]
-    assert "heal needs --text TEXT" in heal.shell.run("heal", str(pruned), "--tokens", "9")[2]
 
     def full(self: Any, *arguments: Any, **options: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
