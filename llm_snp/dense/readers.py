@@ -11,7 +11,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import IO, Any
 
 from ..errors import CorpusError, HubError
@@ -174,6 +174,7 @@ def _string(text: Any, where: str) -> str:
 def _dataset_directory(path: Path) -> Iterator[str]:
     import datasets
 
+    _check_data_files(path)
     # arrow's, datasets' and the system's own errors
     with explained(
         lambda cause: CorpusError(f"{path} is a directory, but not one saved by datasets' save_to_disk ({cause})")
@@ -195,6 +196,23 @@ def _dataset_directory(path: Path) -> Iterator[str]:
             texts = plain[first : first + ROWS]["text"].to_pylist()
         for row, text in enumerate(texts, first + 1):
             yield _string(text, f"{path}, row {row}")
+
+
+def _check_data_files(path: Path) -> None:
+    """Raise `CorpusError` if a saved dataset names files that are not beside its state, which datasets would read.
+
+    They would be of the choice of whoever made it. A file may be a symbolic link, as weights may.
+    """
+    state = path / "state.json"
+    try:
+        fields = parse_json(state.read_bytes())
+    except (OSError, ValueError):
+        return  # datasets says what is wrong
+    lists = [value for value in fields.values() if isinstance(value, list)] if isinstance(fields, dict) else []
+    for entry in (entry for found in lists for entry in found if isinstance(entry, dict)):
+        name = entry.get("filename")
+        if isinstance(name, str) and (PurePosixPath(name).name != name or PureWindowsPath(name).name != name):
+            raise CorpusError(f"{state} names {name!r} as a file of the dataset; only files beside it are read")
 
 
 def _hub_rows(repository: str, **options: Any) -> Iterator[str]:

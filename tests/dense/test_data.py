@@ -95,6 +95,19 @@ def test_what_the_other_columns_of_a_dataset_name_is_not_opened(tmp_path: Path) 
     assert [*documents(str(saved_with(tmp_path, "image", DOCUMENTS)), "calibration")] == DOCUMENTS
 
 
+@pytest.mark.parametrize("where", ["../", "{}/", "..\\"])
+@pytest.mark.parametrize("key", ["_data_files", "_indices_data_files"])
+def test_a_dataset_reads_no_file_but_its_own(tmp_path: Path, where: str, key: str) -> None:
+    datasets.Dataset.from_dict({"text": DOCUMENTS}).save_to_disk(str(tmp_path / "strange"))
+    [file] = (tmp_path / "strange").glob("*.arrow")
+    file.rename(tmp_path / "private.arrow")
+    state = tmp_path / "strange" / "state.json"
+    name = where.format(tmp_path) + "private.arrow"
+    state.write_text(json.dumps(json.loads(state.read_text()) | {key: [{"filename": name}]}))
+    with pytest.raises(CorpusError, match="private.arrow' as a file of the dataset; only files beside it are read"):
+        next(documents(str(tmp_path / "strange"), "calibration"))
+
+
 def test_a_text_column_of_images_is_refused(tmp_path: Path) -> None:
     path = saved_with(tmp_path, "text", DOCUMENTS)
     with pytest.raises(CorpusError, match='has Image in its column "text", expected strings'):
