@@ -104,7 +104,7 @@ def test_a_dataset_reads_no_file_but_its_own(tmp_path: Path, where: str, key: st
     state = tmp_path / "strange" / "state.json"
     name = where.format(tmp_path) + "private.arrow"
     state.write_text(json.dumps(json.loads(state.read_text()) | {key: [{"filename": name}]}))
-    with pytest.raises(CorpusError, match="private.arrow' as a file of the dataset; only files beside it are read"):
+    with pytest.raises(CorpusError, match=r"private\.arrow' as a file of the dataset; only files beside it are read"):
         next(documents(str(tmp_path / "strange"), "calibration"))
 
 

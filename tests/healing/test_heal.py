@@ -110,7 +110,8 @@ def test_what_a_result_was_calibrated_on_is_what_it_is_healed_on(heal: Healer, d
     texts = (str(text), "other.txt:2")
     pruning = [word for given in texts for word in ("--calibration", given)]
     assert shell.prune(dense, "--sparsity", "0.5", "--attention", "dims", "--target", "none", *pruning)[0] == 0
-    asked = ["--batch", str(BATCH), "--sequence-length", str(LENGTH), "--learning-rate", "1e-3", "--device", "cpu", "--quiet"]
+    asked = ["--batch", str(BATCH), "--sequence-length", str(LENGTH), "--learning-rate", "1e-3", "--device", "cpu"]
+    asked.append("--quiet")
     assert shell.run("heal", "out", *asked)[0] == 0
     [section] = report_of(Path("out-healed"))["healing"]
     assert section["options"]["text"] == [text.name, "other.txt:2"]
