@@ -167,11 +167,18 @@ class Carried:
                     f"the tokenizer of {self.directory} needs more than the files that travel with a result "
                     f"({', '.join(self.files) or 'there are none'}); {advice}"
                 ) from error
-        if travelling(PROBE)["input_ids"] != tokenizer(PROBE)["input_ids"]:
+        if _told_apart_by(travelling) != _told_apart_by(tokenizer):
             raise CheckpointError(
                 f"the tokenizer of {self.directory} is another one without what its settings name outside of the "
-                f"directory; {advice}"
+                f"directory, or keep secret; {advice}"
             )
+
+
+def _told_apart_by(tokenizer: Any) -> tuple[Any, ...]:
+    """What two tokenizers of a model have in common: tokens, which are special, and what they make of a text."""
+    added = {number: str(token) for number, token in tokenizer.added_tokens_decoder.items()}
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    return tokenizer.get_vocab(), added, special, tokenizer(PROBE)["input_ids"]
 
 
 def travels(name: str) -> bool:

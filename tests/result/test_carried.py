@@ -204,6 +204,15 @@ def test_all_spellings_of_a_tokenizers_code(stranger: Path, auto_map: Any) -> No
     check_tokenizer_class(stranger)
 
 
+def test_a_token_whose_name_is_that_of_a_secret_is_not_dropped_silently(
+    shell: Shell, dense: Path, tmp_path: Path
+) -> None:
+    directory = Path(shutil.copytree(dense, tmp_path / "model"))
+    change(directory / "tokenizer_config.json", extra_special_tokens={"a": "<x1>", "access_token": "<x2>"})
+    message = shell.refused(directory)
+    assert "is another one without what its settings name outside of the directory, or keep secret; save" in message
+
+
 def test_a_tokenizer_that_needs_another_file_is_refused(
     shell: Shell, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
