@@ -17,10 +17,12 @@ from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 from ..dense.hub import load_tokenizer
 from ..errors import CheckpointError
 from ..system.files import digest_of_bytes, digest_of_json, disk, scratch
-from ..system.libraries import parse_json, reason
+from ..system.libraries import explained, parse_json, reason
 from ..system.plain import encodable
 from ..system.private import is_private, within
+from .sentencepiece import without_places
 
+GENERATION = "generation_config.json"
 # Files in which transformers and llama.cpp's tools look for tokenizers, and what `generate` begins with.
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -36,10 +38,11 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
-    "generation_config.json",
+    GENERATION,
 )
+SENTENCEPIECE = ("tokenizer.model", "tokenizer.model.v3", "spiece.model", "sentencepiece.bpe.model")
 TEMPLATES = "additional_chat_templates"  # folder of transformers for templates with a name
-SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", GENERATION)
 TERMS = re.compile(
     r"(licen[cs]e|notice|copying|copyright|terms|third.?party|[\w-]*polic(y|ies))[\w. -]*",
     re.IGNORECASE | re.ASCII,
@@ -138,10 +141,14 @@ class Carried:
             content = path.read_bytes()
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        if path.name in SENTENCEPIECE:
+            return without_places(content)
         if path.name not in SETTINGS:
             return content
         fields = read_object(path, content)
         clean = without_code(fields)
+        if path.name == GENERATION:
+            _check_generation(path, clean)
         return content if clean == fields else (json.dumps(clean, indent=2, ensure_ascii=False) + "\n").encode()
 
     @property
@@ -179,6 +186,14 @@ def _told_apart_by(tokenizer: Any) -> tuple[Any, ...]:
     added = {number: str(token) for number, token in tokenizer.added_tokens_decoder.items()}
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     return tokenizer.get_vocab(), added, special, tokenizer(PROBE)["input_ids"]
+
+
+def _check_generation(path: Path, fields: Mapping[str, Any]) -> None:
+    """Raise `CheckpointError` for what `generate` begins with and transformers would not load a model with."""
+    from transformers import GenerationConfig
+
+    with explained(lambda cause: CheckpointError(f"{path} is refused by transformers ({cause}); mend or remove it")):
+        GenerationConfig.from_dict(dict(fields))
 
 
 def travels(name: str) -> bool:

@@ -17,9 +17,10 @@ PLACE = re.compile(
     r"|(?!https?:)[A-Za-z][\w+.-]*://.+|[\w.@-]+:/[^/\s].*|\$\w+/.*|\$\{\w+\}/.*|%\w+%\\.*",
     re.DOTALL,
 )
-# Anywhere in a line: homes of people, a name and password of a URL, tokens of services.
+# Anywhere in a line: homes of people, what looks like a path from the root, a name and password of a URL, tokens of
+# services.
 SECRET = re.compile(
-    r"(/|\\)(home|Users)\1[^/\\\s]|(^|[\s\"'=:])/root/\S|\w://[^/\s@]*:[^/\s@]+@|"
+    r"(/|\\)(home|Users)\1[^/\\\s]|(^|[\s\"'=:])/root/\S|(^|[\s\"'=])/[\w.@+-]+/[\w.@+-]|\w://[^/\s@]*:[^/\s@]+@|"
     # Tokens of the Hub, GitHub, GitLab, OpenAI, AWS and Slack.
     r"\bhf_[A-Za-z0-9]{30,}|\b(gh[pousr]_|github_pat_|glpat-|sk-|AKIA|xox[abps]-)[\w-]{16,}"
 )

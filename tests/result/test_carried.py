@@ -448,3 +448,27 @@ def test_a_card_that_is_a_link_out_of_the_directory_is_not_read(dense: Path, tmp
     (tmp_path / "mine.md").write_text("---\ntags: [secret]\n---\n")
     (directory / "README.md").symlink_to("../mine.md")
     assert card_metadata(directory) == {}
+
+
+def test_where_a_tokenizer_was_trained_does_not_travel(dense: Path, tmp_path: Path) -> None:
+    directory = Path(shutil.copytree(dense, tmp_path / "model"))
+    trained = b"\x0a\x10/home/ann/a.text" + b"\x18\x02"  # input, and the type of model
+    (directory / "tokenizer.model").write_bytes(b"\x12" + bytes([len(trained)]) + trained)
+    assert Carried(directory).files["tokenizer.model"] == b"\x12\x02\x18\x02"
+
+
+@pytest.mark.parametrize("command", ["torchrun train.py --data /scratch/ann/secret --out x", "see /mnt/ann/runs"])
+def test_a_path_inside_of_a_setting_does_not_travel(dense: Path, tmp_path: Path, command: str) -> None:
+    assert without_code({"a": {"dir": command}, "b": "and/or, 1 / 2, </s> / x"}) == {
+        "a": {},
+        "b": "and/or, 1 / 2, </s> / x",
+    }
+
+
+def test_what_generate_begins_with_is_read_before_anything_is_pruned(shell: Shell, dense: Path, tmp_path: Path) -> None:
+    """transformers would not load the result, which only --measure-speed would have noticed, at the end."""
+    directory = Path(shutil.copytree(dense, tmp_path / "model"))
+    (directory / "generation_config.json").write_text('{"compile_config": {"fullgraph": true}}')
+    message = shell.refused(directory)
+    assert message.startswith(f"{directory / 'generation_config.json'} is refused by transformers (")
+    assert message.endswith("; mend or remove it")
