@@ -37,7 +37,7 @@ class OutputError(SnpError):
 
 
 class ReplacedError(OutputError):
-    """A result was moved, or another one took its place, while it was measured."""
+    """A result was moved, or another one took its place, while it was measured, drawn or published."""
 
 
 class DiskFullError(OutputError):

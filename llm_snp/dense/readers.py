@@ -208,6 +208,8 @@ def _check_data_files(path: Path) -> None:
         fields = parse_json(state.read_bytes())
     except (OSError, ValueError):
         return  # datasets says what is wrong
+    if isinstance(fields, dict) and fields.get("_data_files") == []:  # to datasets that is an index out of range
+        raise CorpusError(f"{path} has no text")
     lists = [value for value in fields.values() if isinstance(value, list)] if isinstance(fields, dict) else []
     for entry in (entry for found in lists for entry in found if isinstance(entry, dict)):
         name = entry.get("filename")

@@ -32,7 +32,8 @@ def write_documents(directory: Path, report: dict[str, Any]) -> list[Path]:
     there. What a person has edited since it was written here, or has put there, is left alone. Sets `report["card"]`,
     the hash that tells it of README.md, and `report["files"]`, those of everything that belongs to the result. Nothing
     that is written names a place on this machine (`shareable`). Raises `OutputError` if the disk does not take them, a
-    name is that of a file which the report does not list, or the report has what none can have.
+    name is that of a file which the report does not list, or the report has what none can have; `ReplacedError` if
+    another result has come into the place of the one that the report is of.
     """
     plots = {plot_path(name): inside(directory, plot_path(name)) for name in PLOTS}
     files = manifest(directory, report)
@@ -56,6 +57,8 @@ def write_documents(directory: Path, report: dict[str, Any]) -> list[Path]:
     old = set(gone).difference(*changed(directory, gone))
     files = {name: found for name, found in files.items() if name not in gone}
     files |= {name: digest_of_bytes(content) for name, content in made.items()}
+    if (directory / REPORT).exists():  # drawing takes a while
+        check_there(directory, report)
     report[FILES] = _with_hashes(directory, files)
     public |= {"card": report.get("card"), FILES: report[FILES]}
     # Last: a directory with it is a result.
@@ -75,8 +78,8 @@ def check_there(directory: Path, report: dict[str, Any]) -> None:
     )
     if not is_result(directory) or there != expected:
         raise ReplacedError(
-            f"{directory} has another result by now, or none: it was replaced or moved while it was measured; what was "
-            "measured is written nowhere"
+            f"{directory} has another result by now, or none: it was replaced or moved meanwhile; what was measured or "
+            "drawn is written nowhere"
         )
 
 

@@ -90,7 +90,7 @@ PLACE_ENDINGS = ("_file", "_name_or_path")
 SECRETS = re.compile(
     r"(^|_)(api_?key|secret|password|passwd|credentials?|private_?key|(access|auth|hub)_?token)(_|$)", re.I
 )
-WORDS = ("content", "chat_template")  # what a tokenizer reads or writes, whatever it looks like
+WORDS = ("content", "chat_template", "template")  # what a tokenizer reads or writes, whatever it looks like
 # Text by which two tokenizers are told apart.
 PROBE = "The 3 quick brown foxes\n\tran; 12.5 % über naïve 雪.  <s>[INST]x</s>"
 

@@ -18,12 +18,12 @@ from ..documents.page import html_page
 from ..documents.plots import FOLDER, PLOTS, plot_images, plot_path
 from ..documents.shareable import shareable
 from ..documents.writing import CARD, PAGE, edited, read_report
-from ..errors import CheckpointError, HubError
+from ..errors import CheckpointError, HubError, ReplacedError
 from ..system.files import digest, digest_of_bytes
 from ..system.manifest import FILES, REPORT, changed, faults, manifest, some, strays
 from ..version import __version__
 from .assembly import MODELING, own_code
-from .carried import SETTINGS, read_object, travels, without_code
+from .carried import SETTINGS, content_of, read_object, travels, without_code
 from .repository import ATTRIBUTES, CLIENT_ERRORS, look_at, reason, refused, status
 
 # What a run writes, beside its code, what travels from the dense model, and report and card.
@@ -43,11 +43,12 @@ def push(directory: Path, repo: str, private: bool = False, overwrite: bool = Fa
     into it since it was looked at, nothing goes up. The card says how to load the model from there, unless a person has
     edited README.md, which then goes up as it is. `directory` itself is not changed.
 
-    Raises `CheckpointError` if the directory is no finished result or not as it was written, and what `check_push`
-    raises. After a `HubError` in the middle the same call can be repeated: before the commit nothing of an upload is
-    seen.
+    Raises `CheckpointError` if the directory is no finished result or not as it was written, `ReplacedError` if another
+    run has put its result there meanwhile, and what `check_push` raises. After a `HubError` in the middle the same call
+    can be repeated: before the commit nothing of an upload is seen.
     """
     report = read_report(directory)
+    as_checked = _identities(directory, report)
     files = _files(directory, report)
     api = HfApi()
     there = look_at(api, repo, overwrite, private)
@@ -59,13 +60,16 @@ def push(directory: Path, repo: str, private: bool = False, overwrite: bool = Fa
             there = look_at(api, repo, overwrite, private)
         if there is None:
             raise HubError(f"{repo} was made on the Hub, which does not show it yet; push again in a minute")
+        _expect(as_checked, directory, report)
+        operations: list[CommitOperationAdd | CommitOperationDelete] = [
+            *(CommitOperationDelete(name) for name in sorted(there.files - set(content) - {ATTRIBUTES})),
+            *(CommitOperationAdd(name, source) for name, source in content.items()),  # with the hash of what it has now
+        ]
+        _expect(as_checked, directory, report)
         # Not `upload_folder`: newer versions of it make several commits of a large folder.
         api.create_commit(
             repo,
-            [
-                *(CommitOperationDelete(name) for name in sorted(there.files - set(content) - {ATTRIBUTES})),
-                *(CommitOperationAdd(name, source) for name, source in content.items()),
-            ],
+            operations,
             commit_message=message or f"Upload a model pruned by llm_snp {__version__}",
             parent_commit=there.commit,  # what has come since, while large files went up, stays
         )
@@ -87,6 +91,27 @@ def push(directory: Path, repo: str, private: bool = False, overwrite: bool = Fa
             f"`python -m llm_snp {shlex.join(again)}` repeats it"
         ) from error
     return f"{api.endpoint}/{repo}"
+
+
+def _identities(directory: Path, report: dict[str, Any]) -> dict[str, tuple[int, ...] | None]:
+    """What tells the files that are there from others of the same names, which another run may put there."""
+    found: dict[str, tuple[int, ...] | None] = {}
+    for name in (*manifest(directory, report), CARD, REPORT):
+        try:
+            state = (directory / name).stat()
+            found[name] = (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns)
+        except OSError:
+            found[name] = None
+    return found
+
+
+def _expect(identities: dict[str, tuple[int, ...] | None], directory: Path, report: dict[str, Any]) -> None:
+    """Raise `ReplacedError` unless the files of a result are still those that were checked."""
+    if _identities(directory, report) != identities:
+        raise ReplacedError(
+            f"{directory} has another result by now, or none: it was replaced or moved while it was looked at, and "
+            "nothing went up; push again"
+        )
 
 
 def left_here(directory: Path) -> list[str]:
@@ -118,8 +143,10 @@ def _files(directory: Path, report: dict[str, Any]) -> dict[str, Path | bytes]:
             f"{directory} is not as it was written: {wrong}; restore that, prune again, or, where only plots or the "
             f"page are wrong, move them and make new ones with `python -m llm_snp report {shlex.quote(str(directory))}`"
         )
-    found = {name: directory / name for name in files} | _own_code(directory, config, files)
-    return found | _shown(directory, report, files)
+    paths = {name: directory / name for name in files}
+    # All but weights are read at once: the Hub's client reads a path again while it uploads.
+    found = {name: path if path.suffix == ".safetensors" else content_of(path) for name, path in paths.items()}
+    return found | _own_code(directory, config, files) | _shown(directory, report, files)
 
 
 def _shown(directory: Path, report: dict[str, Any], files: Iterable[str]) -> dict[str, bytes]:

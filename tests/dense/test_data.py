@@ -108,6 +108,12 @@ def test_a_dataset_reads_no_file_but_its_own(tmp_path: Path, where: str, key: st
         next(documents(str(tmp_path / "strange"), "calibration"))
 
 
+def test_an_empty_dataset_has_no_text(tmp_path: Path) -> None:
+    datasets.Dataset.from_dict({"text": []}).save_to_disk(str(tmp_path / "empty"))
+    with pytest.raises(CorpusError, match="empty has no text"):
+        [*documents(str(tmp_path / "empty"), "calibration")]
+
+
 def test_a_text_column_of_images_is_refused(tmp_path: Path) -> None:
     path = saved_with(tmp_path, "text", DOCUMENTS)
     with pytest.raises(CorpusError, match='has Image in its column "text", expected strings'):

@@ -465,6 +465,11 @@ def test_a_path_inside_of_a_setting_does_not_travel(dense: Path, tmp_path: Path,
     }
 
 
+def test_named_templates_are_texts_whatever_they_speak_of() -> None:
+    templates = {"chat_template": [{"name": "default", "template": "{{ '/home/ann/x' }}"}]}
+    assert without_code(templates) == templates
+
+
 def test_what_generate_begins_with_is_read_before_anything_is_pruned(shell: Shell, dense: Path, tmp_path: Path) -> None:
     """transformers would not load the result, which only --measure-speed would have noticed, at the end."""
     directory = Path(shutil.copytree(dense, tmp_path / "model"))

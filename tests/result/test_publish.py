@@ -24,10 +24,10 @@ from llm_snp.cli import main
 from llm_snp.commands import push as command
 from llm_snp.dense.hub import locate
 from llm_snp.documents.card import model_card
-from llm_snp.errors import CheckpointError, HubError, OptionError, SnpError
+from llm_snp.errors import CheckpointError, HubError, OptionError, ReplacedError, SnpError
 from llm_snp.result import publish
 from llm_snp.result.publish import push
-from llm_snp.result.repository import check_push
+from llm_snp.result.repository import check_push, look_at
 from llm_snp.system.files import digest, digest_of_bytes
 from llm_snp.system.manifest import changed, manifest, strays
 
@@ -405,6 +405,28 @@ def test_what_has_come_meanwhile_is_not_written_over(hub: HubServer, result: Pat
     message = refusal(HubError, REPO, False, overwrite, directory=result)
     assert message.startswith(f"{REPO} has changed on the Hub meanwhile")
     assert hub.repositories[REPO].files == theirs
+
+
+@pytest.mark.parametrize("change", ["weights", "card", "gone"])
+def test_another_result_that_has_come_meanwhile_is_not_published_in_parts(
+    hub: HubServer, result: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    """What was checked against the hashes of its report is what goes up."""
+    [shard] = result.glob("*00001-of*.safetensors")
+
+    def replaced(*arguments: Any, **options: Any) -> Any:
+        found = look_at(*arguments, **options)
+        if change == "gone" and result.exists():
+            result.rename(result.with_name("moved"))
+        elif change != "gone":
+            file = shard if change == "weights" else result / "README.md"
+            Path(shutil.copyfile(file, result / "new")).rename(file)
+        return found
+
+    monkeypatch.setattr("llm_snp.result.publish.look_at", replaced)
+    message = refusal(ReplacedError, REPO, directory=result)
+    assert message.endswith("was replaced or moved while it was looked at, and nothing went up; push again")
+    assert set(hub.repositories[REPO].files) == {INITIAL}
 
 
 def test_interrupting_is_passed_on(hub: HubServer, pruned: Path, monkeypatch: pytest.MonkeyPatch) -> None:

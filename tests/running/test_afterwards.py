@@ -11,6 +11,7 @@ import torch
 from conftest import LENGTH, SAMPLES, Prune, Shell, save, tiny_opt, weight_files
 from hub_server import USER, HubServer
 
+from llm_snp.documents.page import html_page
 from llm_snp.documents.report import Report
 from llm_snp.documents.writing import read_report
 from llm_snp.errors import DiskFullError
@@ -163,7 +164,7 @@ def test_a_result_that_was_replaced_while_it_was_timed_keeps_its_report(
     else:
         code, _, err = shell.prune(dense, "--measure-speed")
     assert code == 2
-    assert err.endswith("it was replaced or moved while it was measured; what was measured is written nowhere\n")
+    assert err.endswith("it was replaced or moved meanwhile; what was measured or drawn is written nowhere\n")
     assert "--resume" not in err
     found = {path.name: path.read_bytes() for path in shell.output.iterdir() if path.is_file()} if there else there
     assert found == there
@@ -215,3 +216,24 @@ def test_documents_that_fail_leave_a_whole_result(
     assert not (shell.output / "README.md").exists()
     assert shell.run("report", shell.output)[0] == 0
     assert (shell.output / "README.md").exists()
+
+
+def test_a_report_drawn_anew_is_not_written_over_another_result(
+    shell: Shell, prune: Prune, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another terminal prunes into the same place while the plots are drawn."""
+    assert shell.prune(dense)[0] == 0
+    other = save(tiny_opt(seed=1), tmp_path / "other")
+    there: dict[str, bytes] = {}
+
+    def page(report: dict[str, Any]) -> str:
+        monkeypatch.setattr("llm_snp.documents.writing.html_page", html_page)
+        prune(other, shell.output, overwrite=True)
+        there.update({path.name: path.read_bytes() for path in shell.output.iterdir() if path.is_file()})
+        return html_page(report)
+
+    monkeypatch.setattr("llm_snp.documents.writing.html_page", page)
+    code, out, err = shell.run("report", shell.output)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"llm_snp: {shell.output} has another result by now, or none: it was replaced or moved")
+    assert {path.name: path.read_bytes() for path in shell.output.iterdir() if path.is_file()} == there
