@@ -76,9 +76,7 @@ class Checkpoint:
             raise CheckpointError(f"{path} is gone; download it again") from error
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-        stamp = (found.st_size, found.st_mtime_ns)
-        if self._stamps.setdefault(file, stamp) != stamp:
-            raise CheckpointError(f"{path} has changed since it was first read; put back the file as it was")
+        self._check_stamp(file, found)
 
         def refusal(cause: str) -> CheckpointError:
             return CheckpointError(f"{path} cannot be read, it may be truncated: {cause}; download it again")
@@ -90,6 +88,21 @@ class Checkpoint:
         if not mapped:
             self._legacy[file] = tensors
         return tensors
+
+    def _check_stamp(self, file: str, found: os.stat_result) -> None:
+        stamp = (found.st_size, found.st_mtime_ns)
+        if self._stamps.setdefault(file, stamp) != stamp:
+            raise CheckpointError(
+                f"{self.directory / file} has changed since it was first read; put back the file as it was"
+            )
+
+    def check_unchanged(self) -> None:
+        """Raise `CheckpointError` if a file is not the one first read: for readers that open it by its name."""
+        for path in self.files:
+            try:
+                self._check_stamp(path.name, path.stat())
+            except OSError as error:
+                raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
 
     def names(self) -> list[str]:
         """The tensors there are, by their name in the model."""

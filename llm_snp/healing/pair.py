@@ -40,12 +40,18 @@ class Model:
     hub: bool
 
     def load(self, dtype: torch.dtype | None) -> Any:
-        """The whole model on the host, without dropout. dtype: to load in; None for the type of the file."""
+        """The whole model on the host, without dropout. dtype: to load in; None for the type of the file.
+
+        Raises `CheckpointError` for what transformers cannot load, and for files that have changed.
+        """
 
         def refusal(cause: str) -> CheckpointError:
             return CheckpointError(f"{self.directory} is no causal language model that transformers can load ({cause})")
 
-        return whole_model(self.directory, without_dropout(self.config), dtype, refusal).eval()
+        self.checkpoint.check_unchanged()  # since it was checked, and hashed
+        model = whole_model(self.directory, without_dropout(self.config), dtype, refusal).eval()
+        self.checkpoint.check_unchanged()
+        return model
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import LENGTH, SAMPLES, Prune, Shell, copied, load, logits, paragraphs, save, tiny_opt, weight_files
+from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny
 from torch import Tensor
 
@@ -29,6 +30,7 @@ from llm_snp.healing.pair import find_pair
 from llm_snp.healing.record import label
 from llm_snp.healing.resume import identity_of
 from llm_snp.healing.run import _full
+from llm_snp.healing.text import material
 from llm_snp.healing.training import Watch, adapted
 from llm_snp.result.rewriting import Rewriting
 from llm_snp.system.files import digest_of_bytes
@@ -137,6 +139,23 @@ def test_what_a_result_was_calibrated_on_is_what_it_is_healed_on(heal: Healer, d
     )
     assert not Path("third").exists()
     assert not Path("copy-healed").exists()
+
+
+def test_weights_that_have_changed_since_they_were_hashed_are_not_trained(
+    heal: Healer, pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another terminal prunes into the same place while the text is read."""
+    result = Path(shutil.copytree(pruned, tmp_path / "there"))
+    shard = min(name for name in weight_files(result) if name.endswith(".safetensors"))
+
+    def read(*arguments: Any) -> Any:
+        tensors = load_file(result / shard)
+        save_file({name: tensor + 1 for name, tensor in tensors.items()}, result / shard, {"format": "pt"})
+        return material(*arguments)
+
+    monkeypatch.setattr("llm_snp.healing.run.material", read)
+    said = heal.refused(result, "--teacher", find_pair(HealConfig(str(pruned))).teacher.directory, "--no-evaluate")
+    assert said == f"{result / shard} has changed since it was first read; put back the file as it was"
 
 
 def test_text_that_the_model_wrote_is_not_trained_on_unasked(heal: Healer, dense: Path) -> None:
