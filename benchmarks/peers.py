@@ -267,7 +267,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         model, _ = load(args.model, bench.directory, trust_remote_code=False)
         check_layers(model, args.model)
         model = model.to(bench.skeleton.device, bench.skeleton.dtype)
-        model.set_attn_implementation("eager")  # the package cannot trace grouped queries through the fused one
+        model.config._attn_implementation = "eager"  # the package cannot trace grouped queries through the fused one
         model.config.use_cache = False  # nor a cache
         data = provenance(__file__, arguments) | {"code": code_state(), **bench.facts, "sparsity": args.sparsity}
         data["versions"][PACKAGE.split("==")[0]] = version(PACKAGE.split("==")[0])
