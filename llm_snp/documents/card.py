@@ -22,6 +22,7 @@ TASK = "text-generation"
 NOT_IN_VLLM = ("falcon", "gpt2", "mixtral", "qwen2_moe", "qwen3_moe", "olmoe")
 BLOCKWISE_IN_GGUF, NO_HEAD_WIDTH = ("llama", "mistral", "qwen2"), ("qwen2",)
 CODE_SPAN = frozenset("`|<[")  # with these a command in a table would end, or be more than a command
+ADDRESS, UNSEEN = re.compile(r":(?=//)|\bwww(?=\.)|(?<=\S)@(?=\S)|\b(mailto|xmpp)(?=:)", re.I), "\u2060"  # word joiner
 PLOT = re.compile(r"^!\[(.*)\]\((plots/[^)]+)\)$", re.MULTILINE)
 
 
@@ -80,10 +81,12 @@ def _metadata(report: dict[str, Any], title: str) -> ModelCardData:
 def _as_text(content: Any) -> Any:
     """A copy of a report whose texts Markdown takes for texts: no links, no HTML, no end of what is set as code.
 
-    Commands are code as a whole, one line, which ends nothing.
+    Commands are code as a whole, one line, which ends nothing. Addresses, which the Hub makes links of as they are, get
+    a character in them that is not seen.
     """
     if isinstance(content, str):
-        return re.sub(r"[<\[]", r"\\\g<0>", content.replace("`", "'"))
+        plain = re.sub(r"[\\<\[]", r"\\\g<0>", " ".join(content.replace("`", "'").splitlines()))
+        return ADDRESS.sub(rf"\g<0>{UNSEEN}", plain)
     if isinstance(content, dict):
         return {_as_text(name): value if name == "command" else _as_text(value) for name, value in content.items()}
     return [_as_text(one) for one in content] if isinstance(content, list) else content

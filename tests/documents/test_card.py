@@ -348,3 +348,25 @@ def test_the_name_of_a_result_is_no_code_and_no_markup(report: dict[str, Any]) -
     assert "<b>" not in rest.replace("\\<b>", "")
     assert "[y](z)" not in rest.replace("\\[y](z)", "")
     assert "`vllm serve DIR --trust-remote-code" in rest
+
+
+@pytest.mark.parametrize(
+    "strange",
+    [
+        r"\[full terms](https://evil.example/steal) \<img src=x onerror=alert(1)>",
+        "https://evil.example and www.evil.example and ann@evil.example, mailto:ann@evil.example",
+        "one\n\n# two\r\n<script>",
+    ],
+)
+def test_no_text_of_a_stranger_is_markup(report: dict[str, Any], strange: str) -> None:
+    """A backslash of his own does not undo ours, and an address is no link, which the Hub makes of it unasked."""
+    report["notes"], report["versions"]["llm_snp"] = [strange], strange
+    report["model"]["card"] = {"license": "other", "license_name": strange}
+    body = model_card(report).split("\n---\n", 1)[1]
+    assert body.count("full terms") == strange.count("full terms") * 3
+    plain = re.sub(r"\\\\", "", body)  # pairs: backslashes that are shown
+    for end in ("[full", "<img", "<script"):
+        assert all(part.endswith("\\") for part in plain.split(end)[:-1]), end
+    for address in ("https://evil", "www.evil", "ann@evil"):
+        assert address not in body
+    assert "\n# two" not in body
