@@ -27,7 +27,8 @@ from transformers.utils import logging
 from llm_snp import SnpError
 from llm_snp.cli import BAD_INPUT
 from llm_snp.config import PruneConfig
-from llm_snp.dense.hub import load_config, load_tokenizer, locate
+from llm_snp.dense.hub import load_config, locate
+from llm_snp.dense.tokenizer import load_tokenizer
 from llm_snp.dense.whole import whole_model
 from llm_snp.documents.writing import read_report
 from llm_snp.errors import CheckpointError

@@ -33,7 +33,8 @@ from llm_snp.cli import BAD_INPUT
 from llm_snp.config import DTYPES, PruneConfig
 from llm_snp.dense.checkpoint import Checkpoint
 from llm_snp.dense.data import Windows, evaluation_windows
-from llm_snp.dense.hub import config_dtype, load_tokenizer, locate
+from llm_snp.dense.hub import config_dtype, locate
+from llm_snp.dense.tokenizer import load_tokenizer
 from llm_snp.documents.report import versions
 from llm_snp.errors import CheckpointError, OutputError
 from llm_snp.evaluation.perplexity import perplexity_loaded

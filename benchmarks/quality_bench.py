@@ -23,10 +23,11 @@ from transformers.utils import logging
 from llm_snp.config import PruneConfig, shares
 from llm_snp.dense.checkpoint import Checkpoint
 from llm_snp.dense.data import Windows, as_windows, calibration_windows
-from llm_snp.dense.hub import config_dtype, load_config, load_tokenizer, locate
+from llm_snp.dense.hub import config_dtype, load_config, locate
 from llm_snp.dense.mixture import mix, turns
 from llm_snp.dense.skeleton import Skeleton
 from llm_snp.dense.storage import Storage
+from llm_snp.dense.tokenizer import load_tokenizer
 from llm_snp.errors import NumericalError, OptionError
 from llm_snp.evaluation.perplexity import perplexity_streamed
 from llm_snp.evaluation.speed import measure_speed

@@ -41,7 +41,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from llm_snp.dense.data import calibration_windows
-from llm_snp.dense.hub import SAFETENSORS, load_tokenizer
+from llm_snp.dense.hub import SAFETENSORS
+from llm_snp.dense.tokenizer import load_tokenizer
 from llm_snp.errors import OptionError
 from llm_snp.result.writer import Writer
 from llm_snp.system.manifest import list_in_partial

@@ -34,7 +34,8 @@ from tiny_models import KNOWN, save_tiny
 from llm_snp.config import PruneConfig
 from llm_snp.dense.checkpoint import Checkpoint
 from llm_snp.dense.data import calibration_windows, evaluation_windows
-from llm_snp.dense.hub import card_metadata, load_tokenizer
+from llm_snp.dense.hub import card_metadata
+from llm_snp.dense.tokenizer import load_tokenizer
 from llm_snp.documents.card import model_card
 from llm_snp.documents.report import summary
 from llm_snp.documents.shareable import shareable

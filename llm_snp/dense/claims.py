@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, UnsupportedModelError
 from ..system.files import size
-from ..system.libraries import parse_json
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -39,9 +38,6 @@ DTYPES = ("float16", "bfloat16", "float32", "float64")
 COMPUTED = 1 << 30
 # Older checkpoints have frequencies and causal masks of every layer, which are made anew today.
 BUFFERS = (r"\.rotary_emb\.inv_freq$", r"\.(attn|attention)\.(masked_)?bias$")
-# Transformers takes what is in the second for settings, too.
-TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
-HANDED_ON = ("sp_model_kwargs",)  # to sentencepiece, which reads data
 SHOWN = 80  # characters at most that an error quotes
 
 
@@ -64,37 +60,18 @@ def checked_config(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
             continue
         most = MOST_BLOCKS if name in BLOCKS else MOST
         if not isinstance(value, int) or isinstance(value, bool):
-            raise CheckpointError(f"{name} is {_shown(value)} in {path}; expected int, got {type(value).__name__}")
+            raise CheckpointError(f"{name} is {shown(value)} in {path}; expected int, got {type(value).__name__}")
         if not 1 <= value <= most:
-            raise CheckpointError(f"{name} is {_shown(value)} in {path}; it must be at least 1 and at most {most}")
+            raise CheckpointError(f"{name} is {shown(value)} in {path}; it must be at least 1 and at most {most}")
     for name in ("dtype", "torch_dtype"):
         value = fields.get(name)
         if value is None:
             continue
         plain = value.removeprefix("torch.") if isinstance(value, str) else value
         if plain not in DTYPES:
-            raise CheckpointError(f"{name} is {_shown(value)} in {path}; expected one of {', '.join(DTYPES)}")
+            raise CheckpointError(f"{name} is {shown(value)} in {path}; expected one of {', '.join(DTYPES)}")
         fields[name] = plain
     return fields
-
-
-def check_tokenizer_settings(directory: Path) -> None:
-    """Raise `CheckpointError` for settings that transformers hands on to a package of its own for the language.
-
-    Such a package may follow them to a library that it loads (`sudachi_kwargs`). What is not JSON others refuse.
-    """
-    for name in TOKENIZER_SETTINGS:
-        path = directory / name
-        try:
-            fields = parse_json(path.read_bytes())
-        except (OSError, ValueError):
-            continue
-        for field, value in fields.items() if isinstance(fields, dict) else ():
-            if value and field not in HANDED_ON and (field == "init_inputs" or field.endswith("_kwargs")):
-                raise CheckpointError(
-                    f"{path} has {_shown(field)}, settings for another package, which may follow them to code; llm_snp "
-                    "reads tokenizers whose files say all: take it out, or save the tokenizer as a tokenizer.json"
-                )
 
 
 def check_blocks(config: Any, names: list[str], directory: Path) -> None:
@@ -140,10 +117,10 @@ def check_weight_name(file: Any, index: Path) -> str:
     can read what it points to.
     """
     if not isinstance(file, str) or "\0" in file or file in ("", ".", ".."):
-        raise CheckpointError(f"{index} names {_shown(file)} as a weight file; expected the name of one beside it")
+        raise CheckpointError(f"{index} names {shown(file)} as a weight file; expected the name of one beside it")
     if PurePosixPath(file).name != file or PureWindowsPath(file).name != file:
         raise CheckpointError(
-            f"{index} names {_shown(file)} as a weight file, which is a path; only files beside the index are read"
+            f"{index} names {shown(file)} as a weight file, which is a path; only files beside the index are read"
         )
     return file
 
@@ -173,15 +150,15 @@ def check_pickled(loaded: Any, path: Path) -> dict[str, Tensor]:
     size = path.stat().st_size
     for name, tensor in loaded.items():
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu" or tensor.is_complex():
-            raise CheckpointError(f"{_shown(name)} in {path} is no plain tensor; save model.state_dict() of the model")
+            raise CheckpointError(f"{shown(name)} in {path} is no plain tensor; save model.state_dict() of the model")
         if math.prod(tensor.shape) * tensor.element_size() > size:
             raise CheckpointError(
-                f"{_shown(name)} in {path} has shape {tuple(tensor.shape)}, which is more than the file's {size} bytes"
+                f"{shown(name)} in {path} has shape {tuple(tensor.shape)}, which is more than the file's {size} bytes"
             )
     return {name: tensor.detach() for name, tensor in loaded.items()}
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A stranger's value, at no great length."""
     if isinstance(value, int) and abs(value) >= 2**64:  # Python refuses to write out very long ones
         return f"a number of {value.bit_length()} bits"

@@ -14,7 +14,7 @@ from ..errors import CheckpointError, HubError
 from ..system.files import scratch, write_text
 from ..system.libraries import explained, parse_json, reason
 from ..system.private import HUB_ID, carried_words, within
-from .claims import check_tokenizer_settings, checked_config
+from .claims import checked_config
 
 if TYPE_CHECKING:  # where a model is can be told without torch
     import torch
@@ -180,64 +180,6 @@ def config_dtype(config: Any) -> torch.dtype:
 
     found = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None) or torch.float32
     return found if isinstance(found, torch.dtype) else getattr(torch, found)
-
-
-def load_tokenizer(directory: Path) -> Any:
-    """The tokenizer of a model directory.
-
-    Raises `CheckpointError` if it has none that loads, one whose settings are for another package, or one that is made
-    of others.
-    """
-    from transformers import AutoTokenizer
-
-    check_tokenizer_settings(directory)
-    # Or it reads the config by itself, as it is.
-    config = {"config": load_config(directory)} if (directory / "config.json").is_file() else {}
-    _check_single_tokenizer(directory, config.get("config"))
-
-    advice = "copy the tokenizer files of the original model beside the weights"
-
-    def refusal(cause: str) -> CheckpointError:
-        return CheckpointError(f"{directory} has no tokenizer that loads ({cause}); {advice}")
-
-    with explained(refusal):
-        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, **config)
-        ids = tokenizer("the", add_special_tokens=False)["input_ids"]
-    # Without files transformers 5 gives a tokenizer with an empty vocabulary and no error.
-    if not ids:
-        raise CheckpointError(f"{directory} has no tokenizer: it has no vocabulary file; {advice}")
-    return tokenizer
-
-
-def _check_single_tokenizer(directory: Path, config: Any) -> None:
-    """Raise `CheckpointError` for a class that loads other tokenizers (RAG's), from folders that nobody has looked at.
-
-    The class is what the tokenizer's settings or the config name, or belongs to a type of model, of which a config may
-    hold several.
-    """
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
-    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES, tokenizer_class_from_name
-
-    names: list[Any] = []
-    settings = directory / "tokenizer_config.json"
-    with suppress(OSError, ValueError):  # others say what is wrong with the file
-        fields = parse_json(settings.read_bytes())
-        names = [fields.get("tokenizer_class")] if isinstance(fields, dict) else []
-    left = [config]
-    while left:
-        one = left.pop()
-        of_type = TOKENIZER_MAPPING_NAMES.get(getattr(one, "model_type", None))
-        names += [getattr(one, "tokenizer_class", None), *([of_type] if isinstance(of_type, str) else of_type or ())]
-        left += [part for part in vars(one).values() if isinstance(part, PretrainedConfig)] if one is not None else []
-    for name in names:
-        found = tokenizer_class_from_name(name) if isinstance(name, str) else None
-        stand_in = hasattr(found, "_backends")  # for a class whose package is missing; it says so when it is called
-        if isinstance(found, type) and not issubclass(found, PreTrainedTokenizerBase) and not stand_in:
-            raise CheckpointError(
-                f"the tokenizer of {directory} is a {name}, which is made of other tokenizers; llm_snp reads those "
-                'whose files say all: save the one of this model as a tokenizer.json, with "tokenizer_class": '
-                '"PreTrainedTokenizerFast"'
-            )
 
 
 CARD_BYTES = 1_000_000

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..dense.hub import load_config, load_tokenizer
+from ..dense.hub import load_config
+from ..dense.tokenizer import load_tokenizer
 from ..dense.whole import whole_model
 from ..errors import CheckpointError, DeviceMemoryError, NumericalError, OptionError
 from ..system.libraries import explained

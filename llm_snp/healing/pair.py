@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ..dense.checkpoint import Checkpoint
 from ..dense.claims import expected_tensors
-from ..dense.hub import load_config, load_tokenizer, locate
+from ..dense.hub import load_config, locate
 from ..dense.skeleton import empty_model
+from ..dense.tokenizer import load_tokenizer
 from ..dense.whole import whole_model
 from ..documents.shareable import hub_id, shareable
 from ..documents.writing import read_report

@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
-from ..dense.hub import load_tokenizer
+from ..dense.tokenizer import load_tokenizer
 from ..errors import CheckpointError
 from ..system.files import digest_of_bytes, digest_of_json, disk, scratch
 from ..system.libraries import explained, parse_json, reason

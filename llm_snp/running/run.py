@@ -11,12 +11,12 @@ import torch
 from ..config import HELD_OUT, PruneConfig
 from ..dense.checkpoint import Checkpoint
 from ..dense.data import Windows
-from ..dense.hub import load_tokenizer
 from ..dense.mixture import fitted_and_unseen
 from ..dense.readers import digests
 from ..dense.skeleton import Skeleton
 from ..dense.storage import Storage, check_offload
 from ..dense.text import Text
+from ..dense.tokenizer import load_tokenizer
 from ..documents.report import Report
 from ..errors import OptionError
 from ..evaluation.harness import texts_of

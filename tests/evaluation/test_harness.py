@@ -22,7 +22,7 @@ pytest.importorskip("lm_eval", reason="lm-evaluation-harness (llm_snp[harness]) 
 
 import datasets
 
-from llm_snp.dense.hub import load_tokenizer
+from llm_snp.dense.tokenizer import load_tokenizer
 from llm_snp.errors import (
     CheckpointError,
     CorpusError,

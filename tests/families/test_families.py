@@ -26,8 +26,9 @@ from llm_snp.config import PruneConfig
 from llm_snp.core.subspace import one_of_each
 from llm_snp.dense.checkpoint import Checkpoint
 from llm_snp.dense.data import Windows, evaluation_windows
-from llm_snp.dense.hub import load_config, load_tokenizer
+from llm_snp.dense.hub import load_config
 from llm_snp.dense.skeleton import Skeleton, empty_model, linear_blocks
+from llm_snp.dense.tokenizer import load_tokenizer
 from llm_snp.errors import OptionError, UnsupportedModelError
 from llm_snp.evaluation.perplexity import perplexity_loaded, perplexity_streamed
 from llm_snp.families import ATTENTION, FAMILIES, MODEL_TYPES, PAIRS, WHOLE, Attention, Family, Site, family_of

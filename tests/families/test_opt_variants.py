@@ -29,7 +29,7 @@ from transformers import OPTForCausalLM
 
 from llm_snp.dense.checkpoint import Checkpoint
 from llm_snp.dense.data import calibration_windows
-from llm_snp.dense.hub import load_tokenizer
+from llm_snp.dense.tokenizer import load_tokenizer
 from llm_snp.errors import CheckpointError
 
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM
 
 from llm_snp.config import PruneConfig
 from llm_snp.dense.data import Windows, evaluation_windows
-from llm_snp.dense.hub import load_tokenizer
 from llm_snp.dense.skeleton import empty_model, linear_blocks
+from llm_snp.dense.tokenizer import load_tokenizer
 from llm_snp.errors import CheckpointError, OptionError
 from llm_snp.evaluation.perplexity import perplexity_loaded, perplexity_streamed
 from llm_snp.families import EXPERTS, FAMILIES, MLP, family_of

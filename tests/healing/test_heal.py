@@ -16,7 +16,7 @@ from torch import Tensor
 
 from llm_snp import cli
 from llm_snp.dense.data import evaluation_windows
-from llm_snp.dense.hub import load_tokenizer
+from llm_snp.dense.tokenizer import load_tokenizer
 from llm_snp.documents.card import model_card
 from llm_snp.documents.page import html_page
 from llm_snp.documents.plots import PLOTS

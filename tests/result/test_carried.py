@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 import llm_snp
-from llm_snp.dense.hub import card_metadata, load_tokenizer
+from llm_snp.dense.hub import card_metadata
+from llm_snp.dense.tokenizer import load_tokenizer
 from llm_snp.errors import CheckpointError
 from llm_snp.evaluation.speed import load_model
 from llm_snp.result.carried import CODE, Carried, check_tokenizer_class, without_code

@@ -14,7 +14,7 @@ from typing import Any
 import gguf
 from gguf import GGUFReader, GGUFWriter, TokenType
 
-from ...dense.hub import load_tokenizer
+from ...dense.tokenizer import load_tokenizer
 from ...errors import CheckpointError, OptionError, UnsupportedModelError
 from ...system.libraries import explained
 

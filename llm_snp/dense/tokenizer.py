@@ -1,0 +1,93 @@
+"""The tokenizer of a model directory: loaded where its files say all, and lead transformers to no code."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError
+from ..system.libraries import explained, parse_json
+from .claims import shown
+from .hub import load_config
+
+# Transformers takes what is in the second for settings, too.
+SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
+HANDED_ON = ("sp_model_kwargs",)  # to sentencepiece, which reads data
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """The tokenizer of a model directory.
+
+    Raises `CheckpointError` if it has none that loads, one whose settings are for another package, or one that is made
+    of others.
+    """
+    from transformers import AutoTokenizer
+
+    _check_settings(directory)
+    # Or it reads the config by itself, as it is.
+    config = {"config": load_config(directory)} if (directory / "config.json").is_file() else {}
+    _check_single(directory, config.get("config"))
+
+    advice = "copy the tokenizer files of the original model beside the weights"
+
+    def refusal(cause: str) -> CheckpointError:
+        return CheckpointError(f"{directory} has no tokenizer that loads ({cause}); {advice}")
+
+    with explained(refusal):
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, **config)
+        ids = tokenizer("the", add_special_tokens=False)["input_ids"]
+    # Without files transformers 5 gives a tokenizer with an empty vocabulary and no error.
+    if not ids:
+        raise CheckpointError(f"{directory} has no tokenizer: it has no vocabulary file; {advice}")
+    return tokenizer
+
+
+def _check_settings(directory: Path) -> None:
+    """Raise `CheckpointError` for settings that transformers hands on to a package of its own for the language.
+
+    Such a package may follow them to a library that it loads (`sudachi_kwargs`). What is not JSON others refuse.
+    """
+    for name in SETTINGS:
+        path = directory / name
+        try:
+            fields = parse_json(path.read_bytes())
+        except (OSError, ValueError):
+            continue
+        for field, value in fields.items() if isinstance(fields, dict) else ():
+            if value and field not in HANDED_ON and (field == "init_inputs" or field.endswith("_kwargs")):
+                raise CheckpointError(
+                    f"{path} has {shown(field)}, settings for another package, which may follow them to code; llm_snp "
+                    "reads tokenizers whose files say all: take it out, or save the tokenizer as a tokenizer.json"
+                )
+
+
+def _check_single(directory: Path, config: Any) -> None:
+    """Raise `CheckpointError` for a class that loads other tokenizers (RAG's), from folders that nobody has looked at.
+
+    The class is what the tokenizer's settings or the config name, or belongs to a type of model, of which a config may
+    hold several.
+    """
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES, tokenizer_class_from_name
+
+    names: list[Any] = []
+    settings = directory / "tokenizer_config.json"
+    with suppress(OSError, ValueError):  # others say what is wrong with the file
+        fields = parse_json(settings.read_bytes())
+        names = [fields.get("tokenizer_class")] if isinstance(fields, dict) else []
+    left = [config]
+    while left:
+        one = left.pop()
+        of_type = TOKENIZER_MAPPING_NAMES.get(getattr(one, "model_type", None))
+        names += [getattr(one, "tokenizer_class", None), *([of_type] if isinstance(of_type, str) else of_type or ())]
+        left += [part for part in vars(one).values() if isinstance(part, PretrainedConfig)] if one is not None else []
+    for name in names:
+        found = tokenizer_class_from_name(name) if isinstance(name, str) else None
+        stand_in = hasattr(found, "_backends")  # for a class whose package is missing; it says so when it is called
+        if isinstance(found, type) and not issubclass(found, PreTrainedTokenizerBase) and not stand_in:
+            raise CheckpointError(
+                f"the tokenizer of {directory} is a {name}, which is made of other tokenizers; llm_snp reads those "
+                'whose files say all: save the one of this model as a tokenizer.json, with "tokenizer_class": '
+                '"PreTrainedTokenizerFast"'
+            )
