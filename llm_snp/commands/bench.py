@@ -66,6 +66,9 @@ def main(args: argparse.Namespace) -> None:
     dense, its_own = _against(args.against, directory, report)
     # A repository's files in the cache of the Hub are not ours to change.
     own = report if its_own and os.path.isdir(os.path.expanduser(args.directory)) else None
+    if own is not None and not os.access(directory, os.W_OK):
+        print(f"kept     the report of {directory}, which is not writable, as it is")
+        own = None
     for path in (directory, dense):
         if args.prompt is not None and path is not None:
             _check_prompt(args.prompt, path)

@@ -26,9 +26,10 @@ from ..system.files import disk
 from ..system.journal import Journal
 from ..system.keeping import kept_for_later
 from ..system.manifest import recall
+from ..system.output import check_space
 from ..system.processes import Processes
 from ..system.progress import Progress
-from ..system.workspace import Workspace, check_space, known
+from ..system.workspace import Workspace, known
 from ..version import __version__
 from .defaults import completed, evaluated_before
 from .options import HealConfig, command_line

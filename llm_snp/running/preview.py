@@ -15,7 +15,7 @@ from ..pruning.plan import Plan, check_budget, trial_plan
 from ..result.carried import check_tokenizer_class
 from ..system.device import resolve_dtype
 from ..system.files import size
-from ..system.workspace import check_harmless, check_output, check_partial
+from ..system.output import check_harmless, check_output, check_partial
 from .estimate import Estimate, estimate
 from .inputs import inputs_of
 

@@ -32,9 +32,10 @@ from ..result.finishing import finish
 from ..result.writer import Writer
 from ..system.device import as_at_start, resolve_dtype
 from ..system.journal import Journal
+from ..system.output import check_space
 from ..system.processes import Processes
 from ..system.progress import Progress
-from ..system.workspace import Workspace, check_space, known
+from ..system.workspace import Workspace, known
 from .afterwards import afterwards, check_afterwards
 from .inputs import inputs_of, memory_of, report_of
 from .rehearsal import rehearse

@@ -17,11 +17,11 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ..errors import OutputError
-from .files import disk, size, write_text
-from .manifest import JOURNAL, REPORT, empty_partial, has_report, is_result, remove_own, some, strays, strays_of_partial
+from .files import disk, write_text
+from .manifest import JOURNAL, empty_partial, is_result, remove_own
+from .output import PARTIAL, aside_of, check_aside, check_harmless, check_output, check_partial, in_the_way
 from .owned import LOCK, OWNER, REPLACES, has_owner, is_ours, was_put_aside
 
-PARTIAL = ".partial"
 BLOCKS = "block-*.json"
 STATES = "state-*.json"  # of a training
 # Records that cost nothing: what a later run is compared with (`Journal.expect`).
@@ -77,8 +77,8 @@ class Workspace:
     def _take_over(self, resume: bool) -> None:
         """What an interrupted run left: go on with it, refuse to throw it away, or throw it away."""
         if not is_ours(self.directory):  # it has come there since it was looked for
-            raise _in_the_way(self.directory)
-        if not self.output.exists() and was_put_aside(self.journal, _aside(self.output)):
+            raise in_the_way(self.directory)
+        if not self.output.exists() and was_put_aside(self.journal, aside_of(self.output)):
             # That run was killed while the result was about to take the place of an earlier one.
             self._put_back()
             check_output(self.output, self._overwrite)
@@ -124,12 +124,12 @@ class Workspace:
     def _put_aside(self) -> None:
         """The earlier result, noted so that a run that is killed here is told from a person who has made the other."""
         write_text(self.journal / REPLACES, str(self.output.stat().st_ino))
-        os.rename(self.output, _aside(self.output))
+        os.rename(self.output, aside_of(self.output))
 
     def _put_back(self) -> None:
         """Undo that, if it was done and nothing has taken the place."""
-        if _aside(self.output).exists() and not self.output.exists():
-            os.rename(_aside(self.output), self.output)
+        if aside_of(self.output).exists() and not self.output.exists():
+            os.rename(aside_of(self.output), self.output)
 
     @property
     def finished_blocks(self) -> int:
@@ -152,7 +152,7 @@ class Workspace:
     def finish(self) -> None:
         """Give the directory its name, in place of an earlier result."""
         check_output(self.output, self._overwrite)  # another run may have been quicker
-        _check_aside(_aside(self.output))
+        check_aside(aside_of(self.output))
         with disk(self.output):
             try:
                 if self.output.exists():
@@ -168,7 +168,7 @@ class Workspace:
     @property
     def left(self) -> Path | None:
         """Where files are that were put into an earlier result while this run replaced it."""
-        aside = _aside(self.output)
+        aside = aside_of(self.output)
         return aside if aside.exists() else None
 
     def keep(self) -> None:
@@ -195,8 +195,8 @@ def tidy(output: Path) -> None:
     journal = output / JOURNAL
     if not (is_result(output) and has_owner(output)):  # a stranger's folder, or a person's, may have that name
         return
-    if was_put_aside(journal, _aside(output)):
-        remove_own(_aside(output))
+    if was_put_aside(journal, aside_of(output)):
+        remove_own(aside_of(output))
     with suppress(OSError):
         for path in journal.iterdir():
             if path.is_dir():
@@ -207,103 +207,10 @@ def tidy(output: Path) -> None:
         journal.rmdir()
 
 
-def check_output(output: Path, overwrite: bool) -> None:
-    """Raise `OutputError` unless `output` can become a result: absent, empty, or an earlier one with `overwrite`."""
-    with disk(output):
-        resolved = output.resolve()
-        if os.path.ismount(resolved):
-            raise OutputError(f"--output {output} is a mount point, which cannot be replaced; give a directory in it")
-        partial = resolved.with_name(resolved.name + PARTIAL)
-        if os.path.lexists(partial) and not is_ours(partial):
-            raise _in_the_way(partial)
-        parent = next(path for path in resolved.parents if path.exists())
-        if not parent.is_dir():
-            raise OutputError(f"--output {output} cannot be made: {parent} is a file; give another directory")
-        if not os.access(parent, os.W_OK):
-            raise OutputError(f"--output {output} cannot be made: {parent} is not writable; give another directory")
-        if resolved.exists() and not resolved.is_dir():
-            raise OutputError(f"--output {output} is a file; give a directory")
-        if resolved.exists() and any(resolved.iterdir()):
-            if not is_result(resolved):
-                found = f"its {REPORT} is damaged" if has_report(resolved) else "no result of llm_snp"
-                raise OutputError(f"--output {output} is not empty and {found}; give another directory")
-            if not overwrite:
-                raise OutputError(f"--output {output} holds an earlier result; give another directory, or --overwrite")
-        # A run that was killed within `finish` leaves one, which the next run puts back or removes.
-        aside = _aside(resolved)
-        if not was_put_aside((resolved if resolved.exists() else partial) / JOURNAL, aside):
-            _check_aside(aside)
-
-
-def check_partial(output: Path) -> None:
-    """Raise `OutputError` if the directory of an unfinished run, which is emptied or renamed, has more than that."""
-    resolved = output.resolve()
-    partial = resolved.with_name(resolved.name + PARTIAL)
-    if partial.is_dir() and (others := strays_of_partial(partial)):
-        raise OutputError(
-            f"{partial}, where an unfinished run is kept, has files that no run of llm_snp wrote ({some(others)}); "
-            "move them, or give another --output"
-        )
-
-
-def _check_aside(aside: Path) -> None:
-    if os.path.lexists(aside):
-        raise OutputError(f"{aside} is in the way; it may be a still earlier result: move or remove it")
-
-
-def check_harmless(output: Path, inputs: Mapping[Path, bool]) -> None:
-    """Raise `OutputError` if writing to `output` would touch an input, or remove what no run of llm_snp wrote.
-
-    inputs: files and directories, and whether the output may not lie inside that directory either.
-    To be called before the work, after `check_output`; hashes what an earlier result consists of.
-    """
-    with disk(output):
-        resolved = output.resolve()
-        places = (resolved, resolved.with_name(resolved.name + PARTIAL), _aside(resolved))
-        for path, closed in inputs.items():
-            real = path.resolve()
-            # A file may lie elsewhere than the directory that has its name.
-            members = [member.resolve() for member in real.iterdir()] if real.is_dir() else []
-            if any(one.is_relative_to(place) for one in (real, *members) for place in places):
-                raise OutputError(
-                    f"--output {output} is or holds {path}, which the run reads, or its model was made of; give "
-                    "another directory, or move that"
-                )
-            if closed and real.is_dir() and resolved.is_relative_to(real):
-                raise OutputError(f"--output {output} lies inside {path}, which the run reads; give another directory")
-        if others := strays(resolved) if resolved.is_dir() else []:
-            raise OutputError(
-                f"--output {output} has files that no run of llm_snp wrote, or that were changed since "
-                f"({some(others)}), and --overwrite would remove them; move them, or give another directory"
-            )
-
-
 def known(workspace: Workspace | None) -> Workspace:
     """The workspace, where there is one: on the main process."""
     assert workspace is not None
     return workspace
-
-
-def check_space(directory: Path, needed: int) -> None:
-    """Raise `OutputError` if the disk that will hold `directory` has less than `needed` bytes free."""
-    existing = directory.absolute()
-    while not existing.exists():
-        existing = existing.parent
-    free = shutil.disk_usage(existing).free
-    if free < needed:
-        raise OutputError(
-            f"the result needs up to {size(needed)}, but the disk of {existing} has {size(free)} free; give --output "
-            "on another disk"
-        )
-
-
-def _aside(output: Path) -> Path:
-    """Where an earlier result is while the new one gets its name."""
-    return output.with_name(output.name + ".replaced")
-
-
-def _in_the_way(partial: Path) -> OutputError:
-    return OutputError(f"{partial} is in the way and no unfinished run of yours; remove it, or give another --output")
 
 
 def _owner(journal: Path) -> str:

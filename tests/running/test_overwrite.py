@@ -442,3 +442,15 @@ def test_nothing_that_cost_time_is_thrown_away(tmp_path: Path, record: str, what
         assert path.exists()
     Workspace(tmp_path / "out", overwrite=bool(what), resume=False).keep()
     assert not path.exists()
+
+
+def test_an_earlier_result_that_cannot_be_removed_is_refused_at_once(
+    shell: Shell, dense: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its remains would be in the way of the next run."""
+    assert shell.prune(dense)[0] == 0
+    (shell.output / "plots").mkdir(exist_ok=True)
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "plots" and access(path, mode))
+    message = shell.refused(dense, "--overwrite")
+    assert message.endswith(f"cannot be replaced: {shell.output / 'plots'} is not writable; give another directory")
