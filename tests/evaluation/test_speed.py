@@ -376,6 +376,18 @@ def test_bench_against_another_model_keeps_nothing(
     assert (result / "report.json").read_bytes() == before
 
 
+def test_bench_says_beforehand_that_it_cannot_store_the_figures(
+    result: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = (result / "report.json").read_bytes()
+    monkeypatch.setattr("llm_snp.commands.bench.os.access", lambda path, mode: False)
+    run_bench(result, "--prompt", 8)
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == f"kept     the report of {result}, which is not writable, as it is"
+    assert not out[-1].startswith("stored")
+    assert (result / "report.json").read_bytes() == before
+
+
 def test_bench_without_the_dense_model(result: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = report_of(result)
     gone = str(result.parent / "gone")
