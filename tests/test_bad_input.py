@@ -437,6 +437,25 @@ def test_tables_without_text(shell: Shell, dense: Path) -> None:
         assert message in shell.refused(dense, "--calibration", folder / "a.parquet")
 
 
+@pytest.mark.parametrize(
+    "texts",
+    [("--evaluate", "no.txt"), ("--calibration", "no.txt", "--no-evaluate"), ("--evaluate", "short.txt")],
+)
+def test_a_text_that_cannot_be_read_is_refused_before_the_model_writes_one(
+    shell: Shell, dense: Path, monkeypatch: pytest.MonkeyPatch, texts: tuple[str, ...]
+) -> None:
+    """Which takes minutes to hours."""
+
+    def written(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("the model was asked to write")
+
+    monkeypatch.setattr("llm_snp.dense.text.self_written", written)
+    (shell.directory / "short.txt").write_text("hi")
+    code, _, err = shell.run(dense, "--calibration", "self", "--sequence-length", LENGTH, "--samples", 8, *texts)
+    assert code == 2
+    assert texts[1] in err.splitlines()[-1]
+
+
 def test_directories_that_are_no_text(shell: Shell, dense: Path) -> None:
     folder = shell.directory / "text"
     written(folder / "plain", {"a.txt": "words"})

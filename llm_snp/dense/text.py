@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,11 @@ from .whole import whole_model
 # Text that the model writes itself: calibration and evaluation must not be the same.
 EVALUATION_SEED = 1
 SELF_EVALUATION_WINDOWS = 64
+
+
+def written_last(sources: Iterable[str]) -> list[str]:
+    """Sources of text, those first that are only read: what is wrong with them is told before the model writes any."""
+    return sorted(sources, key=lambda source: source == "self")
 
 
 class Text:
@@ -53,7 +59,9 @@ class Text:
         """Windows (N, T) to calibrate on, those of several texts by turns."""
         given = shares(options.texts)
         order = turns(list(given.values()), options.samples)
-        return mix([self._part(text, order.count(i), options.seed) for i, text in enumerate(given)], order)
+        counts = {text: order.count(i) for i, text in enumerate(given)}
+        parts = {text: self._part(text, counts[text], options.seed) for text in written_last(given)}
+        return mix([parts[text] for text in given], order)
 
     def _part(self, source: str, samples: int, seed: int) -> Windows:
         if source == "self":

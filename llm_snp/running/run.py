@@ -151,8 +151,10 @@ class _Run:
         job, options = self.job, self.job.options
         text = Text(job.directory, self.tokenizer, job.config, job.length, self.dtype, job.device)
         assert options.evaluate is not None
+        sources = texts_of(options.evaluate)
+        found = {source: text.evaluation(source, options.seed) for source in sources if source != "self"}
         calibration = text.calibration(options)
-        evaluation = {source: text.evaluation(source, options.seed) for source in texts_of(options.evaluate)}
+        evaluation = {source: found.get(source) or text.evaluation(source, options.seed) for source in sources}
         text.close()
         return calibration, evaluation
 
