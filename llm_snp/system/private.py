@@ -17,10 +17,11 @@ PLACE = re.compile(
     r"|(?!https?:)[A-Za-z][\w+.-]*://.+|[\w.@-]+:/[^/\s].*|\$\w+/.*|\$\{\w+\}/.*|%\w+%\\.*",
     re.DOTALL,
 )
-# Anywhere in a line: homes of people, what looks like a path from the root, a name and password of a URL, tokens of
-# services.
+# Anywhere in a line: homes of people, paths (from the root, a drive or a home), places of other schemes than the web's,
+# a name and password of a URL, tokens of services.
 SECRET = re.compile(
-    r"(/|\\)(home|Users)\1[^/\\\s]|(^|[\s\"'=:])/root/\S|(^|[\s\"'=])/[\w.@+-]+/[\w.@+-]|\w://[^/\s@]*:[^/\s@]+@|"
+    r"(/|\\)(home|Users)\1[^/\\\s]|(^|[^\w/.<])/(root/\S|[\w.@+-]+/[\w.@+-])|(^|\W)[A-Za-z]:[\\/]\w|(^|\s)~[\w.-]*/\w|"
+    r"\b(?!https?:)[A-Za-z][\w+.-]*://\w|\w://[^/\s@]*:[^/\s@]+@|"
     # Tokens of the Hub, GitHub, GitLab, OpenAI, AWS and Slack.
     r"\bhf_[A-Za-z0-9]{30,}|\b(gh[pousr]_|github_pat_|glpat-|sk-|AKIA|xox[abps]-)[\w-]{16,}"
 )
@@ -30,6 +31,8 @@ HUB_ID = re.compile(r"([\w.-]+/)?[\w.-]+")
 # Of a model card's metadata, what is still true of the pruned model.
 CARRIED = ("license", "license_name", "license_link", "language", "tags", "datasets")
 MOST_WORDS, MOST_CHARACTERS = 100, 300  # of each field
+# Tags that say of a model what it was made of, or that it is an adapter: of the pruned one the card says that itself.
+NOT_ITS_OWN = re.compile(r"base_model:.*|lora|peft|adapter", re.IGNORECASE)
 HOMES = ("/home", "/Users")
 HOME = "home"
 
@@ -82,6 +85,8 @@ def within(path: Path, directory: Path) -> bool:
 def carried_words(card: Mapping[str, Any]) -> dict[str, Any]:
     """What of a card's metadata, parsed, may stand in another card; a link only as one for a browser, or of a file."""
     words = {name: _words(card.get(name)) for name in CARRIED}
+    if isinstance(words["tags"], list):
+        words["tags"] = [tag for tag in words["tags"] if not NOT_ITS_OWN.fullmatch(tag)]
     link = words["license_link"]
     if isinstance(link, str) and re.match(r"[\w+.-]*:", link) and not link.startswith(("https://", "http://")):
         del words["license_link"]

@@ -458,12 +458,36 @@ def test_where_a_tokenizer_was_trained_does_not_travel(dense: Path, tmp_path: Pa
     assert Carried(directory).files["tokenizer.model"] == b"\x12\x02\x18\x02"
 
 
-@pytest.mark.parametrize("command", ["torchrun train.py --data /scratch/ann/secret --out x", "see /mnt/ann/runs"])
-def test_a_path_inside_of_a_setting_does_not_travel(dense: Path, tmp_path: Path, command: str) -> None:
-    assert without_code({"a": {"dir": command}, "b": "and/or, 1 / 2, </s> / x"}) == {
-        "a": {},
-        "b": "and/or, 1 / 2, </s> / x",
-    }
+@pytest.mark.parametrize(
+    "place",
+    [
+        "torchrun train.py --data /scratch/ann/secret --out x",
+        "see /mnt/ann/runs",
+        "merge of (/scratch/ann/a)",
+        "x,/scratch/ann/x",
+        "x:y:/scratch/ann/x",
+        "from C:\\data\\ann\\x",
+        "see ssh://ann@host/x",
+        "in ~/runs/ann",
+    ],
+)
+def test_a_place_inside_of_a_setting_does_not_travel(place: str) -> None:
+    assert without_code({"a": {"dir": place}}) == {"a": {}}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["and/or, 1 / 2, </s> / x", "see https://huggingface.co/a/b/c?d=e", "a/b/c", "<s>/</s>", "12:30, 3/4/5", "C: x"],
+)
+def test_what_only_looks_a_little_like_a_place_travels(text: str) -> None:
+    assert without_code({"a": text}) == {"a": text}
+
+
+def test_tags_of_an_adapter_are_not_those_of_the_pruned_model(tmp_path: Path) -> None:
+    """peft writes the place of the base model into one, and the Hub reads what such a tag says."""
+    tags = ["base_model:adapter:/scratch/ann/base", "base_model:adapter:facebook/opt-125m", "lora", "en"]
+    (tmp_path / "README.md").write_text("---\ntags:\n" + "".join(f"- {tag}\n" for tag in tags) + "---\n")
+    assert card_metadata(tmp_path) == {"tags": ["en"]}
 
 
 def test_named_templates_are_texts_whatever_they_speak_of() -> None:
