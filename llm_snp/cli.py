@@ -73,6 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     process = name_of_process()
     try:
+        if sys.flags.optimize > 1:
+            raise OptionError("python -OO (or PYTHONOPTIMIZE=2) leaves out what transformers needs; run it without")
         with ended_by_signals(), _printed():
             command, args = parse(sys.argv[1:] if arguments is None else arguments)
             command.check(args)

@@ -22,6 +22,8 @@ RATE, LORA_RATE, WIDTH = 3e-4, 3e-3, 128
 # A text may be read so many times; more is learning it by heart (Muennighoff et al., arXiv 2305.16264).
 PASSES = 4
 SELF = "self"
+# What accelerate's launcher sets for other ways to train than the one here, which the Trainer would follow.
+LAUNCHED = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM")
 # Options that do not change the result.
 FREE = frozenset(("output", "device", "overwrite", "resume", "quiet", "evaluate"))
 
@@ -101,6 +103,9 @@ class HealConfig:
                 "teacher's predictions there is no teacher"
             )
         choose(self.device, DEVICES, "--device")
+        for name in LAUNCHED:
+            if os.environ.get(name, "").strip().lower() in ("1", "true", "yes", "on", "y", "t"):
+                raise OptionError(f"{name} is set in the environment, but heal trains with torchrun alone; unset it")
         for flag, texts in (("--text", tuple(shares(self.text, "--text"))), ("--evaluate", self.evaluate or ())):
             if SELF in texts:
                 raise OptionError(f"{flag} self is for pruning only, which needs little text; give a file or a corpus")

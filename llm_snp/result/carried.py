@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
@@ -48,7 +48,8 @@ TERMS = re.compile(
     re.IGNORECASE | re.ASCII,
 )
 NO_TERMS = re.compile(r"key|token|secret|password", re.IGNORECASE)  # a licence's key is not for others
-TERMS_ENDINGS = ("", ".txt", ".md", ".rst", ".pdf", ".html")
+TERMS_ENDINGS = ("", ".txt", ".md", ".rst", ".pdf")
+PAGES = (".html", ".htm", ".xhtml", ".svg")  # a browser runs what they say
 LARGEST_TERMS = 10_000_000  # bytes; what is larger is no text for people
 
 # Fields that transformers follows to code: classes of a repository (`auto_map` in configs of models, tokenizers and
@@ -115,8 +116,9 @@ def _names_code(name: Any, value: Any) -> bool:
 class Carried:
     """The files that travel, by their name in the result, read once.
 
-    directory: of the dense model. Raises `CheckpointError` for what cannot be read or is not what it should be, links
-    that lead out of the directory, and a tokenizer whose class is code of the directory.
+    directory: of the dense model; pages: names of terms of use that stay there, because a page may have scripts. Raises
+    `CheckpointError` for what cannot be read or is not what it should be, links that lead out of the directory, and a
+    tokenizer whose class is code of the directory.
     """
 
     def __init__(self, directory: Path):
@@ -126,6 +128,7 @@ class Carried:
         found += sorted(path for path in (directory / TEMPLATES).glob("*.jinja") if path.is_file())
         found += sorted(path for path in directory.iterdir() if _is_terms(path))
         self.files = {path.relative_to(directory).as_posix(): self._read(path) for path in found}
+        self.pages = sorted(path.name for path in directory.iterdir() if _names_terms(path, PAGES))
 
     def _read(self, path: Path) -> bytes:
         if not (encodable(path.name) and path.name.isprintable()):
@@ -248,6 +251,6 @@ def _is_terms(path: Path) -> bool:
     return _names_terms(path) and path.is_file() and path.stat().st_size <= LARGEST_TERMS
 
 
-def _names_terms(path: PurePath) -> bool:
+def _names_terms(path: PurePath, endings: Container[str] = TERMS_ENDINGS) -> bool:
     fits = TERMS.fullmatch(path.name) and not NO_TERMS.search(path.name)
-    return bool(fits) and (path.suffix.lower() in TERMS_ENDINGS or path.suffix[1:].isdecimal())
+    return bool(fits) and (path.suffix.lower() in endings or (endings == TERMS_ENDINGS and path.suffix[1:].isdecimal()))

@@ -182,6 +182,10 @@ class _Run:
         progress.say(f"plan: {plan.why}")
         for note in report.planned(plan, skeleton.parameters, custom_code=stock_fields(job, plan) is None):
             progress.say(f"note: {note}")
+        for name in self.carried.pages:
+            report.note(
+                f"{name} of the dense model, a page that may have scripts, is not in the result; its terms hold"
+            )
         writer = Writer(self.directory, len(plan.left) + 1)
         blocks = PrunedBlocks(writer, self.journal, skeleton, report, progress)
         prune_blocks(session, plan, blocks.save, blocks.finished)

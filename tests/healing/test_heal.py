@@ -158,6 +158,14 @@ def test_weights_that_have_changed_since_they_were_hashed_are_not_trained(
     assert said == f"{result / shard} has changed since it was first read; put back the file as it was"
 
 
+def test_other_ways_to_train_that_the_environment_asks_for_are_refused(
+    heal: Healer, pruned: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`accelerate launch` with a DeepSpeed config sets it; the Trainer would follow, after everything was measured."""
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    assert heal.refused(pruned).startswith("ACCELERATE_USE_DEEPSPEED is set in the environment, but heal trains with")
+
+
 def test_text_that_the_model_wrote_is_not_trained_on_unasked(heal: Healer, dense: Path) -> None:
     assert heal.shell.prune(dense, "--sparsity", "0.5", "--calibration", "self")[0] == 0
     said = heal.shell.run("heal", "out", "--quiet")[2]

@@ -502,3 +502,14 @@ def test_what_generate_begins_with_is_read_before_anything_is_pruned(shell: Shel
     message = shell.refused(directory)
     assert message.startswith(f"{directory / 'generation_config.json'} is refused by transformers (")
     assert message.endswith("; mend or remove it")
+
+
+def test_a_page_of_terms_stays_where_it_is_and_the_report_says_so(prune: Prune, dense: Path, tmp_path: Path) -> None:
+    """A browser runs what is in it, and `push` would publish it beside our own page."""
+    directory = Path(shutil.copytree(dense, tmp_path / "model"))
+    for name in ("LICENSE.html", "policy report.HTM", "LICENSE"):
+        (directory / name).write_text("<script>alert(1)</script>")
+    report = prune(directory, tmp_path / "out")
+    assert (tmp_path / "out" / "LICENSE").exists()
+    assert not [path for path in (tmp_path / "out").iterdir() if path.suffix.lower() in (".html", ".htm")][1:]
+    assert sum("a page that may have scripts, is not in the result" in note for note in report["notes"]) == 2
