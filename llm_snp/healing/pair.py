@@ -24,7 +24,7 @@ from ..documents.writing import read_report
 from ..errors import CheckpointError, OptionError, SnpError, UnsupportedModelError
 from ..families import FAMILIES
 from ..result.origin import COPIED, ancestors, find_dense, is_dense_of
-from ..system.manifest import changed, faults, has_report, manifest
+from ..system.manifest import changed, check_weights, faults, has_report, manifest
 from ..system.private import public_name
 from .options import HealConfig
 
@@ -86,6 +86,7 @@ def find_pair(options: HealConfig) -> Pair:
     """
     directory = Path(options.directory).expanduser()
     report = read_report(directory)
+    check_weights(directory, report)
     if wrong := faults(*changed(directory, _needed(directory, report))):
         raise CheckpointError(f"{directory} is not as it was written: {wrong}; restore that, or prune again")
     student = open_model(directory, public_name(directory))

@@ -20,7 +20,7 @@ from ..documents.shareable import shareable
 from ..documents.writing import CARD, PAGE, edited, read_report
 from ..errors import CheckpointError, HubError, ReplacedError
 from ..system.files import digest, digest_of_bytes
-from ..system.manifest import FILES, REPORT, changed, faults, manifest, some, strays
+from ..system.manifest import FILES, REPORT, changed, check_weights, faults, manifest, some, strays
 from ..version import __version__
 from .assembly import MODELING, own_code
 from .carried import SETTINGS, content_of, read_object, travels, without_code
@@ -126,6 +126,7 @@ def card_is_edited(directory: Path) -> bool:
 
 def _files(directory: Path, report: dict[str, Any]) -> dict[str, Path | bytes]:
     """What a result consists of, by name in the repository. Raises `CheckpointError` if it is not as it was written."""
+    check_weights(directory, report)
     files = {name: found for name, found in manifest(directory, report).items() if name != CARD}
     index = directory / SAFE_WEIGHTS_INDEX_NAME
     try:

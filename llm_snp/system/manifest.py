@@ -132,6 +132,16 @@ def changed(directory: Path, files: Mapping[str, str | None]) -> tuple[list[str]
     return missing, other
 
 
+def check_weights(directory: Path, report: Mapping[str, Any]) -> None:
+    """Raise `CheckpointError` for weights that are none of the result's, and would be read in their place."""
+    first = directory / "model.safetensors"
+    if os.path.lexists(first) and first.name not in manifest(directory, report):
+        raise CheckpointError(
+            f"{first} is no file of the result, and would be read in place of its weights; move it into a directory of "
+            "its own"
+        )
+
+
 def strays(directory: Path) -> list[str]:
     """The files of a result's directory that no run wrote, or that were changed since.
 

@@ -158,6 +158,20 @@ def test_weights_that_have_changed_since_they_were_hashed_are_not_trained(
     assert said == f"{result / shard} has changed since it was first read; put back the file as it was"
 
 
+@pytest.mark.parametrize("command", ["heal", "export", "bench", "push"])
+def test_weights_beside_a_result_are_not_taken_for_its_own(
+    heal: Healer, pruned: Path, tmp_path: Path, command: str
+) -> None:
+    """transformers, and all that reads as it does, would take `model.safetensors` before the listed shards."""
+    result = Path(shutil.copytree(pruned, tmp_path / "there"))
+    shutil.copy(min(path for path in result.glob("*.safetensors")), result / "model.safetensors")
+    more = {"export": ["--gguf", "there.gguf"], "push": ["ann/there"], "heal": ["--text", str(heal.corpus)]}
+    code, _, err = heal.shell.run(command, result, *more.get(command, []))
+    assert code == 2
+    assert "is no file of the result, and would be read in place of its weights; move it" in err
+    assert not Path("there.gguf").exists()
+
+
 def test_other_ways_to_train_that_the_environment_asks_for_are_refused(
     heal: Healer, pruned: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

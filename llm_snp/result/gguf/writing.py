@@ -23,7 +23,7 @@ from ...documents.writing import read_report
 from ...errors import CheckpointError, DiskFullError, UnsupportedModelError
 from ...families import FAMILIES, Family
 from ...system.files import disk, size, written_aside
-from ...system.manifest import changed, faults, has_report, manifest
+from ...system.manifest import changed, check_weights, faults, has_report, manifest
 from ...system.private import public_name
 from ...system.progress import Progress
 from ...version import __version__
@@ -106,8 +106,10 @@ def _family(directory: Path, config: Any, reported: bool) -> Family:
 
 def _check_files(directory: Path, report: dict[str, Any]) -> None:
     """Raise `CheckpointError` if weights or config are not as they were written."""
+    check_weights(directory, report)
     files = manifest(directory, report)
-    missing, other = changed(directory, {name: files[name] for name in files if name.endswith(".safetensors")})
+    read = [name for name in files if name.endswith(".safetensors") or name == "config.json"]
+    missing, other = changed(directory, {name: files[name] for name in read})
     if wrong := faults(missing, other):
         raise CheckpointError(
             f"{directory} is not as it was written: {wrong}; restore that, or prune again (a model that was "
