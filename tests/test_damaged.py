@@ -62,6 +62,7 @@ def configured(model: Path, **fields: Any) -> Path:
         ({"num_hidden_layers": True}, "num_hidden_layers is True in "),
         ({"head_dim": 0}, "head_dim is 0 in "),
         ({"head_dim": -64}, "head_dim is -64 in "),
+        ({"sliding_window": "x"}, "sliding_window is 'x' in "),
         ({"num_attention_heads": "4"}, "expected int, got str"),
         ({"dtype": "int8"}, "dtype is 'int8' in "),
         ({"dtype": 16}, "dtype is 16 in "),

@@ -29,6 +29,7 @@ SIZES = (
     *("num_experts", "num_local_experts", "num_experts_per_tok"),
     *("num_attention_heads", "n_head", "num_key_value_heads", "num_kv_heads", "head_dim"),
     *("vocab_size", "max_position_embeddings", "n_positions"),
+    "sliding_window",
 )
 # Far beyond any model there is: torch counts in 64 bits, and products of two sizes must fit.
 MOST = 2**31
@@ -61,8 +62,9 @@ def checked_config(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
         most = MOST_BLOCKS if name in BLOCKS else MOST
         if not isinstance(value, int) or isinstance(value, bool):
             raise CheckpointError(f"{name} is {shown(value)} in {path}; expected int, got {type(value).__name__}")
-        if not 1 <= value <= most:
-            raise CheckpointError(f"{name} is {shown(value)} in {path}; it must be at least 1 and at most {most}")
+        least = 0 if name == "sliding_window" else 1  # there, some say 0 for none
+        if not least <= value <= most:
+            raise CheckpointError(f"{name} is {shown(value)} in {path}; it must be at least {least} and at most {most}")
     for name in ("dtype", "torch_dtype"):
         value = fields.get(name)
         if value is None:
