@@ -7,6 +7,7 @@ import re
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from ..dense.hub import load_config
 from ..dense.whole import whole_model
 from ..errors import CheckpointError, DeviceMemoryError, UnsupportedModelError, at_least, first_line
 from ..system.device import device_facts
+from ..system.libraries import explained
 from .clock import timed
 from .widths import Mlp, WidthTiming, head_dims, mlp_of
 
@@ -168,7 +170,8 @@ class _Bench:
         found: dict[str, list[Run]] = {which: [] for which in self.models}
         for round_ in range(1 + self.runs):
             for which, model in self.models.items():
-                run = self._once(model)
+                with explained(partial(self._refusal, which)):
+                    run = self._once(model)
                 if round_ > 0:
                     found[which].append(run)
                 self.step()
@@ -181,6 +184,10 @@ class _Bench:
             **{which: self._figures(model, found[which]) for which, model in self.models.items()},
             "notes": self.notes + (doubts(found["dense"], found["pruned"]) if "dense" in found else []),
         }
+
+    def _refusal(self, which: str, cause: str) -> CheckpointError:
+        """A config may have fields that only the cache reads."""
+        return CheckpointError(f"the {which} model cannot generate, so its speed cannot be measured ({cause})")
 
     @torch.inference_mode()
     def _once(self, model: Any) -> Run:

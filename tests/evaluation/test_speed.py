@@ -376,6 +376,15 @@ def test_bench_against_another_model_keeps_nothing(
     assert (result / "report.json").read_bytes() == before
 
 
+def test_a_model_that_cannot_generate_is_told_in_a_sentence(result: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*arguments: Any, **options: Any) -> None:
+        raise TypeError("new(): invalid data type 'str'")
+
+    monkeypatch.setattr("llm_snp.evaluation.speed._Bench._decode", refused)
+    with pytest.raises(CheckpointError, match=r"the \w+ model cannot generate, so its speed cannot be measured \(new"):
+        run_bench(result, "--prompt", 8)
+
+
 def test_bench_says_beforehand_that_it_cannot_store_the_figures(
     result: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
