@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from perplexity import aligned, check_files, code_state, markdown_table, provenance, write_json
-from quality import Bench
+from quality_bench import Bench, add_arguments
 from quality_results import Row
 from transformers.utils import logging
 
@@ -110,17 +110,10 @@ def page(data: dict[str, Any]) -> str:
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("model", metavar="MODEL", help="Hub id or directory of a mixture whose blocks all have experts")
-    p.add_argument("--calibration", required=True, action="append", metavar="TEXT", help="as llm_snp takes it")
-    p.add_argument("--evaluate", required=True, action="append", metavar="TEXT", help="like --calibration; repeatable")
+    add_arguments(p)
     p.add_argument("--gone", type=int, nargs="+", default=[2, 4], metavar="N", help="experts of a block that go")
-    p.add_argument("--samples", type=int, default=128, metavar="N", help="calibration windows (default: 128)")
-    p.add_argument("--sequence-length", type=int, default=2048, metavar="T", help="tokens per window (default: 2048)")
-    p.add_argument("--max-windows", type=int, metavar="N", help="evaluate on the first N windows only")
-    p.add_argument("--seed", type=int, default=0, help="seed of everything random but the draws (default: 0)")
     p.add_argument("--json", type=Path, metavar="FILE", help="write the results there, after each number of experts")
     p.add_argument("--markdown", type=Path, metavar="FILE", help="write the table as Markdown")
-    p.add_argument("--quiet", action="store_true", help="print the table only")
-    p.set_defaults(device="auto", dtype="auto", own_text=0, evaluation_length=None, speed=False)
     return p
 
 

@@ -30,7 +30,7 @@ from typing import Any
 import quality
 import torch
 from perplexity import aligned, code_state, load, markdown_table, provenance, write_json
-from quality_bench import Bench
+from quality_bench import Bench, add_arguments
 from real import OWN_TEXT
 from torch import nn
 from transformers.utils import logging
@@ -230,22 +230,16 @@ def page(data: dict[str, Any]) -> str:
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("model", metavar="MODEL", help="Hub id or directory of a model with the layers of Llama")
-    p.add_argument("--calibration", required=True, action="append", metavar="TEXT", help="as llm_snp takes it")
-    p.add_argument("--evaluate", required=True, action="append", metavar="TEXT", help="like --calibration; repeatable")
+    add_arguments(p)
     p.add_argument("--sparsity", type=float, default=0.3, metavar="S", help="the budget (default: 0.3)")
-    p.add_argument("--samples", type=int, default=128, metavar="N", help="calibration windows (default: 128)")
-    p.add_argument("--sequence-length", type=int, default=2048, metavar="T", help="tokens per window (default: 2048)")
-    p.add_argument("--seed", type=int, default=0, help="seed of the windows (default: 0)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:i (default: auto)")
     p.add_argument("--dtype", default="auto", choices=DTYPES, help="type to compute in (default: auto)")
-    p.add_argument("--max-windows", type=int, metavar="N", help="evaluate on the first N windows only")
     p.add_argument(
         "--own-text", type=int, default=OWN_TEXT, metavar="N", help="as for quality.py (default: %(default)s)"
     )
     p.add_argument("--json", type=Path, metavar="FILE", help="write the results there, after each row")
     p.add_argument("--markdown", type=Path, metavar="FILE", help="write the table as Markdown")
-    p.add_argument("--quiet", action="store_true", help="print the table only")
-    p.set_defaults(evaluation_length=None, speed=False, jobs=1, plot=None)
+    p.set_defaults(jobs=1, plot=None)
     return p
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 from perplexity import aligned, check_files, code_state, provenance
-from quality_bench import Bench, measured_all
+from quality_bench import Bench, add_arguments, measured_all
 from quality_results import Results, Row, all_rows, rows_matching
 from quality_table import cells, heading, markdown, plot, verdict
 from transformers.utils import logging
@@ -58,13 +58,8 @@ def fill(bench: Bench, results: Results, rows: Sequence[Row], progress: Progress
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("model", metavar="MODEL", help="Hub id or directory")
-    p.add_argument(
-        "--calibration", required=True, action="append", metavar="TEXT", help="as llm_snp takes it; repeatable"
-    )
-    p.add_argument("--evaluate", required=True, action="append", metavar="TEXT", help="like --calibration; repeatable")
+    add_arguments(p)
     p.add_argument("--sparsity", type=float, nargs="+", default=[0.2, 0.3, 0.4, 0.5], metavar="S", help="the budgets")
-    p.add_argument("--samples", type=int, default=128, metavar="N", help="calibration windows (default: 128)")
-    p.add_argument("--sequence-length", type=int, default=2048, metavar="T", help="tokens per window (default: 2048)")
     p.add_argument(
         "--evaluation-length",
         type=int,
@@ -72,12 +67,8 @@ def parser() -> argparse.ArgumentParser:
         help="tokens per window of the --evaluate texts, to compare calibrations in windows of other lengths (default: "
         "those of --sequence-length)",
     )
-    p.add_argument("--seed", type=int, default=0, help="seed of everything random (default: 0)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:i (default: auto)")
     p.add_argument("--dtype", default="auto", choices=DTYPES, help="type to compute in (default: auto)")
-    p.add_argument(
-        "--max-windows", type=int, metavar="N", help="evaluate on the first N windows only, for a quick look"
-    )
     p.add_argument(
         "--own-text",
         type=int,
@@ -102,7 +93,6 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--over-dense", action="store_true", help="table of nats per token over the dense model instead of perplexities"
     )
-    p.add_argument("--quiet", action="store_true", help="print the table only")
     return p
 
 

@@ -49,6 +49,22 @@ PROMPT, NEW = 256, 64  # tokens that --speed reads and writes
 _bench: Bench  # of a process of --jobs
 
 
+def add_arguments(p: argparse.ArgumentParser) -> None:
+    """The flags that every script with a `Bench` has, and the defaults of those that it may leave out."""
+    p.add_argument(
+        "--calibration", required=True, action="append", metavar="TEXT", help="as llm_snp takes it; repeatable"
+    )
+    p.add_argument("--evaluate", required=True, action="append", metavar="TEXT", help="like --calibration; repeatable")
+    p.add_argument("--samples", type=int, default=128, metavar="N", help="calibration windows (default: 128)")
+    p.add_argument("--sequence-length", type=int, default=2048, metavar="T", help="tokens per window (default: 2048)")
+    p.add_argument("--seed", type=int, default=0, help="seed of everything random (default: 0)")
+    p.add_argument(
+        "--max-windows", type=int, metavar="N", help="evaluate on the first N windows only, for a quick look"
+    )
+    p.add_argument("--quiet", action="store_true", help="print the table only")
+    p.set_defaults(device="auto", dtype="auto", own_text=0, evaluation_length=None, speed=False)
+
+
 class Bench:
     """A checkpoint with its calibration and evaluation windows, read once for all rows."""
 

@@ -112,6 +112,11 @@ def expected_tensors(model: nn.Module) -> tuple[dict[str, tuple[int, ...]], dict
     return shapes, tied, [*harmless, *BUFFERS]
 
 
+def is_beside(name: str) -> bool:
+    """Whether a file that another one names lies beside that: a plain name, on every system."""
+    return PurePosixPath(name).name == name and PureWindowsPath(name).name == name
+
+
 def check_weight_name(file: Any, index: Path) -> str:
     """The name of a weight file in an index: a plain one, of a file beside it. Raises `CheckpointError` for a path.
 
@@ -120,7 +125,7 @@ def check_weight_name(file: Any, index: Path) -> str:
     """
     if not isinstance(file, str) or "\0" in file or file in ("", ".", ".."):
         raise CheckpointError(f"{index} names {shown(file)} as a weight file; expected the name of one beside it")
-    if PurePosixPath(file).name != file or PureWindowsPath(file).name != file:
+    if not is_beside(file):
         raise CheckpointError(
             f"{index} names {shown(file)} as a weight file, which is a path; only files beside the index are read"
         )

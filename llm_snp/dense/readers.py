@@ -11,13 +11,14 @@ import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import IO, Any
 
 from ..errors import CorpusError, HubError
 from ..system.files import digest
 from ..system.libraries import explained, parse_json
 from ..system.plain import encodable
+from .claims import is_beside
 
 # A line is read in pieces of so many characters at most, and of JSON it may have so many in all.
 PIECE, LONGEST_LINE = 1 << 20, 1 << 28
@@ -213,7 +214,7 @@ def _check_data_files(path: Path) -> None:
     lists = [value for value in fields.values() if isinstance(value, list)] if isinstance(fields, dict) else []
     for entry in (entry for found in lists for entry in found if isinstance(entry, dict)):
         name = entry.get("filename")
-        if isinstance(name, str) and (PurePosixPath(name).name != name or PureWindowsPath(name).name != name):
+        if isinstance(name, str) and not is_beside(name):
             raise CorpusError(f"{state} names {name!r} as a file of the dataset; only files beside it are read")
 
 

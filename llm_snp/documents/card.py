@@ -22,7 +22,9 @@ TASK = "text-generation"
 NOT_IN_VLLM = ("falcon", "gpt2", "mixtral", "qwen2_moe", "qwen3_moe", "olmoe")
 BLOCKWISE_IN_GGUF, NO_HEAD_WIDTH = ("llama", "mistral", "qwen2"), ("qwen2",)
 CODE_SPAN = frozenset("`|<[")  # with these a command in a table would end, or be more than a command
-ADDRESS, UNSEEN = re.compile(r":(?=//)|\bwww(?=\.)|(?<=\S)@(?=\S)|\b(mailto|xmpp)(?=:)", re.I), "\u2060"  # word joiner
+# What an address has, which is made a link of; and a word joiner, with which it is none.
+ADDRESS = re.compile(r":(?=//)|\bwww(?=\.)|(?<=\S)@(?=\S)|\b(mailto|xmpp)(?=:)", re.IGNORECASE)
+UNSEEN = "\u2060"
 PLOT = re.compile(r"^!\[(.*)\]\((plots/[^)]+)\)$", re.MULTILINE)
 
 

@@ -15,8 +15,6 @@ from .files import disk, size
 from .manifest import JOURNAL, REPORT, has_report, is_result, some, strays, strays_of_partial
 from .owned import is_ours, was_put_aside
 
-PARTIAL = ".partial"
-
 
 def check_output(output: Path, overwrite: bool) -> None:
     """Raise `OutputError` unless `output` can become a result: absent, empty, or an earlier one with `overwrite`."""
@@ -24,7 +22,7 @@ def check_output(output: Path, overwrite: bool) -> None:
         resolved = output.resolve()
         if os.path.ismount(resolved):
             raise OutputError(f"--output {output} is a mount point, which cannot be replaced; give a directory in it")
-        partial = resolved.with_name(resolved.name + PARTIAL)
+        partial = partial_of(resolved)
         if os.path.lexists(partial) and not is_ours(partial):
             raise in_the_way(partial)
         parent = next(path for path in resolved.parents if path.exists())
@@ -49,7 +47,7 @@ def check_output(output: Path, overwrite: bool) -> None:
 def check_partial(output: Path) -> None:
     """Raise `OutputError` if the directory of an unfinished run, which is emptied or renamed, has more than that."""
     resolved = output.resolve()
-    partial = resolved.with_name(resolved.name + PARTIAL)
+    partial = partial_of(resolved)
     if partial.is_dir() and (others := strays_of_partial(partial)):
         raise OutputError(
             f"{partial}, where an unfinished run is kept, has files that no run of llm_snp wrote ({some(others)}); "
@@ -70,7 +68,7 @@ def check_harmless(output: Path, inputs: Mapping[Path, bool]) -> None:
     """
     with disk(output):
         resolved = output.resolve()
-        places = (resolved, resolved.with_name(resolved.name + PARTIAL), aside_of(resolved))
+        places = (resolved, partial_of(resolved), aside_of(resolved))
         for path, closed in inputs.items():
             real = path.resolve()
             # A file may lie elsewhere than the directory that has its name.
@@ -105,6 +103,11 @@ def check_space(directory: Path, needed: int) -> None:
             f"the result needs up to {size(needed)}, but the disk of {existing} has {size(free)} free; give --output "
             "on another disk"
         )
+
+
+def partial_of(output: Path) -> Path:
+    """Where a result grows."""
+    return output.with_name(output.name + ".partial")
 
 
 def aside_of(output: Path) -> Path:

@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from ..errors import OutputError
 from .files import disk, write_text
 from .manifest import JOURNAL, empty_partial, is_result, remove_own
-from .output import PARTIAL, aside_of, check_aside, check_harmless, check_output, check_partial, in_the_way
+from .output import aside_of, check_aside, check_harmless, check_output, check_partial, in_the_way, partial_of
 from .owned import LOCK, OWNER, REPLACES, has_owner, is_ours, was_put_aside
 
 BLOCKS = "block-*.json"
@@ -39,7 +39,7 @@ class Workspace:
     def __init__(self, output: Path, overwrite: bool, resume: bool, inputs: Mapping[Path, bool] | None = None):
         # A symbolic link stays one: what it points to is replaced.
         self.output = output.resolve()
-        self.directory = self.output.with_name(self.output.name + PARTIAL)
+        self.directory = partial_of(self.output)
         self.journal = self.directory / JOURNAL
         self.resumed = False  # whether there is something of an interrupted run to go on with
         self.finished = False  # whether the result has its name
