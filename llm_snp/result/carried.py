@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
@@ -128,7 +128,9 @@ class Carried:
         found += sorted(path for path in (directory / TEMPLATES).glob("*.jinja") if path.is_file())
         found += sorted(path for path in directory.iterdir() if _is_terms(path))
         self.files = {path.relative_to(directory).as_posix(): self._read(path) for path in found}
-        self.pages = sorted(path.name for path in directory.iterdir() if _names_terms(path, PAGES))
+        self.pages = sorted(
+            path.name for path in directory.iterdir() if _called_terms(path) and path.suffix.lower() in PAGES
+        )
 
     def _read(self, path: Path) -> bytes:
         if not (encodable(path.name) and path.name.isprintable()):
@@ -251,6 +253,9 @@ def _is_terms(path: Path) -> bool:
     return _names_terms(path) and path.is_file() and path.stat().st_size <= LARGEST_TERMS
 
 
-def _names_terms(path: PurePath, endings: Container[str] = TERMS_ENDINGS) -> bool:
-    fits = TERMS.fullmatch(path.name) and not NO_TERMS.search(path.name)
-    return bool(fits) and (path.suffix.lower() in endings or (endings == TERMS_ENDINGS and path.suffix[1:].isdecimal()))
+def _names_terms(path: PurePath) -> bool:
+    return _called_terms(path) and (path.suffix.lower() in TERMS_ENDINGS or path.suffix[1:].isdecimal())
+
+
+def _called_terms(path: PurePath) -> bool:
+    return TERMS.fullmatch(path.name) is not None and NO_TERMS.search(path.name) is None
