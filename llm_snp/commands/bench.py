@@ -53,7 +53,7 @@ def main(args: argparse.Namespace) -> None:
 
     Raises `SnpError` for what cannot be measured.
     """
-    from ..documents.writing import check_there, read_report, write_documents
+    from ..documents.writing import read_report, write_documents
     from ..evaluation.speed import measure_speed, measurements
     from ..evaluation.speed_table import speed_table
     from ..system.device import resolve_device, resolve_dtype
@@ -85,7 +85,6 @@ def main(args: argparse.Namespace) -> None:
         if dense is None and "dense" in own.get("speed", {}):
             print(f"kept     the earlier figures in {directory}, which compare with the dense model")
             return
-        check_there(directory, own)
         write_documents(directory, own | {"speed": speed})
         print(f"stored   in the report of {directory}")
 

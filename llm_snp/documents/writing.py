@@ -25,8 +25,10 @@ PAGE = "report.html"
 PAGE_MARKS = (b'<meta name="generator" content="llm_snp">', b": report of the pruning</title>")
 
 
-def write_documents(directory: Path, report: dict[str, Any]) -> list[Path]:
+def write_documents(directory: Path, report: dict[str, Any], new: bool = False) -> list[Path]:
     """Write plots/*.png, report.html, README.md and report.json; returns the paths of what was written.
+
+    new: `directory` becomes a result by it; else it has that of which the report is.
 
     They are made as a whole, and written aside, before the first takes its name: a failure leaves those that were
     there. What a person has edited since it was written here, or has put there, is left alone. Sets `report["card"]`,
@@ -35,6 +37,8 @@ def write_documents(directory: Path, report: dict[str, Any]) -> list[Path]:
     name is that of a file which the report does not list, or the report has what none can have; `ReplacedError` if
     another result has come into the place of the one that the report is of.
     """
+    if not new:
+        check_there(directory, report)
     plots = {plot_path(name): inside(directory, plot_path(name)) for name in PLOTS}
     files = manifest(directory, report)
     others = {name for name in (*plots, PAGE) if name not in files and os.path.lexists(directory / name)}
@@ -48,7 +52,7 @@ def write_documents(directory: Path, report: dict[str, Any]) -> list[Path]:
         titles = [(plot.title, plot_path(name)) for name, plot in PLOTS.items() if plot_path(name) in made]
         made[CARD] = model_card(public, plots=titles).encode()
         report["card"] = digest_of_bytes(made[CARD])
-    if (directory / REPORT).exists() and (taken := sorted(others.intersection(made))):
+    if not new and (taken := sorted(others.intersection(made))):
         raise OutputError(f"{directory / taken[0]} is none that a run of llm_snp wrote, and in its way; move it")
     for name in [one for one in (*plots, PAGE) if one in made and files.get(one)]:
         if edited(directory / name, files[name]):
@@ -57,7 +61,7 @@ def write_documents(directory: Path, report: dict[str, Any]) -> list[Path]:
     old = set(gone).difference(*changed(directory, gone))
     files = {name: found for name, found in files.items() if name not in gone}
     files |= {name: digest_of_bytes(content) for name, content in made.items()}
-    if (directory / REPORT).exists():  # drawing takes a while
+    if not new:  # drawing takes a while
         check_there(directory, report)
     report[FILES] = _with_hashes(directory, files)
     public |= {"card": report.get("card"), FILES: report[FILES]}

@@ -36,7 +36,7 @@ def finish(
         list_in_partial(directory, (CARD, PAGE, *map(plot_path, PLOTS)))
     try:
         with explained(lambda why: OutputError(f"the documents of the result cannot be made ({why}); {anew}")):
-            write_documents(directory, report)
+            write_documents(directory, report, new=True)
     finally:  # whatever the documents have met, the result is whole, and `report DIR` makes them anew
         if not (directory / REPORT).exists():
             write_report(directory, report)

@@ -63,7 +63,6 @@ def afterwards(job: Job, report: dict[str, Any], progress: Progress) -> dict[str
 
 
 def _write(job: Job, report: dict[str, Any], progress: Progress, phase: str) -> None:
-    check_there(job.output, report)
     report["seconds"][phase] = round(progress.seconds[phase], 3)
     write_documents(job.output, report)
 

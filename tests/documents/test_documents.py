@@ -482,7 +482,7 @@ def test_the_smallest_text_has_eleven_pixels_on_a_phone() -> None:
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("documents") / "result"
     directory.mkdir()
-    write_documents(directory, made_up())
+    write_documents(directory, made_up(), new=True)
     return directory
 
 
@@ -545,7 +545,7 @@ def test_an_earlier_report_that_does_not_name_its_code_is_read_all_the_same(resu
 
 def test_a_card_without_a_report_is_of_a_run_that_was_killed(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("half\n")
-    write_documents(tmp_path, made_up())
+    write_documents(tmp_path, made_up(), new=True)
     assert "half" not in (tmp_path / "README.md").read_text()
 
 

@@ -226,7 +226,7 @@ def test_a_damaged_report_is_one_sentence(
 
 
 def test_a_failure_leaves_the_documents_that_were_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_documents(tmp_path, made_up())
+    write_documents(tmp_path, made_up(), new=True)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     other = with_measurements(read_report(tmp_path))
 

@@ -199,7 +199,7 @@ def test_a_report_of_a_model_that_knows_nothing_can_be_read(
 def test_documents_that_fail_leave_a_whole_result(
     shell: Shell, dense: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, sentence: str
 ) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise error
 
     with monkeypatch.context() as patch:
@@ -218,22 +218,29 @@ def test_documents_that_fail_leave_a_whole_result(
     assert (shell.output / "README.md").exists()
 
 
+@pytest.mark.parametrize("how", ["replaced", "gone", "moved"])
 def test_a_report_drawn_anew_is_not_written_over_another_result(
-    shell: Shell, prune: Prune, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shell: Shell, prune: Prune, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    """Another terminal prunes into the same place while the plots are drawn."""
+    """Another terminal prunes into the same place, or moves the result, while the plots are drawn."""
     assert shell.prune(dense)[0] == 0
     other = save(tiny_opt(seed=1), tmp_path / "other")
     there: dict[str, bytes] = {}
 
     def page(report: dict[str, Any]) -> str:
         monkeypatch.setattr("llm_snp.documents.writing.html_page", html_page)
-        prune(other, shell.output, overwrite=True)
-        there.update({path.name: path.read_bytes() for path in shell.output.iterdir() if path.is_file()})
+        if how == "replaced":
+            prune(other, shell.output, overwrite=True)
+            there.update({path.name: path.read_bytes() for path in shell.output.iterdir() if path.is_file()})
+        else:
+            shell.output.rename(tmp_path / "elsewhere")
+        if how == "gone":
+            shell.output.mkdir()
         return html_page(report)
 
     monkeypatch.setattr("llm_snp.documents.writing.html_page", page)
     code, out, err = shell.run("report", shell.output)
     assert (code, out) == (2, "")
     assert err.startswith(f"llm_snp: {shell.output} has another result by now, or none: it was replaced or moved")
-    assert {path.name: path.read_bytes() for path in shell.output.iterdir() if path.is_file()} == there
+    assert shell.output.exists() == (how != "moved")
+    assert {path.name: path.read_bytes() for path in shell.output.glob("*") if path.is_file()} == there
