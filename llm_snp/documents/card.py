@@ -25,6 +25,8 @@ CODE_SPAN = frozenset("`|<[")  # with these a command in a table would end, or b
 # What an address has, which is made a link of; and a word joiner, with which it is none.
 ADDRESS = re.compile(r":(?=//)|\bwww(?=\.)|(?<=\S)@(?=\S)|\b(mailto|xmpp)(?=:)", re.IGNORECASE)
 UNSEEN = "\u2060"
+# How a heading, quotation, list, rule or block of code begins: where a backslash makes text of it.
+BLOCK = re.compile(r"^(?=#+(\s|$)|>|[-+*](\s|$)|~~~|([-_*]\s*){3,}$|=+\s*$)|^\d+(?=[.)](\s|$))")
 PLOT = re.compile(r"^!\[(.*)\]\((plots/[^)]+)\)$", re.MULTILINE)
 
 
@@ -38,7 +40,10 @@ def model_card(report: dict[str, Any], name: str | None = None, plots: Sequence[
     name = name or report["output"]
     title = name.rsplit("/", 1)[-1]
     metadata = _metadata(report, title)
-    report = _as_text(report)
+    report, as_code = _as_text(report), report
+    report["command"] = as_code["command"]
+    for step, same in zip(report.get("healing", []), as_code.get("healing", []), strict=True):
+        step["command"] = same["command"]
     sections = [
         f"# {_as_text(title)}",
         _summary(report),
@@ -81,16 +86,15 @@ def _metadata(report: dict[str, Any], title: str) -> ModelCardData:
 
 
 def _as_text(content: Any) -> Any:
-    """A copy of a report whose texts Markdown takes for texts: no links, no HTML, no end of what is set as code.
+    """A copy of a report whose texts Markdown takes for texts: no links, HTML, headings or lists, and nothing is code.
 
-    Commands are code as a whole, one line, which ends nothing. Addresses, which the Hub makes links of as they are, get
-    a character in them that is not seen.
+    Addresses, which the Hub makes links of as they are, get a character in them that is not seen.
     """
     if isinstance(content, str):
-        plain = re.sub(r"[\\<\[]", r"\\\g<0>", " ".join(content.replace("`", "'").splitlines()))
-        return ADDRESS.sub(rf"\g<0>{UNSEEN}", plain)
+        plain = re.sub(r"[\\<\[]", r"\\\g<0>", " ".join(content.replace("`", "'").split()))
+        return ADDRESS.sub(rf"\g<0>{UNSEEN}", BLOCK.sub(r"\g<0>\\", plain))
     if isinstance(content, dict):
-        return {_as_text(name): value if name == "command" else _as_text(value) for name, value in content.items()}
+        return {_as_text(name): _as_text(value) for name, value in content.items()}
     return [_as_text(one) for one in content] if isinstance(content, list) else content
 
 
@@ -211,7 +215,7 @@ def _perplexity(report: dict[str, Any]) -> str:
 
 def _healing(report: dict[str, Any]) -> str:
     parts = [
-        f"```\n{step['command']}\n```\n\n{healing_sentences(step)}\n\n"
+        f"{_code(step['command'])}\n\n{healing_sentences(step)}\n\n"
         + _table(("perplexity", "teacher", "before", "after"), healing_rows(step))
         for step in report.get("healing", [])
     ]
@@ -292,7 +296,13 @@ def _how_it_was_made(report: dict[str, Any]) -> str:
         f"{report['plan']['why']}. Errors of each layer, versions and times are in `report.json`. The method is that "
         "of *Subspace Node Pruning* (arXiv 2405.17506) and, where the options above say so, the extensions of llm_snp."
     )
-    return f"## How it was made\n\n```\n{report['command']}\n```\n\n{made}{_listed(report['notes'])}"
+    return f"## How it was made\n\n{_code(report['command'])}\n\n{made}{_listed(report['notes'])}"
+
+
+def _code(line: str) -> str:
+    """A line set as code, between marks that are longer than any in it: it may be one of them."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", line)), default=0))
+    return f"{fence}\n{line}\n{fence}"
 
 
 def _named(calibration: dict[str, Any]) -> str:

@@ -32,7 +32,7 @@ from ..system.private import public_name
 from ..version import __version__
 from .healing import healing_line
 from .lineage import dense_base, parents
-from .shareable import before, command_line
+from .shareable import before, command_line, printable
 from .steps import steps_lines
 
 FORMAT = 1
@@ -284,7 +284,8 @@ def block_line(data: dict[str, Any]) -> str:
 
 
 def summary(data: dict[str, Any]) -> str:
-    """The table at the end of a run."""
+    """The table at the end of a run; each text of the report, which may be a stranger's, is within one line."""
+    data = printable(data)
     model, sparsity = data["model"], data["sparsity"]
     rows = [
         ("", before(data), "pruned", "change"),

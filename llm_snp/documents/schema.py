@@ -158,7 +158,7 @@ class Perplexities(_Part):
 
 class Measured(_Part):
     value: Number
-    stderr: Number | None
+    stderr: NotNegative | None
 
 
 class Metric(_Part):

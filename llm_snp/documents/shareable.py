@@ -6,11 +6,12 @@ import dataclasses
 import math
 import shlex
 from collections.abc import Iterable, Mapping
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
 from ..config import METHODS, PruneConfig, flag_of, judged_attention
-from ..system.private import HUB_ID, carried_words, public_name, public_text
+from ..system.private import HUB_ID, carried_words, public_name, public_text, public_words
 
 CORPORA = {  # Hub id, config and split of the texts that have a name: what is evaluated on
     "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "test"),
@@ -31,7 +32,7 @@ def shareable(report: dict[str, Any]) -> dict[str, Any]:
     What is no path stays: Hub ids, and the names of corpora. Of texts that have the same name then, also one from the
     Hub, the second gets "(2)", and so on. What cannot be printed is replaced, what a card cannot have is left out.
     """
-    report = _printable(report)
+    report = printable(report)
     model, options = report["model"], report["options"]
     kept = hub_id(model)
 
@@ -65,7 +66,7 @@ def shareable(report: dict[str, Any]) -> dict[str, Any]:
     model["card"] = carried_words(model.get("card") or {})
 
     def text(source: str, taken: Iterable[str] = ()) -> str:
-        names = [short := called(source), *(f"{short} ({i})" for i in range(2, len(report["evaluation"]) + 9))]
+        names = chain([short := called(source)], (f"{short} ({i})" for i in count(2)))
         return next(name for name in names if name not in taken and (name == source or name not in CORPORA))
 
     taken: list[str] = []
@@ -82,10 +83,23 @@ def shareable(report: dict[str, Any]) -> dict[str, Any]:
         report["harness"] = {last(task): found for task, found in report["harness"].items()}
     device = report["device"]
     report["command"] = command_line(report["options"], device.get("processes", 1), device.get("nodes", 1))
-    return report
+    without: dict[str, Any] = _without_places(report)
+    return without
 
 
-def _printable(content: Any) -> Any:
+def _without_places(content: Any) -> Any:
+    """A copy in which places, of whose texts there are none here by now, are reduced to their last component, too.
+
+    A report may be a stranger's, of an earlier version, or edited: other texts in it may name some.
+    """
+    if isinstance(content, str):
+        return public_words(content)
+    if isinstance(content, Mapping):
+        return {public_words(name): _without_places(value) for name, value in content.items()}
+    return [_without_places(one) for one in content] if isinstance(content, (list, tuple)) else content
+
+
+def printable(content: Any) -> Any:
     """A copy of something JSON-ready without characters that a page, a plot or a card cannot have.
 
     Each text is one line: more would be headings and lists of their own in a card. Numbers are as large as a report may
@@ -98,12 +112,12 @@ def _printable(content: Any) -> Any:
     if isinstance(content, Mapping):
         copied: dict[str, Any] = {}
         for name, value in content.items():
-            key = _printable(name)
+            key = printable(name)
             while key in copied:
                 key += "\ufffd"
-            copied[key] = _printable(value)
+            copied[key] = printable(value)
         return copied
-    return [_printable(one) for one in content] if isinstance(content, (list, tuple)) else content
+    return [printable(one) for one in content] if isinstance(content, (list, tuple)) else content
 
 
 def _named(model: Mapping[str, Any]) -> dict[str, Any]:

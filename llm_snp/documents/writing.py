@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import CheckpointError, OptionError, OutputError, ReplacedError
 from ..system.files import digest, digest_of_bytes, disk, inside, write_bytes, write_together
-from ..system.manifest import FILES, REPORT, changed, expect_result, is_result, manifest
+from ..system.manifest import FILES, REPORT, changed, expect_result, is_result, manifest, sealed
 from .card import model_card
 from .page import html_page
 from .plots import FOLDER, PLOTS, plot_images, plot_path
@@ -66,7 +66,7 @@ def write_documents(directory: Path, report: dict[str, Any], new: bool = False) 
     report[FILES] = _with_hashes(directory, files)
     public |= {"card": report.get("card"), FILES: report[FILES]}
     # Last: a directory with it is a result.
-    write_together(directory, made | {REPORT: (json.dumps(public, indent=2, allow_nan=False) + "\n").encode()})
+    write_together(directory, made | {REPORT: sealed(public)})
     with disk(directory / FOLDER):
         for name in old:
             plots[name].unlink(missing_ok=True)
@@ -90,8 +90,7 @@ def check_there(directory: Path, report: dict[str, Any]) -> None:
 def write_report(directory: Path, report: dict[str, Any]) -> None:
     """Write report.json alone, without which a directory is no result, where the other documents cannot be made."""
     report[FILES] = _with_hashes(directory, manifest(directory, report))
-    text = json.dumps(shareable(report) | {FILES: report[FILES]}, indent=2, allow_nan=False) + "\n"
-    write_bytes(directory / REPORT, text.encode())
+    write_bytes(directory / REPORT, sealed(shareable(report) | {FILES: report[FILES]}))
 
 
 def _with_hashes(directory: Path, files: Mapping[str, str | None]) -> dict[str, str]:

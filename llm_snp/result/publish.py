@@ -20,7 +20,7 @@ from ..documents.shareable import shareable
 from ..documents.writing import CARD, PAGE, edited, read_report
 from ..errors import CheckpointError, HubError, ReplacedError
 from ..system.files import digest, digest_of_bytes
-from ..system.manifest import FILES, REPORT, changed, check_weights, faults, manifest, some, strays
+from ..system.manifest import FILES, REPORT, changed, check_weights, faults, manifest, sealed, some, strays
 from ..version import __version__
 from .assembly import MODELING, own_code
 from .carried import SETTINGS, content_of, read_object, travels, without_code
@@ -116,7 +116,7 @@ def _expect(identities: dict[str, tuple[int, ...] | None], directory: Path, repo
 
 def left_here(directory: Path) -> list[str]:
     """The files in a result that `push` leaves where they are: no run wrote them."""
-    return [name for name in strays(directory) if name != CARD]
+    return [name for name in strays(directory) if name not in (CARD, REPORT)]
 
 
 def card_is_edited(directory: Path) -> bool:
@@ -208,7 +208,7 @@ def _documents(
     report[FILES] = files | {CARD: digest_of_bytes(documents[CARD])}
     if card is not None:  # so that the card of a downloaded copy is known as ours
         report["card"] = report[FILES][CARD]
-    return documents | {REPORT: (json.dumps(report, indent=2) + "\n").encode()}
+    return documents | {REPORT: sealed(report)}
 
 
 def _card(path: Path, report: dict[str, Any], repo: str) -> str | None:

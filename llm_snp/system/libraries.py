@@ -28,8 +28,10 @@ def explained(sentence: Callable[[str], SnpError]) -> Iterator[None]:
         yield
     except SnpError:
         raise
-    except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError":  # torch's, which takes a second to import
+    except BaseException as error:
+        # torch's, which takes a second to import; and a library of Rust that panics, which is no Exception.
+        name = type(error).__name__
+        if name == "OutOfMemoryError" or not (isinstance(error, Exception) or name == "PanicException"):
             raise
         raise sentence(reason(error)) from error
 

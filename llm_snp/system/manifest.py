@@ -14,11 +14,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..errors import CheckpointError
-from .files import digest, disk, temporary, whole, write_json, write_together
+from .files import digest, digest_of_json, disk, temporary, whole, write_json, write_together
 from .plain import encodable
 
 REPORT = "report.json"
 FILES = "files"  # of a report: name -> hash of everything beside it that is part of the result
+SEAL = "seal"  # of a report: hash of the rest of it, by which it is told whether somebody has changed that
 JOURNAL = ".llm_snp"  # folder of a run that goes on; in a result only until it has tidied up
 PRIVATE = ".cache/huggingface"
 MEMORY = f"{PRIVATE}/llm_snp.json"
@@ -53,6 +54,17 @@ def has_report(directory: Path) -> bool:
     except (OSError, ValueError, RecursionError):
         return True
     return is_result(directory)
+
+
+def sealed(report: Mapping[str, Any]) -> bytes:
+    """What report.json has of a report."""
+    content = {name: value for name, value in report.items() if name != SEAL}
+    return (json.dumps(content | {SEAL: digest_of_json(content)}, indent=2, allow_nan=False) + "\n").encode()
+
+
+def _as_written(report: Mapping[str, Any]) -> bool:
+    """Whether nobody has changed a report since; one of an earlier version does not tell."""
+    return SEAL not in report or digest_of_json({n: v for n, v in report.items() if n != SEAL}) == report[SEAL]
 
 
 def expect_directory(directory: Path) -> None:
@@ -143,17 +155,18 @@ def check_weights(directory: Path, report: Mapping[str, Any]) -> None:
 
 
 def strays(directory: Path) -> list[str]:
-    """The files of a result's directory that no run wrote, or that were changed since.
+    """The files of a result's directory, its report among them, that no run wrote, or that were changed since.
 
     Not those that were being written when a run was killed, under the name that they have until they are whole.
     """
     files = manifest(directory)
     half = {temporary(PurePosixPath(name)).as_posix() for name in (*files, REPORT, MEMORY, IGNORE)}
-    return [
+    others = [
         name
         for name in names_in(directory)
         if name not in half and (name not in files or not _is_own(directory / name, directory, files[name]))
     ]
+    return others if _as_written(_report(directory)) else [REPORT, *others]
 
 
 def _is_own(path: Path, directory: Path, expected: str | None) -> bool:
@@ -205,7 +218,7 @@ def remove_own(directory: Path) -> None:
     if is_result(directory):
         kept = set(strays(directory))
         # The report last: by it the rest is known, should this be killed.
-        for name in [*(name for name in names_in(directory) if name != REPORT), MEMORY, IGNORE, REPORT]:
+        for name in [*names_in(directory), MEMORY, IGNORE, REPORT]:
             if name not in kept:
                 with suppress(OSError):
                     (directory / name).unlink()

@@ -68,6 +68,11 @@ def check_harmless(output: Path, inputs: Mapping[Path, bool]) -> None:
     """
     with disk(output):
         resolved = output.resolve()
+        if _runs_in(resolved):
+            raise OutputError(
+                f"--output {output} is or holds the directory that this runs in, which a result would take the place "
+                "of; start elsewhere, or give another directory"
+            )
         places = (resolved, partial_of(resolved), aside_of(resolved))
         for path, closed in inputs.items():
             real = path.resolve()
@@ -90,6 +95,14 @@ def check_harmless(output: Path, inputs: Mapping[Path, bool]) -> None:
                 f"--output {output} has files that no run of llm_snp wrote, or that were changed since "
                 f"({some(others)}), and --overwrite would remove them; move them, or give another directory"
             )
+
+
+def _runs_in(directory: Path) -> bool:
+    """Whether the working directory is a directory or lies in it."""
+    try:
+        return directory.exists() and Path.cwd().is_relative_to(directory)
+    except FileNotFoundError:  # it is gone
+        return False
 
 
 def check_space(directory: Path, needed: int) -> None:

@@ -74,6 +74,17 @@ def public_text(given: str) -> str:
     return public_name(Path(given))
 
 
+def public_words(text: str) -> str:
+    """A text without the places and tokens among its words: a place is its last component, a token "hidden"."""
+
+    def public(word: str) -> str:
+        if not is_private(word):
+            return word
+        return short if not is_private(short := public_text(word)) else "hidden"
+
+    return public(text) if PLACE.fullmatch(text) else re.sub(r"\S+", lambda word: public(word[0]), text)
+
+
 def within(path: Path, directory: Path) -> bool:
     """Whether a file is in a directory when links are followed; those of the Hub's cache lead to its blobs."""
     target = path.resolve()

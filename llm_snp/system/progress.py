@@ -30,11 +30,16 @@ def harmless(text: str) -> str:
     return CONTROL.sub("\ufffd", text)
 
 
+def one_line(text: str) -> str:
+    """The same on one line: what stands on others would look like words of ours."""
+    return harmless(" ".join(text.splitlines()))
+
+
 def say(line: str) -> None:
-    """A line on standard error. Nothing depends on it: if nobody can read it, it is lost."""
+    """One line on standard error. Nothing depends on it: if nobody can read it, it is lost."""
     if sys.stderr is not None:
         with suppress(OSError):
-            print(harmless(line), file=sys.stderr, flush=True)
+            print(one_line(line), file=sys.stderr, flush=True)
 
 
 def in_terminal(stream: TextIO | None) -> bool:
@@ -90,7 +95,7 @@ class Progress:
         if in_terminal(sys.stderr):
             from tqdm import tqdm
 
-            tqdm.write(harmless(line), file=sys.stderr)
+            tqdm.write(one_line(line), file=sys.stderr)
         else:
             say(line)
 

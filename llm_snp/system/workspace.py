@@ -56,6 +56,7 @@ class Workspace:
                 self._acquire()
                 self._take_over(resume)
                 self._try_to_replace()
+                self._share_as_before()
             except BaseException:
                 # What was there before stays.
                 if self.directory in self._made:
@@ -120,6 +121,15 @@ class Workspace:
                 f"--output {self.output} is there and cannot be replaced ({error.strerror}); remove it, or give "
                 "another directory"
             ) from error
+
+    def _share_as_before(self) -> None:
+        """Let those read and write who can in what is replaced: a person may have made that for himself alone."""
+        if self.output.exists():
+            found = self.output.stat()
+            with suppress(OSError):  # of a group that one is not in
+                os.chown(self.directory, -1, found.st_gid)
+            with suppress(OSError):  # not every file system has modes
+                self.directory.chmod(stat.S_IMODE(found.st_mode) | stat.S_IRWXU)
 
     def _put_aside(self) -> None:
         """The earlier result, noted so that a run that is killed here is told from a person who has made the other."""

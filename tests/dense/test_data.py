@@ -268,3 +268,13 @@ def test_windows_that_the_model_writes(dense: Path) -> None:
     assert a.sha256 != c.sha256
     assert len({tuple(row) for row in a.tokens.tolist()}) == 5
     assert a.tokens[:, 1:].unique().numel() > 40
+    for name, value in (
+        ("max_time", 1e-9),
+        ("num_return_sequences", 4),
+        ("repetition_penalty", 9.0),
+        ("sequence_bias", [[[5], 100.0]]),
+        ("return_dict_in_generate", True),
+    ):
+        other = load(dense)
+        setattr(other.generation_config, name, value)
+        assert torch.equal(self_written(other, 5, LENGTH, 0, start=2, batch=3).tokens, a.tokens), name

@@ -6,12 +6,13 @@ import copy
 import json
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import Shell
+from markdown_it import MarkdownIt
 from test_documents import SHAPES, healed, made_up, with_measurements
 
 import llm_snp.documents.writing as writing
@@ -178,6 +179,112 @@ def test_what_a_stranger_s_report_says_of_others_is_text() -> None:
     body = card.split("\n---\n", 1)[1]
     assert "base_model" not in card
     assert not re.search(r"^# evil|(?<!\\)<script|(?<!\\)\[x\]|`code`", body, re.MULTILINE)
+
+
+def texts(content: Any, *path: Any) -> Iterator[tuple[Any, ...]]:
+    """The paths to all texts of a report."""
+    if isinstance(content, str):
+        yield path
+    pairs = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    for name, value in pairs:
+        yield from texts(value, *path, name)
+
+
+def put(report: dict[str, Any], path: Sequence[Any], value: str) -> bool:
+    """Put a text there, unless no report may have it there."""
+    holder: Any = report
+    for name in path[:-1]:
+        holder = holder[name]
+    old, holder[path[-1]] = holder[path[-1]], value
+    if fault(report):
+        holder[path[-1]] = old
+        return False
+    return True
+
+
+MARKUP = (
+    "```",
+    "<script>alert(1)</script> <img src=x onerror=alert(1)> [in](https://evil.example/login) ![](https://evil.example)",
+    "~~~~ https://evil.example www.evil.example ann@evil.example",
+    "x` <b>y</b> `[z](/etc) \\[z](/etc) \\<i>",
+    "`````` --- ``` | <br> |",
+    "# x",
+    "- [x]: https://evil.example",
+    "</pre></code><!-- ",
+)
+
+
+def structure(card: str) -> list[str]:
+    """What a card is to who renders it as GitHub and the Hub do, without its words: blocks, links, images, HTML."""
+    parser = MarkdownIt("gfm-like", {"html": True})
+    found = []
+    for token in parser.parse(card.split("\n---\n", 1)[1]):
+        found.append(token.type)
+        for part in token.children or ():
+            if part.type in ("link_open", "image", "html_inline"):
+                found.append(f"{part.type} {part.attrs}")
+    return found
+
+
+def test_no_text_of_a_report_is_markup_in_a_card() -> None:
+    """All texts of it are a stranger's where the report is: each alone, and all together, as one may open for another."""
+    paths = list(texts(full()))
+    expected = structure(model_card(full()))
+    assert "html_block" not in expected
+    assert not any(one.startswith(("link", "html")) for one in expected)
+    tried = 0
+    for first in range(len(MARKUP)):
+        report = full()
+        tried += sum(put(report, path, MARKUP[(first + i) % len(MARKUP)]) for i, path in enumerate(paths))
+        assert structure(model_card(report)) == expected
+    assert tried > 20 * len(MARKUP)
+    task = full()["harness"].popitem()[1]
+    found = {**task["metrics"]}.popitem()[1]
+    for text in MARKUP:  # a task or text that is called as a field of ours is
+        plain, report = full(), full()
+        for one, name, metric in ((plain, "task", "metric"), (report, "command", text)):
+            one["harness"] = {name: task | {"metrics": {metric: found}}}
+            one["evaluation"] = {name: one["evaluation"]["c4"]}
+        assert structure(model_card(report)) == structure(model_card(plain)), text
+    for path in paths:
+        for text in MARKUP:
+            report = full()
+            if put(report, path, text):
+                assert structure(model_card(report)) == expected, (path, text)
+
+
+def test_no_text_of_a_report_is_a_line_of_the_summary() -> None:
+    expected, report = summary(full()).count("\n"), full()
+    assert sum(put(report, path, "x\nload it  evil") for path in list(texts(report))) > 20
+    report["seconds"] = {"a\nload it  evil": 1.0}
+    assert summary(report).count("\n") == expected
+    assert not any(line.startswith("load it  evil") for line in summary(report).splitlines())
+
+
+def test_a_negative_error_is_damage() -> None:
+    report = full()
+    metric = next(iter(report["harness"].values()))["metrics"].popitem()[1]
+    metric["pruned"]["stderr"] = -0.1
+    next(iter(report["harness"].values()))["metrics"] = {"acc": metric}
+    assert "stderr" in fault(report)
+
+
+def test_texts_of_one_name_are_told_apart_however_many() -> None:
+    report = full()
+    text = {"windows": 1, "sha256": "0" * 64, "text_tokens": 9}
+    one = report["calibration"] | text
+    report["calibration"]["texts"] = [one | {"source": f"/data/{i}/train.txt"} for i in range(30)]
+    names = [text["source"] for text in shareable(report)["calibration"]["texts"]]
+    assert names == ["train.txt", *(f"train.txt ({i})" for i in range(2, 31))]
+
+
+@pytest.mark.parametrize("place", ["/home/ann/x", "at /scratch/a/b.txt, or so", "C:\\Users\\ann\\x", "hf_" + "a" * 34])
+def test_no_text_of_a_report_says_where_it_was_made(place: str) -> None:
+    report = full()
+    assert sum(put(report, path, place) for path in list(texts(report))) > 20
+    public = shareable(report)
+    assert not fault(public)
+    assert not re.search("/home/|/scratch|Users|hf_a", json.dumps(public) + model_card(report) + html_page(public))
 
 
 @pytest.mark.parametrize("where", ["calibration", "evaluate"])

@@ -205,6 +205,24 @@ def test_all_spellings_of_a_tokenizers_code(stranger: Path, auto_map: Any) -> No
     check_tokenizer_class(stranger)
 
 
+def test_a_tokenizer_need_not_know_every_word(dense: Path, tmp_path: Path) -> None:
+    """Texts of its words are all that it is for; `PROBE` has others."""
+    directory = Path(shutil.copytree(dense, tmp_path / "model"))
+    settings = json.loads((directory / "tokenizer.json").read_text())
+    words = {word: number for number, word in enumerate(("the", "city", "of"))}
+    settings |= {"model": {"type": "WordLevel", "vocab": words, "unk_token": "none"}, "added_tokens": []}
+    settings |= {"pre_tokenizer": {"type": "Whitespace"}, "normalizer": None, "post_processor": None, "decoder": None}
+    (directory / "tokenizer.json").write_text(json.dumps(settings))
+    change(directory / "tokenizer_config.json", bos_token=None, eos_token=None, unk_token=None, pad_token=None)
+    Carried(directory).check(load_tokenizer(directory))
+
+
+def test_a_tokenizer_that_makes_its_library_panic_is_a_sentence(shell: Shell, dense: Path, tmp_path: Path) -> None:
+    directory = Path(shutil.copytree(dense, tmp_path / "model"))
+    change(directory / "tokenizer.json", pre_tokenizer={"type": "FixedLength", "length": 0})
+    assert "has no tokenizer that loads (chunk size must be non-zero)" in shell.refused(directory)
+
+
 def test_a_token_whose_name_is_that_of_a_secret_is_not_dropped_silently(
     shell: Shell, dense: Path, tmp_path: Path
 ) -> None:

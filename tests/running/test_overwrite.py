@@ -17,7 +17,7 @@ from llm_snp.errors import CheckpointError, OutputError
 from llm_snp.pruning.job import open_job
 from llm_snp.running.inputs import inputs_of
 from llm_snp.system import owned
-from llm_snp.system.manifest import is_result, manifest, strays
+from llm_snp.system.manifest import is_result, manifest, sealed, strays
 from llm_snp.system.workspace import Workspace
 
 
@@ -155,6 +155,50 @@ def test_what_a_person_changed_in_a_result_is_not_removed(shell: Shell, result: 
     assert f"({path.name})" in refused(shell, dense, "--output", result, "--overwrite")
 
 
+def test_a_report_that_a_person_changed_is_not_removed(shell: Shell, result: Path, dense: Path) -> None:
+    path = result / "report.json"
+    before = path.read_text()
+    assert strays(result) == []
+    path.write_text(json.dumps(json.loads(before) | {"my_notes": "three days by hand"}, indent=2))
+    assert "changed since (report.json)" in shell.refused(dense, "--overwrite", "--output", result)
+    path.write_text(json.dumps(json.loads(before)))  # with other spaces
+    assert strays(result) == []
+    report = json.loads(before)
+    del report["seal"]  # of an earlier version
+    path.write_text(json.dumps(report))
+    assert strays(result) == []
+
+
+@pytest.mark.parametrize("place", [".", ".cache", "gone"])
+def test_the_working_directory_is_not_replaced(
+    shell: Shell, result: Path, dense: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """The run, and the shell that began it, would be in a directory that is none any more."""
+    if place == "gone":
+        (result.parent / "gone").mkdir()
+        monkeypatch.chdir(result.parent / "gone")
+        (result.parent / "gone").rmdir()
+        Workspace(result, overwrite=True, resume=False).discard()
+        return
+    monkeypatch.chdir(result / place)
+    message = shell.refused(dense, "--overwrite", "--output", ".." if place == ".cache" else ".")
+    assert "is or holds the directory that this runs in" in message
+
+
+@pytest.mark.parametrize("mode", [0o700, 0o2750, 0o777])
+def test_who_may_read_what_is_replaced_may_read_the_result(shell: Shell, dense: Path, mode: int) -> None:
+    """Also while it grows: a person may have made the directory for himself alone."""
+    shell.output.mkdir()
+    shell.output.chmod(mode)
+    workspace = Workspace(shell.output, overwrite=False, resume=False)
+    assert workspace.directory.stat().st_mode & 0o7777 == mode
+    workspace.discard()
+    assert shell.prune(dense)[0] == 0
+    assert shell.output.stat().st_mode & 0o7777 == mode
+    assert shell.prune(dense, "--overwrite")[0] == 0
+    assert shell.output.stat().st_mode & 0o7777 == mode
+
+
 def test_what_a_killed_command_was_writing_is_nobody_else_s(result: Path) -> None:
     (result / ".report.json.llm_snp").write_text("half")
     (result / ".config.json.llm_snp").write_text("half")
@@ -196,7 +240,7 @@ def test_a_result_is_replaced_as_a_whole(shell: Shell, result: Path, dense: Path
 def test_a_result_of_an_earlier_version(shell: Shell, result: Path, dense: Path, card: bool) -> None:
     """It lists no files: what runs write is known by its name, a card only if its hash was kept."""
     report = json.loads((result / "report.json").read_text())
-    del report["files"]
+    del report["files"], report["seal"]
     if not card:
         del report["card"]
     (result / "report.json").write_text(json.dumps(report))
@@ -231,7 +275,7 @@ def test_documents_are_not_written_through_links(shell: Shell, result: Path, nam
     (result / name).unlink(missing_ok=True)
     (result / name).symlink_to(shell.directory / LINKS[name])
     report = json.loads((result / "report.json").read_text())
-    del report["files"]
+    del report["files"], report["seal"]
     (result / "report.json").write_text(json.dumps(report))
     before = contents(shell.directory / "far")
     code, _, err = shell.run("report", result)
@@ -272,7 +316,7 @@ def test_a_report_cannot_claim_a_file_whose_content_it_does_not_know(result: Pat
     report = json.loads((result / "report.json").read_text())
     for unknown in ("", "0" * 31, "0" * 32 + "\n", "x" * 32):
         claimed = report | {"files": report["files"] | {".env": unknown}}
-        (result / "report.json").write_text(json.dumps(claimed))
+        (result / "report.json").write_bytes(sealed(claimed))
         assert strays(result) == [".env"]
         with pytest.raises(CheckpointError, match=r"damaged: files\.\.env: string should match pattern"):
             read_report(result)

@@ -51,6 +51,12 @@ def test_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) ->
     assert set(told.seconds) == {"load", "prune"}
 
 
+def test_a_line_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """What a stranger has named must not look like words of ours."""
+    Progress().say("note: a\nload it  evil\u2028b\x1b[2J")
+    assert capsys.readouterr().err == "note: a load it  evil b\ufffd[2J\n"
+
+
 def test_quiet(capsys: pytest.CaptureFixture[str]) -> None:
     told = Progress(quiet=True)
     phases(told)
