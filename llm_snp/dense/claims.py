@@ -31,6 +31,8 @@ SIZES = (
     *("vocab_size", "max_position_embeddings", "n_positions"),
     "sliding_window",
 )
+# Some say 0 for no window; and a token is predicted from one before it.
+LEAST = {"sliding_window": 0, "max_position_embeddings": 2, "n_positions": 2}
 # Far beyond any model there is: torch counts in 64 bits, and products of two sizes must fit.
 MOST = 2**31
 MOST_BLOCKS = 10_000
@@ -62,7 +64,7 @@ def checked_config(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
         most = MOST_BLOCKS if name in BLOCKS else MOST
         if not isinstance(value, int) or isinstance(value, bool):
             raise CheckpointError(f"{name} is {shown(value)} in {path}; expected int, got {type(value).__name__}")
-        least = 0 if name == "sliding_window" else 1  # there, some say 0 for none
+        least = LEAST.get(name, 1)
         if not least <= value <= most:
             raise CheckpointError(f"{name} is {shown(value)} in {path}; it must be at least {least} and at most {most}")
     for name in ("dtype", "torch_dtype"):

@@ -149,6 +149,7 @@ class Perplexity(_Part):
     tokens: Count
     windows: Count
     sequence_length: Length
+    sha256: str = ""  # of the windows; reports of earlier versions do not say
 
 
 class Perplexities(_Part):

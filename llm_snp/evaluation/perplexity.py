@@ -32,6 +32,7 @@ class Perplexity:
     windows: int
     sequence_length: int
     source: str
+    sha256: str = ""  # of the windows
 
 
 def perplexity_of(mean: float) -> float:
@@ -52,7 +53,7 @@ def _summed(nll: float, windows: Windows) -> Perplexity:
         raise NumericalError("the model's logits are not finite; use --dtype float32 or bfloat16")
     count, length = windows.tokens.shape
     tokens = count * (length - 1)
-    return Perplexity(perplexity_of(nll / tokens), nll, tokens, count, length, windows.source)
+    return Perplexity(perplexity_of(nll / tokens), nll, tokens, count, length, windows.source, windows.sha256)
 
 
 @torch.no_grad()

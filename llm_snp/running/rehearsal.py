@@ -45,7 +45,9 @@ def rehearse(
     for source, windows in evaluation.items():
         count, length = windows.tokens.shape
         for which in ("dense", "pruned"):
-            trial.evaluated(source, which, Perplexity(1.0, 0.0, count * (length - 1), count, length, windows.source))
+            trial.evaluated(
+                source, which, Perplexity(1.0, 0.0, count * (length - 1), count, length, windows.source, windows.sha256)
+            )
     trial.finished(job.output, 0, {})
     data = trial.data
     for text in (model_card(data), html_page(data), written := json.dumps(shareable(data), allow_nan=False)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -23,11 +24,12 @@ from llm_snp.documents.plots import PLOTS
 from llm_snp.documents.schema import fault
 from llm_snp.documents.writing import read_report
 from llm_snp.errors import NumericalError, OptionError, OutputError
+from llm_snp.evaluation.perplexity import Perplexity
 from llm_snp.healing import training
 from llm_snp.healing.defaults import completed, evaluated_before
 from llm_snp.healing.options import HealConfig, command_line
 from llm_snp.healing.pair import find_pair
-from llm_snp.healing.record import label
+from llm_snp.healing.record import label, with_healing
 from llm_snp.healing.resume import identity_of
 from llm_snp.healing.run import _full
 from llm_snp.healing.text import material
@@ -258,6 +260,18 @@ def test_the_held_out_loss_falls_and_the_format_stays(heal: Healer, pruned: Path
     assert again["evaluation"] == {}
     assert any("measured before the healing only, and left out: perplexity on" in note for note in again["notes"])
     assert fault(again) == ""
+
+
+def test_another_text_of_that_name_is_not_compared_with(pruned: Path) -> None:
+    """The dense model's figure is of the text that had the name then."""
+    report = report_of(pruned)
+    ((name, results),) = report["evaluation"].items()
+    section = {"teacher": {"its_own": False}}
+    after = Perplexity(**results["pruned"])
+    same = with_healing(report, section, {name: {"after": after}}, [], Path("healed"))
+    assert same["evaluation"] == {name: {"dense": results["dense"], "pruned": results["pruned"]}}
+    other = {f"elsewhere/{name}": {"after": dataclasses.replace(after, sha256="0" * 64)}}
+    assert with_healing(report, section, other, [], Path("healed"))["evaluation"] == {}
 
 
 def test_a_stock_result_stays_one(heal: Healer, dense: Path, prune: Prune, tmp_path: Path, held_out: Path) -> None:

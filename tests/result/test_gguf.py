@@ -74,6 +74,7 @@ def compare(model: Any, directory: Path, architecture: str, limit: float, count:
         ("llama-one-key", DIFFERENT, "deci", {}),
         ("llama-3.1", [{"heads": 2, "neurons": 48}, *DIFFERENT[1:]], "deci", {"head_dim": 8}),
         ("llama", DIFFERENT, "deci", rope(YARN) | {"head_dim": 16}),
+        ("llama", DIFFERENT, "deci", rope(YARN | {"original_max_position_embeddings": 16.0}) | {"head_dim": 16}),
         ("llama", DIFFERENT, "deci", rope(LINEAR)),
         ("mistral", DIFFERENT, "deci", {"sliding_window": None}),
         ("qwen2", DIFFERENT, "deci", {}),
@@ -85,7 +86,7 @@ def test_widths_of_their_own(
 ) -> None:
     if name not in KNOWN:
         pytest.skip("this transformers does not have it")
-    if YARN in fields.values() and "rope_scaling" in fields:
+    if "yarn" in str(fields) and "rope_scaling" in fields:
         pytest.skip("before transformers 5 it took the stretched length for the one it was stretched from")
     compare(save_pruned(name, kept, tmp_path / "model", **fields), tmp_path / "model", architecture, EXACT)
 
@@ -227,6 +228,14 @@ def refusal(name: str, kept: list[dict[str, int]], directory: Path, **fields: An
         ("gemma3", same(neurons=33), {}, ("its gemma3 has windows in all blocks but every 6th",)),
         ("gemma2", same(neurons=33), {"query_pre_attn_scalar": 16}, ("query_pre_attn_scalar 8, not 16",)),
         ("llama", same(neurons=33), {"hidden_act": "relu"}, ("takes hidden_act 'silu', not 'relu'",)),
+        *(
+            ("llama", same(neurons=33), rope(YARN | {name: value}), (f"takes a number as {name} of positions, not",))
+            for name, value in (
+                ("original_max_position_embeddings", 16.5),
+                ("original_max_position_embeddings", 2**31),
+                ("factor", True),
+            )
+        ),
         ("gemma", same(neurons=33), {"hidden_act": "relu"}, ("takes hidden_act 'gelu_new', not 'relu'",)),
         ("qwen2", same(neurons=33), rope({"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}), ("'dynamic'",)),
         ("phi3", same(neurons=33), {}, ("with the token '<|endoftext|>' only",)),

@@ -159,6 +159,9 @@ def _config_fault(row: Gguf, config: Any, blocks: Sequence[Mapping[str, int]]) -
         used = {name for name in parameters if positions.scaling[name] is not None}
         if kind in SCALING and used - SCALING[kind] - {"original_max_position_embeddings", "truncate"}:
             return f"its {row.name} does not do {', '.join(sorted(used - SCALING[kind]))} of positions"
+        for name in sorted(used & SCALING.get(kind, set())):
+            if not _fits(name, found := positions.scaling[name]):
+                return f"its {row.name} takes a number as {name} of positions, not {_said(found)}"
         if row.rotary == "whole" and positions.share != 1.0:
             return f"its {row.name} turns all of a head"
     if row.period is not None and positions.window is not None:
@@ -178,6 +181,13 @@ def _mixture_fault(row: Gguf, family: Family, config: Any) -> str | None:
     blocks = range(config.num_hidden_layers)
     dense = [] if family.mixture is None else [i for i in blocks if not family.mixture.sparse(config, i)]
     return f"its {row.name} has experts in every block, and this model none in block {dense[0]}" if dense else None
+
+
+def _fits(name: str, value: Any) -> bool:
+    """Whether a parameter of positions is a number that a file has room for: of tokens a whole one."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 2**31:
+        return False
+    return name != "original_max_position_embeddings" or value == int(value)
 
 
 def _said(value: Any) -> str:

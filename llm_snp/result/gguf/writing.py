@@ -197,7 +197,7 @@ def _add_scaling(writer: GGUFWriter, scaling: Any) -> None:
     writer.add_rope_scaling_type(kind)
     writer.add_rope_scaling_factor(scaling["factor"])
     adders: dict[str, Callable[[Any], None]] = {
-        "original_max_position_embeddings": writer.add_rope_scaling_orig_ctx_len,
+        "original_max_position_embeddings": lambda tokens: writer.add_rope_scaling_orig_ctx_len(int(tokens)),
         "beta_fast": writer.add_rope_scaling_yarn_beta_fast,
         "beta_slow": writer.add_rope_scaling_yarn_beta_slow,
     }
