@@ -12,6 +12,7 @@ import socket
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import datetime, timedelta, timezone
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -51,6 +52,14 @@ class Repository:
     @property
     def files(self) -> dict[str, bytes]:
         return self.commits[-1].files
+
+    def last_change(self, path: str) -> dict[str, Any]:
+        """Of a file: the last commit that gave it other content, each of which is a second after the one before."""
+        contents = [commit.files.get(path) for commit in self.commits]
+        last = max(i for i, content in enumerate(contents) if i == 0 or content != contents[i - 1])
+        date = datetime(2026, 1, 1, tzinfo=timezone.utc) + timedelta(seconds=last)
+        commit = {"id": self.commits[last].sha, "title": "x", "date": date.strftime("%Y-%m-%dT%H:%M:%S.000Z")}
+        return {"lastCommit": commit}
 
 
 class HubServer(ThreadingHTTPServer):
@@ -161,7 +170,10 @@ class _Handler(BaseHTTPRequestHandler):
             case ["GET", "api", "models", owner, name, "revision", _]:
                 self._info(f"{owner}/{name}")
             case ["GET", "api", "models", owner, name, "tree", _]:
-                self._json([_entry(*file) for file in self._repository(f"{owner}/{name}").files.items()])
+                repository = self._repository(f"{owner}/{name}")
+                expand = "expand=true" in urlsplit(self.path).query.lower()
+                files = repository.files.items()
+                self._json([_entry(*file) | (repository.last_change(file[0]) if expand else {}) for file in files])
             case ["POST", "api", "models", owner, name, "preupload", _]:
                 self._may_write(owner)
                 self._preupload(self._repository(f"{owner}/{name}"), json.loads(self.body)["files"])

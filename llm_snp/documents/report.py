@@ -28,6 +28,7 @@ from ..pruning.job import Job
 from ..pruning.order import TOKENS_PER_NEURON
 from ..pruning.plan import Plan
 from ..system.device import device_facts, dtype_name
+from ..system.manifest import FILES
 from ..system.private import public_name
 from ..version import __version__
 from .healing import healing_line
@@ -85,6 +86,7 @@ class Report:
             "blocks": [],
             "evaluation": {},
             "notes": [],
+            FILES: {},
         }
         self.again = before is not None or job.whole is not job.config
         if self.again:

@@ -300,7 +300,7 @@ class Document(_Part):
     healing: list[Healing] = []  # each of what the one before it has made
     speed: Speed = MISSING
     card: str | None = None
-    files: dict[str, Annotated[str, Field(pattern=f"^{HASH}$")]] = {}
+    files: dict[str, Annotated[str, Field(pattern=f"^{HASH}$")]]
 
     @model_validator(mode="after")
     def fits(self) -> Document:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,7 @@ def write_documents(directory: Path, report: dict[str, Any], new: bool = False) 
     files |= {name: digest_of_bytes(content) for name, content in made.items()}
     if not new:  # drawing takes a while
         check_there(directory, report)
-    report[FILES] = _with_hashes(directory, files)
+    report[FILES] = dict(sorted(files.items()))
     public |= {"card": report.get("card"), FILES: report[FILES]}
     # Last: a directory with it is a result.
     write_together(directory, made | {REPORT: sealed(public)})
@@ -89,14 +89,8 @@ def check_there(directory: Path, report: dict[str, Any]) -> None:
 
 def write_report(directory: Path, report: dict[str, Any]) -> None:
     """Write report.json alone, without which a directory is no result, where the other documents cannot be made."""
-    report[FILES] = _with_hashes(directory, manifest(directory, report))
+    report[FILES] = dict(sorted(manifest(directory, report).items()))
     write_bytes(directory / REPORT, sealed(shareable(report) | {FILES: report[FILES]}))
-
-
-def _with_hashes(directory: Path, files: Mapping[str, str | None]) -> dict[str, str]:
-    """A manifest in order; of an earlier version's, which has none, with the hashes that the files have now."""
-    with disk(directory):
-        return {name: digest(directory / name) if found is None else found for name, found in sorted(files.items())}
 
 
 def kept(directory: Path, written: Sequence[Path]) -> list[Path]:

@@ -96,7 +96,7 @@ def find_pair(options: HealConfig) -> Pair:
     return Pair(student, teacher, shareable(report), its_own, ancestors(directory, report))
 
 
-def _needed(directory: Path, report: dict[str, Any]) -> dict[str, str | None]:
+def _needed(directory: Path, report: dict[str, Any]) -> dict[str, str]:
     """What of a result's files is read here, with the hashes that the report has."""
     documents = ("README.md", "report.html", "plots/")
     return {name: found for name, found in manifest(directory, report).items() if not name.startswith(documents)}

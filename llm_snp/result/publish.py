@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-from safetensors import SafetensorError, safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from ..documents.card import model_card, plots_of
@@ -135,10 +134,9 @@ def _files(directory: Path, report: dict[str, Any]) -> dict[str, Path | bytes]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{directory} is damaged: its config or index cannot be read; prune again") from error
     needed = {"config.json", index.name, *map(str, shards)} | ({MODELING} if config.get("auto_map") else set())
-    if FILES in report and (unknown := sorted(needed - set(files))):
+    if unknown := sorted(needed - set(files)):
         raise CheckpointError(f"{directory} has {some(unknown)}, of which its report says nothing; prune again")
-    missing, other = changed(directory, dict.fromkeys(sorted(needed)) | files)
-    other += [name for name in sorted(needed) if name.endswith(".safetensors") and not _opens(directory / name)]
+    missing, other = changed(directory, files)
     if wrong := faults(missing, other):
         raise CheckpointError(
             f"{directory} is not as it was written: {wrong}; restore that, prune again, or, where only plots or the "
@@ -187,15 +185,6 @@ def _own_code(directory: Path, config: dict[str, Any], files: Iterable[str]) -> 
     return {MODELING: own[1]} if own else {}
 
 
-def _opens(path: Path) -> bool:
-    """Whether a shard is whole, as far as its header tells; `changed` tells all where there is a hash."""
-    try:
-        with safe_open(path, framework="pt"):
-            return True
-    except (SafetensorError, OSError):
-        return False
-
-
 def _documents(
     directory: Path, report: dict[str, Any], repo: str, content: Mapping[str, Path | bytes]
 ) -> dict[str, bytes]:
@@ -203,7 +192,7 @@ def _documents(
     card = _card(directory / CARD, report, repo)
     documents = {CARD: (directory / CARD).read_bytes() if card is None else card.encode()}
     report = shareable(report)
-    files = {name: found for name, found in manifest(directory, report).items() if found}
+    files = manifest(directory, report)
     files |= {name: digest_of_bytes(made) for name, made in content.items() if isinstance(made, bytes)}
     report[FILES] = files | {CARD: digest_of_bytes(documents[CARD])}
     if card is not None:  # so that the card of a downloaded copy is known as ours

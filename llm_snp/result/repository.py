@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from ..dense.hub import check_token
 from ..documents.writing import CARD
 from ..errors import HubError, OptionError
 from ..system.files import scratch
-from ..system.manifest import REPORT, is_result, manifest, some
+from ..system.manifest import REPORT, is_result, manifest, some, strays
 
 # The errors of the library by which the Hub's client speaks HTTP: requests, httpx or httpx2, by its version.
 HTTP_ERRORS: tuple[type[Exception], ...] = tuple(
@@ -25,6 +28,7 @@ CLIENT_ERRORS: tuple[type[Exception], ...] = (
     *(ValueError, LookupError, TypeError, AttributeError),
 )
 ATTRIBUTES = ".gitattributes"  # the Hub puts it into every new repository
+BARE = re.compile(rb"\s*(---\n.*?\n---\s*)?", re.DOTALL)  # a card that has metadata at most
 REASON = 300  # characters at most that an error quotes
 
 
@@ -76,20 +80,32 @@ def look_at(api: HfApi, repo: str, overwrite: bool, private: bool) -> Repository
         raise HubError(f"{repo} exists on the Hub and has {len(found.files)} files; give another name, or --overwrite")
     if others:
         raise HubError(
-            f"{repo} has {some(others)} on the Hub, which no run of llm_snp wrote, and --overwrite replaces results "
-            "only; give another name, or remove them there"
+            f"{repo} has {some(others)} on the Hub, which no run of llm_snp wrote, or which were changed since, and "
+            "--overwrite replaces results only; give another name, or remove them there"
         )
     return found
 
 
 def _written_there(api: HfApi, repo: str, found: Repository) -> set[str]:
-    """The files of a repository that are a result's, by its report, and those that every repository may have."""
-    ours = {ATTRIBUTES, CARD}
-    if REPORT not in found.files:
-        return ours
+    """The files of a repository that are a result's and as they were when its report came there.
+
+    Large files have another hash there than in the report, so what tells is which commit changed each last. A card of
+    metadata alone is none that anybody has written: the Hub's page makes it with a repository.
+    """
     with scratch() as folder:
-        api.hf_hub_download(repo, REPORT, revision=found.commit, local_dir=folder)
-        return ours | {*manifest(folder), *[REPORT] * is_result(folder)}
+        if REPORT not in found.files:
+            bare = CARD in found.files and BARE.fullmatch(_content(api, repo, CARD, found, folder))
+            return {ATTRIBUTES, *[CARD] * bool(bare)}
+        _content(api, repo, REPORT, found, folder)
+        ours = {ATTRIBUTES, *manifest(folder), *[REPORT] * is_result(folder)} - set(strays(folder))
+    tree = api.list_repo_tree(repo, recursive=True, expand=True, revision=found.commit)
+    changed = {one.path: one.last_commit.date for one in tree if isinstance(one, RepoFile) and one.last_commit}
+    return {name for name in ours if REPORT not in changed or changed.get(name, changed[REPORT]) <= changed[REPORT]}
+
+
+def _content(api: HfApi, repo: str, name: str, found: Repository, folder: Path) -> bytes:
+    """A small file of a repository, which lies in a folder then."""
+    return Path(api.hf_hub_download(repo, name, revision=found.commit, local_dir=folder)).read_bytes()
 
 
 def _check_permission(who: dict[str, Any], repo: str) -> None:

@@ -30,13 +30,6 @@ ADVICE = "give the directory that a run of llm_snp has written"
 HASH = r"[0-9a-f]{32}"  # of a file, as `digest` writes it
 LISTED = 5  # at most so many names are in an error
 SHARD = re.compile(r"model-\d{5,}-of-\d{5,}\.safetensors")  # which an unfinished run has beside what it lists
-# What runs of versions that kept no list have written, by name.
-EARLIER = re.compile(
-    r"config\.json|model-\d{5}-of-\d{5}\.safetensors|model\.safetensors\.index\.json|modeling_\w+\.py|README\.md|"
-    r"report\.html|plots/(change|kept|errors|curves|healing|seconds)\.png|tokenizer(_config)?\.json|tokenizer\.model|"
-    r"vocab\.(json|txt)|merges\.txt|special_tokens_map\.json|added_tokens\.json|chat_template\.jinja|"
-    r"generation_config\.json"
-)
 
 
 def is_result(directory: Path) -> bool:
@@ -63,8 +56,8 @@ def sealed(report: Mapping[str, Any]) -> bytes:
 
 
 def _as_written(report: Mapping[str, Any]) -> bool:
-    """Whether nobody has changed a report since; one of an earlier version does not tell."""
-    return SEAL not in report or digest_of_json({n: v for n, v in report.items() if n != SEAL}) == report[SEAL]
+    """Whether nobody has changed a report since it was written."""
+    return digest_of_json({n: v for n, v in report.items() if n != SEAL}) == report.get(SEAL)
 
 
 def expect_directory(directory: Path) -> None:
@@ -97,21 +90,17 @@ def _object(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def manifest(directory: Path, report: Mapping[str, Any] | None = None) -> dict[str, str | None]:
-    """Name -> hash of the files that belong to a result, without its report; None where no hash was kept.
+def manifest(directory: Path, report: Mapping[str, Any] | None = None) -> dict[str, str]:
+    """Name -> hash of the files that belong to a result, without its report.
 
-    Names that lead out of the directory are never part of it, whatever a report says, nor are those without a hash in a
-    report that has them: what a report only names is nobody's proof that a run wrote it.
+    Names that lead out of the directory are never part of it, whatever a report says, nor are those without a hash:
+    what a report only names is nobody's proof that a run wrote it.
     """
-    report = _report(directory) if report is None else report
-    listed = report.get(FILES)
-    if isinstance(listed, dict):
-        found = {name: found for name, found in listed.items() if is_inside(name) and isinstance(found, str)}
-        return {name: one for name, one in found.items() if re.fullmatch(HASH, one)}
-    card = report.get("card")
-    known = [name for name in names_in(directory) if EARLIER.fullmatch(name) and (name != "README.md" or card)]
-    names = [name for name in known if _is_own(directory / name, directory, None)]
-    return {name: card if name == "README.md" else None for name in names}
+    listed = (_report(directory) if report is None else report).get(FILES)
+    files = listed.items() if isinstance(listed, dict) else ()
+    return {
+        name: found for name, found in files if is_inside(name) and isinstance(found, str) and re.fullmatch(HASH, found)
+    }
 
 
 def is_inside(name: str) -> bool:
@@ -132,7 +121,7 @@ def names_in(directory: Path) -> Iterator[str]:
                 yield found
 
 
-def changed(directory: Path, files: Mapping[str, str | None]) -> tuple[list[str], list[str]]:
+def changed(directory: Path, files: Mapping[str, str]) -> tuple[list[str], list[str]]:
     """Of a manifest the names that are missing, and those whose content is not what was written (or are links)."""
     missing, other = [], []
     for name, expected in files.items():
@@ -166,15 +155,16 @@ def strays(directory: Path) -> list[str]:
         for name in names_in(directory)
         if name not in half and (name not in files or not _is_own(directory / name, directory, files[name]))
     ]
-    return others if _as_written(_report(directory)) else [REPORT, *others]
+    report = _report(directory)
+    return others if not report or _as_written(report) else [REPORT, *others]
 
 
-def _is_own(path: Path, directory: Path, expected: str | None) -> bool:
-    """Whether a file is no link or device, nor in a linked folder, and has the hash that was kept, if one was."""
+def _is_own(path: Path, directory: Path, expected: str) -> bool:
+    """Whether a file is no link or device, nor in a linked folder, and has the hash that was kept."""
     try:
         if not path.is_file() or path.resolve() != directory.resolve() / path.relative_to(directory):
             return False
-        return expected is None or digest(path) == expected
+        return digest(path) == expected
     except OSError:
         return False
 

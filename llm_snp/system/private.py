@@ -17,13 +17,17 @@ PLACE = re.compile(
     r"|(?!https?:)[A-Za-z][\w+.-]*://.+|[\w.@-]+:/[^/\s].*|\$\w+/.*|\$\{\w+\}/.*|%\w+%\\.*",
     re.DOTALL,
 )
-# Anywhere in a line: homes of people, paths (from the root, a drive or a home), places of other schemes than the web's,
-# a name and password of a URL, tokens of services.
+# Anywhere in a text: homes of people, a name and password of a URL, tokens of the Hub, GitHub, GitLab, OpenAI, AWS,
+# Slack, Google, those that are signed JSON, and private keys.
 SECRET = re.compile(
-    r"(/|\\)(home|Users)\1[^/\\\s]|(^|[^\w/.<])/(root/\S|[\w.@+-]+/[\w.@+-])|(^|\W)[A-Za-z]:[\\/]\w|(^|\s)~[\w.-]*/\w|"
-    r"\b(?!https?:)[A-Za-z][\w+.-]*://\w|\w://[^/\s@]*:[^/\s@]+@|"
-    # Tokens of the Hub, GitHub, GitLab, OpenAI, AWS and Slack.
-    r"\bhf_[A-Za-z0-9]{30,}|\b(gh[pousr]_|github_pat_|glpat-|sk-|AKIA|xox[abps]-)[\w-]{16,}"
+    r"(/|\\)(home|Users)\1[^/\\\s]|\w://[^/\s@]*:[^/\s@]+@|"
+    r"\bhf_[A-Za-z0-9]{30,}|\b(gh[pousr]_|github_pat_|glpat-|sk-|AKIA|xox[abps]-|AIza)[\w-]{16,}|"
+    r"\beyJ[\w-]{16,}\.[\w-]{16,}\.|-----BEGIN [A-Z ]*PRIVATE KEY"
+)
+# Anywhere in a line: paths (from the root, a drive or a home), and places of other schemes than the web's.
+PATH = re.compile(
+    r"(^|[^\w/.<])/(root/\S|[\w.@+-]+/[\w.@+-])|(^|\W)[A-Za-z]:[\\/]\w|(^|\s)~[\w.-]*/\w|"
+    r"\b(?!https?:)[A-Za-z][\w+.-]*://\w"
 )
 LINE = 300  # characters at most; what is longer is a text that may speak of such things
 # Whatever the Hub says of it, nothing else can be a repository there: user/name, or one of the old ones without a user.
@@ -39,7 +43,15 @@ HOME = "home"
 
 def is_private(text: str) -> bool:
     """Whether a text, such as the value of a setting, names a place or a person of some machine, or has a token."""
-    return PLACE.fullmatch(text) is not None or (len(text) <= LINE and SECRET.search(text) is not None)
+    if SECRET.search(text) or PLACE.fullmatch(text):
+        return True
+    return len(text) <= LINE and (PATH.search(text) is not None or _has_name(text))
+
+
+def _has_name(path: str) -> bool:
+    """Whether a folder of a relative path is called as whoever runs this; what has two parts may be a repository."""
+    parts = path.split("/")
+    return len(parts) > 2 and not _names().isdisjoint(parts)
 
 
 def public_name(path: Path) -> str:

@@ -66,6 +66,7 @@ def made_up(blocks: int = 3, allocation: str = "loss", both: bool = False) -> di
         kept.append(counts)
     return {
         "format": 1,
+        "files": {},
         "versions": {"llm_snp": "0.1.0", "python": "3.11.7", "torch": "2.6.0"},
         "command": "python -m llm_snp facebook/opt-125m --sparsity 0.3",
         "options": {

@@ -433,6 +433,10 @@ def test_what_a_model_reads_is_no_secret() -> None:
         "AKIA" + "ABC3" * 4,
         f"token={TOKEN}",
         TOKEN,
+        "AIza" + "aB3-" * 9,
+        "eyJ" + "aB3" * 8 + "." + "aB3" * 8 + ".x",
+        "-----BEGIN RSA PRIVATE KEY-----",
+        "x" * 400 + " /home/ann",
     ],
 )
 def test_places_people_and_tokens_do_not_travel(text: str, dense: Path, tmp_path: Path) -> None:
@@ -443,6 +447,12 @@ def test_places_people_and_tokens_do_not_travel(text: str, dense: Path, tmp_path
     card = {"license": "other", "license_link": text, "tags": [text, "good"], "datasets": text}
     (directory / "README.md").write_text(f"---\n{json.dumps(card)}\n---\n")
     assert card_metadata(directory) == {"license": "other", "tags": ["good"]}
+
+
+def test_folders_of_who_runs_this_do_not_travel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("USER", "ann")
+    fields = {"a": "runs/ann/out", "b": "ann/model", "c": "runs/anna/out", "WANDB_KEY": "x", "d_key": "x", "key_dim": 1}
+    assert without_code(fields) == {"b": "ann/model", "c": "runs/anna/out", "key_dim": 1}
 
 
 @pytest.mark.parametrize(

@@ -301,23 +301,6 @@ def test_a_report_that_says_nothing_of_what_is_needed(hub: HubServer, result: Pa
     assert not hub.uploads
 
 
-@pytest.mark.parametrize("spoil", ["truncate", "empty", "unlink"])
-def test_a_damaged_result_of_a_version_that_kept_no_hashes(hub: HubServer, result: Path, spoil: str) -> None:
-    report = json.loads((result / "report.json").read_text())
-    (result / "report.json").write_text(json.dumps({key: report[key] for key in report if key != "files"}))
-    path = sorted(result.glob("model-*.safetensors"))[1]
-    content = path.read_bytes()
-    path.unlink()
-    if spoil != "unlink":
-        path.write_bytes(content[: len(content) // 2 if spoil == "truncate" else 0])
-    assert f"{path.name} {'missing' if spoil == 'unlink' else 'changed'}" in refusal(
-        CheckpointError, REPO, directory=result
-    )
-    path.write_bytes(content)
-    push(result, REPO)
-    assert set(hub.repositories[REPO].files) == names(result) | {INITIAL}
-
-
 @pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "plots/../../secret", "", "."])
 def test_a_report_cannot_make_us_push_what_lies_elsewhere(hub: HubServer, result: Path, name: str) -> None:
     (result.parent / "secret").write_text("secret")
@@ -477,9 +460,29 @@ def test_overwriting_replaces_results_only(hub: HubServer, pruned: Path, there: 
         with pytest.raises(HubError, match=f"{REPO} has {others} on the Hub, which no run of llm_snp wrote"):
             upload()
     assert repository.files == before
-    repository.commits[-1].files = {"README.md": b"# Mine", ".gitattributes": b""}  # as the Hub's page makes one
+    repository.commits[-1].files = {"README.md": b"---\nlicense: mit\n---\n# Mine", ".gitattributes": b""}
+    with pytest.raises(HubError, match=f"{REPO} has README.md on the Hub, which no run of llm_snp wrote"):
+        push(pruned, REPO, overwrite=True)
+    repository.commits[-1].files["README.md"] = b"---\nlicense: mit\n---\n"  # as the Hub's page makes one
     push(pruned, REPO, overwrite=True)
     assert names(pruned) <= set(repository.files)
+
+
+@pytest.mark.parametrize("name", ["README.md", "report.json", "shard", "config.json"])
+def test_what_was_changed_on_the_hub_is_not_written_over(hub: HubServer, pruned: Path, name: str) -> None:
+    push(pruned, REPO)
+    push(pruned, REPO, overwrite=True)
+    repository = hub.repositories[REPO]
+    name = next(one for one in repository.files if one.endswith(".safetensors")) if name == "shard" else name
+    content = repository.files[name]
+    changed = json.dumps(json.loads(content) | {"mine": 1}).encode() if name == "report.json" else content + b" "
+    repository.commits.append(Commit("by hand", {name}, set(), repository.files | {name: changed}))
+    for upload in (lambda: check_push(REPO, overwrite=True), lambda: push(pruned, REPO, overwrite=True)):
+        with pytest.raises(
+            HubError, match=f"{REPO} has {name} on the Hub, which no run of llm_snp wrote, or which were"
+        ):
+            upload()
+    assert repository.files[name] == changed
 
 
 @pytest.mark.parametrize("token", ["hf_schlüssel", "hf two words", "hf_\n"])
