@@ -10,7 +10,7 @@ import lzma
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -65,12 +65,16 @@ def digests(sources: Iterable[str]) -> dict[str, str]:
         path = Path(os.path.expanduser(source))
         if source in (*HUB_CORPORA, "self") or not os.path.exists(path):  # whatever has that name here
             continue
-        files = sorted(path.rglob("*")) if path.is_dir() else [path]
         try:
-            found[f"the hash of {source}"] = digest(*(file for file in files if file.is_file()))
+            found[f"the hash of {source}"] = digest(*files_of(path))
         except OSError as error:
             raise CorpusError(f"{error.filename} cannot be read: {error.strerror}") from error
     return found
+
+
+def files_of(path: Path) -> list[Path]:
+    """The files of a text: itself, or those of a directory, in order."""
+    return [file for file in (sorted(path.rglob("*")) if path.is_dir() else [path]) if file.is_file()]
 
 
 def _pieces(path: Path) -> Iterator[str]:
@@ -150,18 +154,40 @@ def _parquet(path: Path) -> Iterator[str]:
         file = parquet.ParquetFile(path)
         if "text" not in file.schema_arrow.names:
             raise CorpusError(f'{path} has columns {file.schema_arrow.names}, expected one named "text"')
-    row = 0
-    batches = file.iter_batches(columns=["text"], batch_size=ROWS)
-    while texts := _next_rows(batches, path):
-        for text in texts:
-            row += 1
-            yield _string(text, f"{path}, row {row}")
-
-
-def _next_rows(batches: Iterator[Any], path: Path) -> list[Any]:
-    """The values of the next rows, at least one unless there are no more; `CorpusError` for what cannot be read."""
     with explained(lambda cause: CorpusError(f"{path} is damaged: {cause}")):
-        return next((values for batch in batches if (values := batch.column(0).to_pylist())), [])
+        # A text that many rows have is kept once, as the file may have it.
+        shared = {"read_dictionary": ["text"]} if _is_text(file.schema_arrow.field("text").type) else {}
+        file = parquet.ParquetFile(path, **shared)
+    yield from _rows((batch.column(0) for batch in file.iter_batches(columns=["text"], batch_size=ROWS)), path)
+
+
+def _is_text(kind: Any) -> bool:
+    from pyarrow import types
+
+    return types.is_string(kind) or types.is_large_string(kind)
+
+
+def _rows(columns: Iterator[Any], path: Path) -> Iterator[str]:
+    """The texts of columns, one at a time; `CorpusError` for what cannot be read, is none, or was made to be too much."""
+
+    def values() -> Iterator[Any]:
+        for column in columns:
+            for value in column:
+                yield value.as_py()
+
+    left, size = values(), 0
+    most = max(UNPACKED, UNPACKED_TIMES * sum(file.stat().st_size for file in files_of(path)))
+    for row in count(1):
+        with explained(lambda cause: CorpusError(f"{path} is damaged: {cause}")):
+            found = next(left, left)
+        if found is left:
+            return
+        yield (text := _string(found, f"{path}, row {row}"))
+        size += len(text)
+        if size > most:
+            raise CorpusError(
+                f"{path} has over {UNPACKED_TIMES} times as much text as its size; write it as a plain file"
+            )
 
 
 def _string(text: Any, where: str) -> str:
@@ -192,11 +218,7 @@ def _dataset_directory(path: Path) -> Iterator[str]:
     # and with older versions of fsspec even the templates in such a name are run.
     with explained(lambda cause: CorpusError(f"{path} is damaged: {cause}")):
         plain = loaded.with_format("arrow", columns=["text"])
-    for first in range(0, len(loaded), ROWS):
-        with explained(lambda cause: CorpusError(f"{path} is damaged: {cause}")):
-            texts = plain[first : first + ROWS]["text"].to_pylist()
-        for row, text in enumerate(texts, first + 1):
-            yield _string(text, f"{path}, row {row}")
+    yield from _rows((plain[first : first + ROWS]["text"] for first in range(0, len(loaded), ROWS)), path)
 
 
 def _check_data_files(path: Path) -> None:

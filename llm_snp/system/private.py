@@ -81,9 +81,11 @@ def _names() -> set[str]:
 def public_text(given: str) -> str:
     """The same of a text of a run, which may have its share of the windows behind it: TEXT:SHARE."""
     text, colon, share = given.rpartition(":")
-    if text and re.fullmatch(r"[\d.eE+-]+", share):
-        return public_name(Path(text)) + colon + share
-    return public_name(Path(given))
+    try:
+        float(share if text else "none")
+    except ValueError:
+        return public_name(Path(given))
+    return public_name(Path(text)) + colon + share.strip()
 
 
 def public_words(text: str) -> str:

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 from importlib.machinery import PathFinder
@@ -282,6 +283,29 @@ def test_the_tokenizer_of_another_file(shell: Shell, result: Path, own: Path, tm
     copy_tokenizer(tmp_path / "larger")
     said = refused(shell, "larger", "--gguf", "o.gguf", "--tokenizer-from", "dense.gguf")
     assert "has 2048 tokens, and the model 2050" in said
+
+
+def test_the_tokenizer_of_a_file_that_is_damaged(shell: Shell, result: Path) -> None:
+    """Such a file may be a stranger's: it is read as far as it goes, and has a list of texts or is none."""
+    array, number, text = (struct.pack("<I", kind) for kind in (9, 4, 8))
+    texts = array + text + struct.pack("<Q", 2048) + b"".join(_text(f"t{i}") for i in range(2048))
+    cases: list[dict[str, bytes]] = [
+        {"tokens": number + struct.pack("<I", 7)},
+        {"tokens": text + _text("x" * 2048)},
+        {"tokens": array + number + struct.pack("<Q2048I", 2048, *range(2048))},
+        {"tokens": array + number + struct.pack("<Q", 2**60) + bytes(64)},
+        {"tokens": texts, "merges": array + text + struct.pack("<Q", 0)},
+        {"tokens": texts, "x": array + array + struct.pack("<Q", 1) + number + struct.pack("<QI", 1, 5)},
+    ]
+    for fields in cases:
+        values = b"".join(_text(f"tokenizer.ggml.{name}") + value for name, value in fields.items())
+        Path("other.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, len(fields)) + values)
+        said = refused(shell, result, "--gguf", "o.gguf", "--tokenizer-from", "other.gguf")
+        assert "--tokenizer-from other.gguf is no GGUF file that can be read" in said
+
+
+def _text(text: str) -> bytes:
+    return struct.pack("<Q", len(text)) + text.encode()
 
 
 def test_a_tokenizer_that_nobody_knows(shell: Shell, own: Path) -> None:

@@ -257,6 +257,20 @@ def test_perplexity_is_that_of_the_protocol(dense: Path, held_out: Path, tokeniz
         assert found.windows * (found.sequence_length - 1) == found.tokens
 
 
+@pytest.mark.parametrize("kind", ["plain", "dictionary"])
+def test_a_table_that_is_made_to_fill_memories(kind: str, tmp_path: Path) -> None:
+    """A few kilobytes of one long text in a thousand rows."""
+    path = tmp_path / "bomb.parquet"
+    rows = pa.DictionaryArray.from_arrays(pa.array([0] * 1024, pa.int32()), pa.array(["the city of " * 1_500_000]))
+    table = pa.table({"text": rows})
+    parquet.write_table(table, path, compression="zstd", store_schema=kind == "dictionary")
+    before = pa.total_allocated_bytes()
+    with pytest.raises(CorpusError, match="times as much text as its size"):
+        for text in documents(str(path), "evaluation"):
+            assert len(text) == 18_000_000
+            assert pa.total_allocated_bytes() - before < 500_000_000
+
+
 def test_windows_that_the_model_writes(dense: Path) -> None:
     model = load(dense)
     state = torch.random.get_rng_state()

@@ -288,7 +288,7 @@ def test_no_text_of_a_report_says_where_it_was_made(place: str) -> None:
 
 
 @pytest.mark.parametrize("where", ["calibration", "evaluate"])
-@pytest.mark.parametrize("given", ["ann", "ann:2", "~", "~/", "../home/ann"])
+@pytest.mark.parametrize("given", ["ann", "ann:2", "ann:1_0", "ann: 2", "~", "~/", "../home/ann"])
 def test_a_home_is_not_named_however_it_was_given(
     where: str, given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -297,11 +297,11 @@ def test_a_home_is_not_named_however_it_was_given(
     monkeypatch.chdir(tmp_path / "home")
     report = made_up(1)
     report["options"][where] = [given, "c4"]
-    name = given.removesuffix(":2")
+    name, _, share = given.partition(":")
     report["calibration"]["source"] = name
     report["evaluation"] = {name: report["evaluation"]["c4"]}
     public = shareable(report)
-    assert public["options"][where] == ["home:2" if given == "ann:2" else "home", "c4"]
+    assert public["options"][where] == [f"home:{share.strip()}" if share else "home", "c4"]
     assert "ann" not in json.dumps({key: public[key] for key in ("options", "calibration", "evaluation", "command")})
 
 

@@ -177,6 +177,16 @@ def _scores(tokens: Sequence[str], merges: Sequence[tuple[str, ...]]) -> list[fl
     return [-float(first.get(token, len(merges))) for token in tokens]
 
 
+class _Reader(GGUFReader):  # type: ignore[misc]
+    """One that ends where the file ends, whatever sizes this claims."""
+
+    def _get(self, offset: Any, dtype: Any, count: Any = 1, *rest: Any, **more: Any) -> Any:
+        found = super()._get(offset, dtype, count, *rest, **more)
+        if len(found) < count:
+            raise ValueError("it ends too early")
+        return found
+
+
 def copy_tokenizer(writer: GGUFWriter, path: Path, vocabulary: int) -> list[str]:
     """Take the tokenizer fields of another GGUF file as they are, and return its tokens.
 
@@ -187,11 +197,16 @@ def copy_tokenizer(writer: GGUFWriter, path: Path, vocabulary: int) -> list[str]
         return OptionError(f"--tokenizer-from {path} is no GGUF file that can be read ({cause})")
 
     with explained(refusal):
-        fields = {name: field for name, field in GGUFReader(path).fields.items() if name.startswith(PREFIX)}
+        fields = {name: field for name, field in _Reader(path).fields.items() if name.startswith(PREFIX)}
         contents = {name: field.contents() for name, field in fields.items()}
     tokens = contents.get(gguf.Keys.Tokenizer.LIST)
     if tokens is None:
         raise OptionError(f"--tokenizer-from {path} has no tokenizer; give the GGUF file of the dense model")
+    array, texts = gguf.GGUFValueType.ARRAY, [gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.STRING]
+    for name, field in fields.items():
+        listed = field.types[0] == array
+        if (name == gguf.Keys.Tokenizer.LIST and field.types != texts) or (listed and len(field.types) != 2):
+            raise refusal(f"what it has as {name} is no list of texts or numbers")
     if len(tokens) != vocabulary:
         raise OptionError(
             f"--tokenizer-from {path} has {len(tokens)} tokens, and the model {vocabulary}; give the GGUF file of the "
