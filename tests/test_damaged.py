@@ -59,6 +59,7 @@ def configured(model: Path, **fields: Any) -> Path:
         ({"ffn_dim": 10**400}, "ffn_dim is a number of 1329 bits in "),
         ({"vocab_size": 10**12}, "vocab_size is 1000000000000 in "),
         ({"num_hidden_layers": 10**9}, "it must be at least 1 and at most 10000"),
+        ({"block_widths": []}, "has block_widths, which models have that llm_snp has pruned, and is of type 'opt'"),
         ({"max_position_embeddings": 1}, "it must be at least 2 and at most 2147483648"),
         ({"num_hidden_layers": True}, "num_hidden_layers is True in "),
         ({"head_dim": 0}, "head_dim is 0 in "),

@@ -36,6 +36,7 @@ LEAST = {"sliding_window": 0, "max_position_embeddings": 2, "n_positions": 2}
 # Far beyond any model there is: torch counts in 64 bits, and products of two sizes must fit.
 MOST = 2**31
 MOST_BLOCKS = 10_000
+PRUNED = "snp_"  # how the types of pruned models begin
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 # Buffers that are computed, such as causal masks, lie in no file; a model may have so many bytes of them at least.
 COMPUTED = 1 << 30
@@ -56,6 +57,12 @@ def checked_config(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
         raise UnsupportedModelError(
             f"{path} has a per_layer_config, so that the model's blocks differ already; llm_snp prunes models whose "
             "blocks are alike: give the model that it was made of"
+        )
+    kind = fields.get("model_type")
+    if fields.get("block_widths") is not None and not (isinstance(kind, str) and kind.startswith(PRUNED)):
+        raise UnsupportedModelError(
+            f"{path} has block_widths, which models have that llm_snp has pruned, and is of type {shown(kind)}; take "
+            "it out, or give the model that it was made of"
         )
     for name in SIZES:
         value = fields.get(name)

@@ -6,15 +6,21 @@ from collections.abc import Sequence
 
 import torch
 
+from ..errors import OptionError
 from .data import UNSEEN, Windows, as_windows
+
+MOST_WINDOWS = 1 << 24  # 8 billion tokens in windows of 512
 
 
 def turns(shares: Sequence[float], samples: int) -> list[int]:
     """Whose turn it is: for each of `samples` windows the number of the text that gives it.
 
     After any count each text has given its share of it to within one window, so that what looks at the first windows,
-    or at a part of them, sees every text. Each has its first turn before any has more than it is due.
+    or at a part of them, sees every text. Each has its first turn before any has more than it is due. Raises
+    `OptionError` for more windows than any text has.
     """
+    if samples > MOST_WINDOWS:
+        raise OptionError(f"{samples:,} windows were asked for; {MOST_WINDOWS:,} are the most that are counted")
     total, taken = sum(shares), [0] * len(shares)
     found = []
     for i in range(1, samples + 1):

@@ -55,6 +55,13 @@ def documents(source: str, purpose: str) -> Iterator[str]:
     return READERS[ending](path)
 
 
+def check_sources(sources: Iterable[str]) -> None:
+    """Raise `CorpusError` for a text that is not there, or of a kind that is not read, before anything is done."""
+    for source in sources:
+        if source != "self":
+            documents(source, "evaluation")  # nothing of it is read yet
+
+
 def digests(sources: Iterable[str]) -> dict[str, str]:
     """Hashes of those texts that are here as files or directories, each under what to call it in an error.
 
@@ -168,7 +175,7 @@ def _is_text(kind: Any) -> bool:
 
 
 def _rows(columns: Iterator[Any], path: Path) -> Iterator[str]:
-    """The texts of columns, one at a time; `CorpusError` for what cannot be read, is none, or was made to be too much."""
+    """The texts of columns, one at a time; `CorpusError` for what cannot be read, is none, or is far too much."""
 
     def values() -> Iterator[Any]:
         for column in columns:

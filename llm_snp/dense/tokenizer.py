@@ -37,10 +37,18 @@ def load_tokenizer(directory: Path) -> Any:
     with explained(refusal):
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, **config)
         ids = tokenizer("the", add_special_tokens=False)["input_ids"]
+    _without_chance(tokenizer)
     # Without files transformers 5 gives a tokenizer with an empty vocabulary and no error.
     if not ids:
         raise CheckpointError(f"{directory} has no tokenizer: it has no vocabulary file; {advice}")
     return tokenizer
+
+
+def _without_chance(tokenizer: Any) -> None:
+    """Leave no words out by chance, as some tokenizers do for training: a text has the same tokens each time."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None and getattr(backend.model, "dropout", None):
+        backend.model.dropout = None
 
 
 def _check_settings(directory: Path) -> None:
@@ -55,7 +63,9 @@ def _check_settings(directory: Path) -> None:
         except (OSError, ValueError):
             continue
         for field, value in fields.items() if isinstance(fields, dict) else ():
-            if value and field not in HANDED_ON and (field == "init_inputs" or field.endswith("_kwargs")):
+            by_chance = isinstance(value, dict) and value.get("enable_sampling")  # sentencepiece would draw the tokens
+            handed_on = field in HANDED_ON and not by_chance
+            if value and not handed_on and (field == "init_inputs" or field.endswith("_kwargs")):
                 raise CheckpointError(
                     f"{path} has {shown(field)}, settings for another package, which may follow them to code; llm_snp "
                     "reads tokenizers whose files say all: take it out, or save the tokenizer as a tokenizer.json"

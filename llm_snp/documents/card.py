@@ -312,7 +312,8 @@ def _named(calibration: dict[str, Any]) -> str:
 
 
 def _limits(report: dict[str, Any], metadata: ModelCardData) -> str:
-    model, licence = report["model"], _as_text(metadata.license_name or metadata.license)
+    model = report["model"]
+    licence = _as_text(", ".join(_list(metadata.license_name or metadata.license)))
     terms = f"its licence ({licence})" if licence else "its licence"
     how = (
         "Trained after pruning, on little text: what that text has nothing of may not have come back."

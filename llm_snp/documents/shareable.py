@@ -80,11 +80,24 @@ def shareable(report: dict[str, Any]) -> dict[str, Any]:
         evaluation[short] = {which: result | {"source": short} for which, result in results.items()}
     report["evaluation"] = evaluation
     if "harness" in report:
-        report["harness"] = {last(task): found for task, found in report["harness"].items()}
+        tasks = dict(zip(report["harness"], told_apart(map(last, report["harness"])), strict=True))
+        report["harness"] = {tasks[task]: found for task, found in report["harness"].items()}
+        for found in report["harness"].values():
+            if "subtasks" in found:
+                found["subtasks"] = [tasks.get(task, last(task)) for task in found["subtasks"]]
     device = report["device"]
     report["command"] = command_line(report["options"], device.get("processes", 1), device.get("nodes", 1))
     without: dict[str, Any] = _without_places(report)
     return without
+
+
+def told_apart(names: Iterable[str]) -> list[str]:
+    """Names of which no two are alike: the second of one gets "(2)", and so on."""
+    taken: list[str] = []
+    for name in names:
+        numbered = chain([name], (f"{name} ({i})" for i in count(2)))
+        taken.append(next(one for one in numbered if one not in taken))
+    return taken
 
 
 def _without_places(content: Any) -> Any:

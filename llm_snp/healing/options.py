@@ -22,8 +22,11 @@ RATE, LORA_RATE, WIDTH = 3e-4, 3e-3, 128
 # A text may be read so many times; more is learning it by heart (Muennighoff et al., arXiv 2305.16264).
 PASSES = 4
 SELF = "self"
-# What accelerate's launcher sets for other ways to train than the one here, which the Trainer would follow.
-LAUNCHED = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM")
+# With variables of that name accelerate is told to train in another way, which the Trainer would follow, but for those
+# that say nothing; the rest is of its words and lines.
+ACCELERATE = "ACCELERATE_"
+NOTHING = ("", "0", "no", "false", "off", "n", "f", "none", "default")
+WORDS = ("ACCELERATE_LOG_LEVEL", "ACCELERATE_DEBUG_MODE", "ACCELERATE_ENABLE_RICH", "ACCELERATE_DISABLE_RICH")
 # Options that do not change the result.
 FREE = frozenset(("output", "device", "overwrite", "resume", "quiet", "evaluate"))
 
@@ -103,8 +106,8 @@ class HealConfig:
                 "teacher's predictions there is no teacher"
             )
         choose(self.device, DEVICES, "--device")
-        for name in LAUNCHED:
-            if os.environ.get(name, "").strip().lower() in ("1", "true", "yes", "on", "y", "t"):
+        for name, value in os.environ.items():
+            if name.startswith(ACCELERATE) and name not in WORDS and value.strip().lower() not in NOTHING:
                 raise OptionError(f"{name} is set in the environment, but heal trains with torchrun alone; unset it")
         for flag, texts in (("--text", tuple(shares(self.text, "--text"))), ("--evaluate", self.evaluate or ())):
             if SELF in texts:

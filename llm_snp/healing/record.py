@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..documents.report import nodes, peak_host_bytes, versions
+from ..documents.shareable import told_apart
 from ..evaluation.perplexity import Perplexity, perplexity_of
 from ..system.device import device_facts
 from ..system.private import public_name, public_text
@@ -106,12 +107,8 @@ def label(source: str) -> str:
 
 
 def labels(sources: Iterable[str]) -> list[str]:
-    """The same for several, of which no two are called alike: the second gets "(2)", and so on."""
-    taken: list[str] = []
-    for source in sources:
-        names = (label(source), *(f"{label(source)} ({i})" for i in range(2, len(taken) + 3)))
-        taken.append(next(name for name in names if name not in taken))
-    return taken
+    """The same for several, of which no two are called alike."""
+    return told_apart(map(label, sources))
 
 
 def _held_out(entry: Mapping[str, float]) -> dict[str, float]:

@@ -13,6 +13,7 @@ from ..config import shares
 from ..dense.readers import digests
 from ..errors import CheckpointError, ResumeError
 from ..result.carried import content_of
+from ..result.finishing import finished_all_the_same
 from ..result.rewriting import Rewriting
 from ..system.files import digest, digest_of_bytes, disk
 from ..system.journal import DIGEST, Journal
@@ -84,7 +85,7 @@ def _digest(folder: Path) -> str:
 def left(workspace: Workspace, command: str) -> str:
     """What an unfinished healing has to show, and how to go on; empty if there is nothing."""
     if workspace.finished:
-        return f"{workspace.output} is finished all the same"
+        return finished_all_the_same(workspace.output)
     steps = sorted(int(path.stem.partition("-")[2]) for path in workspace.journal.glob(STATES))
     what = f"what the training had come to after step {steps[-1]} is kept in {workspace.directory}" if steps else ""
     return what and f"{what}; go on with: {command}"

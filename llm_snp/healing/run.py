@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..config import PruneConfig, shares
 from ..dense.data import Windows, evaluation_windows
-from ..dense.readers import digests
+from ..dense.readers import check_sources, digests
 from ..documents.report import nodes, summary
 from ..errors import CorpusError, HubError, OptionError, OutputError, first_line
 from ..evaluation.perplexity import Perplexity, perplexity_loaded, perplexity_of
@@ -59,6 +59,7 @@ def heal(options: HealConfig) -> list[str]:
             output = output_of(PruneConfig(output=str(options.destination)))
             if processes.from_main(lambda: finished_before(options, pair)):
                 return [f"{output} is finished already"]
+            processes.on_main(lambda: check_sources([*shares(options.text), *(options.evaluate or ())]))
             workspace = processes.on_main(
                 lambda: Workspace(output, options.overwrite, options.resume, inputs_of(options, pair))
             )

@@ -44,12 +44,14 @@ SENTENCEPIECE = ("tokenizer.model", "tokenizer.model.v3", "spiece.model", "sente
 TEMPLATES = "additional_chat_templates"  # folder of transformers for templates with a name
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", GENERATION)
 TERMS = re.compile(
-    r"(licen[cs]e|notice|copying|copyright|terms|third.?party|[\w-]*polic(y|ies))[\w. -]*",
+    r"(?=[\w. -]+$)(notice|copying|copyright|terms|third.?party|[\w-]*polic(y|ies)|.*licen[cs]e|"
+    r"(.*[^a-z])?(eula|terms.of.(use|service))(?![a-z]))",
     re.IGNORECASE | re.ASCII,
 )
 NO_TERMS = re.compile(r"key|token|secret|password", re.IGNORECASE)  # a licence's key is not for others
 TERMS_ENDINGS = ("", ".txt", ".md", ".rst", ".pdf")
-PAGES = (".html", ".htm", ".xhtml", ".svg")  # a browser runs what they say
+# What stays behind and is told of: a browser runs what pages say, an office what documents say; and what is no text.
+PAGES = (".html", ".htm", ".xhtml", ".svg", ".doc", ".docx", ".odt", ".rtf")
 LARGEST_TERMS = 10_000_000  # bytes; what is larger is no text for people
 
 # Fields that transformers follows to code: classes of a repository (`auto_map` in configs of models, tokenizers and
@@ -117,7 +119,8 @@ def _names_code(name: Any, value: Any) -> bool:
 class Carried:
     """The files that travel, by their name in the result, read once.
 
-    directory: of the dense model; pages: names of terms of use that stay there, because a page may have scripts. Raises
+    directory: of the dense model; left: names of terms of use that stay there, because they may have scripts, or are
+    a folder, or too large for text. Raises
     `CheckpointError` for what cannot be read or is not what it should be, links that lead out of the directory, and a
     tokenizer whose class is code of the directory.
     """
@@ -129,9 +132,7 @@ class Carried:
         found += sorted(path for path in (directory / TEMPLATES).glob("*.jinja") if path.is_file())
         found += sorted(path for path in directory.iterdir() if _is_terms(path))
         self.files = {path.relative_to(directory).as_posix(): self._read(path) for path in found}
-        self.pages = sorted(
-            path.name for path in directory.iterdir() if _called_terms(path) and path.suffix.lower() in PAGES
-        )
+        self.left = sorted(path.name for path in directory.iterdir() if _called_terms(path) and _stays(path))
 
     def _read(self, path: Path) -> bytes:
         if not (encodable(path.name) and path.name.isprintable()):
@@ -260,9 +261,15 @@ def _is_terms(path: Path) -> bool:
     return _names_terms(path) and path.is_file() and path.stat().st_size <= LARGEST_TERMS
 
 
+def _stays(path: Path) -> bool:
+    """Whether what is called like terms stays behind, and a person may miss it."""
+    kind = path.suffix.lower() in PAGES or path.is_dir()
+    return kind or (_names_terms(path) and path.is_file() and path.stat().st_size > LARGEST_TERMS)
+
+
 def _names_terms(path: PurePath) -> bool:
     return _called_terms(path) and (path.suffix.lower() in TERMS_ENDINGS or path.suffix[1:].isdecimal())
 
 
 def _called_terms(path: PurePath) -> bool:
-    return TERMS.fullmatch(path.name) is not None and NO_TERMS.search(path.name) is None
+    return TERMS.match(path.name) is not None and NO_TERMS.search(path.name) is None

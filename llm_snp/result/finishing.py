@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from ..documents.plots import PLOTS, plot_path
@@ -30,12 +31,11 @@ def finish(
     """
     directory = workspace.directory
     report[FILES] = dict(files)
-    anew = f"`python -m llm_snp report {shlex.quote(str(workspace.output))}` makes them anew"
     with disk(directory):  # of a run that came so far, and was gone on with: its documents are none of this report
         (directory / REPORT).unlink(missing_ok=True)
         list_in_partial(directory, (CARD, PAGE, *map(plot_path, PLOTS)))
     try:
-        with explained(lambda why: OutputError(f"the documents of the result cannot be made ({why}); {anew}")):
+        with explained(lambda why: OutputError(f"the documents of the result cannot be made ({why})")):
             write_documents(directory, report, new=True)
     finally:  # whatever the documents have met, the result is whole, and `report DIR` makes them anew
         if not (directory / REPORT).exists():
@@ -44,3 +44,11 @@ def finish(
         workspace.finish()
     if workspace.left:
         progress.say(f"kept {workspace.left}: someone put files into {workspace.output} while it was replaced")
+
+
+def finished_all_the_same(output: Path) -> str:
+    """What a run that was ended after its result had its name has to say of that."""
+    said = f"{output} is finished all the same"
+    if (output / CARD).exists():
+        return said
+    return f"{said}, but for its documents, which `python -m llm_snp report {shlex.quote(str(output))}` makes"

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from math import ceil
@@ -79,6 +79,12 @@ class _Sizes:
     picked: int = 1
 
 
+def fisher_bytes(options: PruneConfig, widths: Iterable[int], blocks: int) -> int:
+    """What the Fisher matrices of a run take on disk; widths: of the outputs of a block's sites."""
+    measured = options.needs_gradient and options.sensitivity == "fisher"
+    return FLOAT32 * blocks * sum(width**2 for width in widths) if measured else 0
+
+
 def estimate(
     model: Any,
     family: Family,
@@ -137,8 +143,7 @@ def estimate(
         on_device += states if staying else WAITING * size * batch * d
     on_host = 3 * stored * per_block + (0 if options.offload or staying else states)
     on_disk = int(stored * kept_share * total) + (states if options.offload else 0)
-    if options.needs_gradient and options.sensitivity == "fisher":
-        on_disk += FLOAT32 * len(blocks) * sum(width**2 for width in outputs.values())
+    on_disk += fisher_bytes(options, outputs.values(), len(blocks))
     if device.type == "cpu":
         on_host, on_device = on_host + on_device, 0
     sizes = _Sizes(

@@ -21,6 +21,7 @@ from ..errors import CheckpointError, ResumeError
 from ..evaluation.harness import texts_of
 from ..pruning.job import Job
 from ..result.carried import Carried
+from ..result.finishing import finished_all_the_same
 from ..result.origin import WEIGHTS_READ
 from ..system.files import digest
 from ..system.keeping import kept_for_later
@@ -141,7 +142,7 @@ def _left(workspace: Workspace, blocks: int, command: str) -> str:
         return len(list(workspace.journal.glob(pattern)))
 
     if workspace.finished:
-        return f"{workspace.output} is finished all the same"
+        return finished_all_the_same(workspace.output)
     if workspace.finished_blocks:
         what = f"{workspace.finished_blocks} of {blocks} blocks are finished"
     elif steps := count("step-*.json"):

@@ -12,7 +12,7 @@ from ..config import HELD_OUT, PruneConfig
 from ..dense.checkpoint import Checkpoint
 from ..dense.data import Windows
 from ..dense.mixture import fitted_and_unseen
-from ..dense.readers import digests
+from ..dense.readers import check_sources, digests
 from ..dense.skeleton import Skeleton
 from ..dense.storage import Storage, check_offload
 from ..dense.text import Text
@@ -21,6 +21,7 @@ from ..documents.report import Report
 from ..errors import OptionError
 from ..evaluation.harness import texts_of
 from ..evaluation.perplexity import Perplexity, perplexity_streamed
+from ..families import linear
 from ..pruning.decide import decide
 from ..pruning.executor import prune_blocks
 from ..pruning.job import Job, open_job
@@ -37,6 +38,7 @@ from ..system.processes import Processes
 from ..system.progress import Progress
 from ..system.workspace import Workspace, known
 from .afterwards import afterwards, check_afterwards
+from .estimate import fisher_bytes
 from .inputs import inputs_of, memory_of, report_of
 from .rehearsal import rehearse
 from .resume import (
@@ -78,6 +80,7 @@ def _pruned(options: PruneConfig) -> tuple[Job, dict[str, Any], Progress, bool]:
             if earlier is not None:
                 progress.say(f"{job.output} is finished already")
                 return job, earlier, progress, processes.main
+            processes.on_main(lambda: check_sources(texts_read(options)))
             workspace = processes.on_main(
                 lambda: Workspace(job.output, options.overwrite, options.resume, inputs_of(job))
             )
@@ -132,11 +135,11 @@ class _Run:
             self.journal.expect("model", identity)
             self.tokenizer = load_tokenizer(job.directory)
             processes.on_main(lambda: carried.check(self.tokenizer))
-            processes.on_main(self._check_space)
             whole = None if job.whole is job.config else job.whole
             self.skeleton = Skeleton(job.config, job.family.blocks, self.checkpoint, job.device, self.dtype, whole)
             # Nothing is measured yet, but whether the budget can be met at all is known already.
             check_budget(job.family, job.config, self.skeleton.blocks, job.options)
+            processes.on_main(self._check_space)
         with progress.phase("text"):
             self.read = identity | processes.from_main(lambda: digests(texts_read(job.options)))
             self.calibration, self.evaluation = processes.from_main(self._read_text)
@@ -144,8 +147,12 @@ class _Run:
 
     def _check_space(self) -> None:
         """The result is no larger than the dense model; what an interrupted run has written is there already."""
-        whole = sum(file.stat().st_size for file in self.checkpoint.files)
-        check_space(self.job.output, whole - known(self.workspace).written_bytes)
+        job, block = self.job, self.skeleton.blocks[0]
+        needed = sum(file.stat().st_size for file in self.checkpoint.files)
+        needed += sum(map(len, self.carried.files.values()))
+        widths = [linear(block, site.consumer).out_features for site in job.sites(0)]
+        needed += fisher_bytes(job.options, widths, len(self.skeleton))
+        check_space(job.output, needed - known(self.workspace).written_bytes)
 
     def _read_text(self) -> tuple[Windows, dict[str, Windows]]:
         job, options = self.job, self.job.options
@@ -182,10 +189,8 @@ class _Run:
         progress.say(f"plan: {plan.why}")
         for note in report.planned(plan, skeleton.parameters, custom_code=stock_fields(job, plan) is None):
             progress.say(f"note: {note}")
-        for name in self.carried.pages:
-            report.note(
-                f"{name} of the dense model, a page that may have scripts, is not in the result; its terms hold"
-            )
+        for name in self.carried.left:
+            report.note(f"{name} of the dense model, which is more than text, is not in the result; its terms hold")
         writer = Writer(self.directory, len(plan.left) + 1)
         blocks = PrunedBlocks(writer, self.journal, skeleton, report, progress)
         prune_blocks(session, plan, blocks.save, blocks.finished)

@@ -32,7 +32,7 @@ def harmless(text: str) -> str:
 
 def one_line(text: str) -> str:
     """The same on one line: what stands on others would look like words of ours."""
-    return harmless(" ".join(text.splitlines()))
+    return harmless(re.sub(r"[\n\u2028\u2029]", " ", text))
 
 
 def say(line: str) -> None:

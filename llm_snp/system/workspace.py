@@ -148,8 +148,8 @@ class Workspace:
 
     @property
     def written_bytes(self) -> int:
-        """What the weights take that are there already."""
-        return sum(path.stat().st_size for path in self.directory.glob("*.safetensors"))
+        """What the files take that are there already."""
+        return sum(path.stat().st_size for path in self.directory.rglob("*") if path.is_file())
 
     def _empty(self) -> None:
         empty_partial(self.directory)

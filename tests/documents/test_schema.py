@@ -190,8 +190,8 @@ def texts(content: Any, *path: Any) -> Iterator[tuple[Any, ...]]:
         yield from texts(value, *path, name)
 
 
-def put(report: dict[str, Any], path: Sequence[Any], value: str) -> bool:
-    """Put a text there, unless no report may have it there."""
+def put(report: dict[str, Any], path: Sequence[Any], value: str | list[str]) -> bool:
+    """Put a text there, or several, unless no report may have it there."""
     holder: Any = report
     for name in path[:-1]:
         holder = holder[name]
@@ -227,7 +227,7 @@ def structure(card: str) -> list[str]:
 
 
 def test_no_text_of_a_report_is_markup_in_a_card() -> None:
-    """All texts of it are a stranger's where the report is: each alone, and all together, as one may open for another."""
+    """All texts of a stranger's report are his: each alone, and all together, as one may open for another."""
     paths = list(texts(full()))
     expected = structure(model_card(full()))
     assert "html_block" not in expected
@@ -248,9 +248,10 @@ def test_no_text_of_a_report_is_markup_in_a_card() -> None:
         assert structure(model_card(report)) == structure(model_card(plain)), text
     for path in paths:
         for text in MARKUP:
-            report = full()
-            if put(report, path, text):
-                assert structure(model_card(report)) == expected, (path, text)
+            for value in (text, [text, text]):
+                report = full()
+                if put(report, path, value):
+                    assert structure(model_card(report)) == expected, (path, value)
 
 
 def test_no_text_of_a_report_is_a_line_of_the_summary() -> None:
@@ -267,6 +268,16 @@ def test_a_negative_error_is_damage() -> None:
     metric["pruned"]["stderr"] = -0.1
     next(iter(report["harness"].values()))["metrics"] = {"acc": metric}
     assert "stderr" in fault(report)
+
+
+def test_tasks_of_one_name_are_told_apart() -> None:
+    report = full()
+    task = next(iter(report["harness"].values()))
+    report["harness"] = {"a/qa": task, "b/qa": task | {"version": 7}, "all": task | {"subtasks": ["a/qa", "b/qa"]}}
+    public = shareable(report)["harness"]
+    assert [*public] == ["qa", "qa (2)", "all"]
+    assert public["qa (2)"]["version"] == 7
+    assert public["all"]["subtasks"] == ["qa", "qa (2)"]
 
 
 def test_texts_of_one_name_are_told_apart_however_many() -> None:

@@ -178,8 +178,39 @@ def test_other_ways_to_train_that_the_environment_asks_for_are_refused(
     heal: Healer, pruned: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`accelerate launch` with a DeepSpeed config sets it; the Trainer would follow, after everything was measured."""
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    assert heal.refused(pruned).startswith("ACCELERATE_USE_DEEPSPEED is set in the environment, but heal trains with")
+    for name, value in (("USE_DEEPSPEED", "true"), ("MIXED_PRECISION", "bf16"), ("DYNAMO_BACKEND", "inductor")):
+        with monkeypatch.context() as patch:
+            patch.setenv(f"ACCELERATE_{name}", value)
+            assert heal.refused(pruned).startswith(f"ACCELERATE_{name} is set in the environment, but heal trains with")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # `accelerate launch` sets these
+    monkeypatch.setenv("ACCELERATE_DYNAMO_MODE", "default")
+    monkeypatch.setenv("ACCELERATE_LOG_LEVEL", "INFO")
+    HealConfig(str(pruned), ("x",), 1).validate()
+
+
+def test_what_the_files_spell_otherwise_is_written_too(pruned: Path, tmp_path: Path) -> None:
+    """Older versions of transformers called some tensors otherwise, which are read all the same."""
+    source = copied(pruned, tmp_path / "older")
+    index = source / "model.safetensors.index.json"
+    tensors: dict[str, Tensor] = {}
+    for path in source.glob("*.safetensors"):
+        found = load_file(path)
+        tensors |= found
+        save_file({name.removeprefix("model."): tensor for name, tensor in found.items()}, path)
+    content = json.loads(index.read_text())
+    content["weight_map"] = {name.removeprefix("model."): file for name, file in content["weight_map"].items()}
+    index.write_text(json.dumps(content))
+    (tmp_path / "written").mkdir()
+    Rewriting(source).write(tmp_path / "written", tensors)
+    written: dict[str, Tensor] = {}
+    for path in (tmp_path / "written").glob("*.safetensors"):
+        written |= load_file(path)
+    assert set(written) == set(tensors)
+    assert all(torch.equal(written[name], tensors[name]) for name in tensors)
+
+
+def test_more_tokens_than_there_can_be_are_refused_at_once(heal: Healer, pruned: Path) -> None:
+    assert "windows were asked for; 16,777,216 are the most" in heal.refused(pruned, "--tokens", 10**15)
 
 
 def test_text_that_the_model_wrote_is_not_trained_on_unasked(heal: Healer, dense: Path) -> None:

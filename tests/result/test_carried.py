@@ -340,6 +340,7 @@ def test_links_of_the_hubs_cache_are_followed(dense: Path, tmp_path: Path) -> No
 
 
 TERMS = ("LICENSE", "LICENCE.md", "Notice", "NOTICE.txt", "USE_POLICY.md", "COPYING", "LICENSE-2.0", "Terms of Use.pdf")
+TERMS += ("MODEL_LICENSE", "EULA.md", "Gemma_Terms_of_Use.txt", "UNLICENSE", "Community License for X.pdf")
 
 
 def test_terms_and_templates_travel(prune: Prune, dense: Path, tmp_path: Path) -> None:
@@ -351,13 +352,19 @@ def test_terms_and_templates_travel(prune: Prune, dense: Path, tmp_path: Path) -
         (directory / "additional_chat_templates" / f"{name}.jinja").write_text(text)
     for name in TERMS:
         (directory / name).write_text(f"as in {name}")
-    for name in ("license.py", "LICENSE.sh", "notes.txt", "policy.safetensors", "license_key.txt"):
+    others = {"license.py", "LICENSE.sh", "notes.txt", "policy.safetensors", "license_key.txt", "LICENSE.docx"}
+    others |= {"pay terms.txt", "neulation.txt"}
+    for name in others:
         (directory / name).write_text("no terms")
+    (directory / "LICENSES").mkdir()
+    with (directory / "LICENSE-all.txt").open("wb") as file:
+        file.truncate(10_000_001)
     output = tmp_path / "out"
-    prune(directory, output)
+    notes = prune(directory, output)["notes"]
+    for name in ("LICENSE.docx", "LICENSES", "LICENSE-all.txt"):
+        assert f"{name} of the dense model, which is more than text, is not in the result; its terms hold" in notes
     assert {name: (output / name).read_text() for name in TERMS} == {name: f"as in {name}" for name in TERMS}
-    others = {"license.py", "LICENSE.sh", "notes.txt", "policy.safetensors", "license_key.txt"}
-    assert not others & {path.name for path in output.iterdir()}
+    assert not (others | {"LICENSES", "LICENSE-all.txt"}) & {path.name for path in output.iterdir()}
     dense_templates = AutoTokenizer.from_pretrained(directory).chat_template
     assert set(dense_templates) == {"default", *templates}
     assert AutoTokenizer.from_pretrained(output).chat_template == dense_templates
@@ -540,4 +547,4 @@ def test_a_page_of_terms_stays_where_it_is_and_the_report_says_so(prune: Prune, 
     report = prune(directory, tmp_path / "out")
     assert (tmp_path / "out" / "LICENSE").exists()
     assert not [path for path in (tmp_path / "out").iterdir() if path.suffix.lower() in (".html", ".htm")][1:]
-    assert sum("a page that may have scripts, is not in the result" in note for note in report["notes"]) == 2
+    assert sum("which is more than text, is not in the result" in note for note in report["notes"]) == 2

@@ -191,8 +191,8 @@ def test_a_report_of_a_model_that_knows_nothing_can_be_read(
     ("error", "code", "sentence"),
     [
         (DiskFullError("no room"), 2, "no room; {out} is finished all the same"),
-        (ValueError("drawn badly"), 2, "the documents of the result cannot be made (drawn badly); `python -m llm_snp "),
-        (KeyboardInterrupt(), 130, "interrupted; {out} is finished all the same\n"),
+        (ValueError("drawn badly"), 2, "the documents of the result cannot be made (drawn badly); {out} is "),
+        (KeyboardInterrupt(), 130, "interrupted; {out} is finished all the same, but for its documents"),
     ],
     ids=["disk", "library", "Ctrl-C"],
 )
@@ -207,7 +207,8 @@ def test_documents_that_fail_leave_a_whole_result(
         found, out, err = shell.prune(dense)
     assert (found, out, err.count("\n")) == (code, "", 1), err
     assert err.startswith("llm_snp: " + sentence.format(out=shell.output)), err
-    assert err.endswith(f"; {shell.output} is finished all the same\n")
+    said = f"; {shell.output} is finished all the same, but for its documents, which `python -m llm_snp report "
+    assert err.endswith(f"{said}{shell.output}` makes\n")
     assert [path.name for path in shell.directory.iterdir()] == ["out"]
     report = read_report(shell.output)
     assert report["files"]

@@ -476,6 +476,16 @@ def test_nothing_that_cost_time_is_thrown_away(tmp_path: Path, record: str, what
     assert not path.exists()
 
 
+def test_a_text_that_is_not_there_costs_no_unfinished_run(shell: Shell, dense: Path) -> None:
+    """`--overwrite` throws such a run away, where there is one to take its place."""
+    Workspace(shell.output, overwrite=False, resume=False).keep()
+    path = shell.directory / "out.partial" / ".llm_snp" / "block-0001.json"
+    path.write_text("{}")
+    said = shell.refused(dense, "--overwrite", "--calibration", "nofile.txt")
+    assert "nofile.txt is neither a file nor a known corpus" in said
+    assert path.exists()
+
+
 def test_an_earlier_result_that_cannot_be_removed_is_refused_at_once(
     shell: Shell, dense: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
