@@ -264,11 +264,10 @@ def test_a_table_that_is_made_to_fill_memories(kind: str, tmp_path: Path) -> Non
     rows = pa.DictionaryArray.from_arrays(pa.array([0] * 1024, pa.int32()), pa.array(["the city of " * 1_500_000]))
     table = pa.table({"text": rows})
     parquet.write_table(table, path, compression="zstd", store_schema=kind == "dictionary")
-    before = pa.total_allocated_bytes()
+    before, taken = pa.total_allocated_bytes(), []
     with pytest.raises(CorpusError, match="times as much text as its size"):
-        for text in documents(str(path), "evaluation"):
-            assert len(text) == 18_000_000
-            assert pa.total_allocated_bytes() - before < 500_000_000
+        taken += (pa.total_allocated_bytes() - before for _ in documents(str(path), "evaluation"))
+    assert max(taken, default=0) < 500_000_000
 
 
 def test_windows_that_the_model_writes(dense: Path) -> None:
