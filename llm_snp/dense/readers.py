@@ -214,8 +214,6 @@ def _dataset_directory(path: Path) -> Iterator[str]:
         lambda cause: CorpusError(f"{path} is a directory, but not one saved by datasets' save_to_disk ({cause})")
     ):
         loaded = datasets.load_from_disk(str(path))
-    if isinstance(loaded, datasets.DatasetDict):
-        raise CorpusError(f"{path} has the splits {', '.join(loaded)}; name the directory of one of them")
     if "text" not in loaded.column_names:
         raise CorpusError(f'{path} has columns {loaded.column_names}, expected one named "text"')
     feature = loaded.features["text"]
@@ -231,8 +229,15 @@ def _dataset_directory(path: Path) -> Iterator[str]:
 def _check_data_files(path: Path) -> None:
     """Raise `CorpusError` if a saved dataset names files that are not beside its state, which datasets would read.
 
-    They would be of the choice of whoever made it. A file may be a symbolic link, as weights may.
+    They would be of the choice of whoever made it. A file may be a symbolic link, as weights may; a pipe, or a link to
+    a device, does not end. Nor is a dataset of several splits, which lie where it says, more than their names.
     """
+    for place in (path, *path.rglob("*")):
+        if not (place.is_file() or place.is_dir()):
+            raise CorpusError(f"{place} is no file that ends, but a pipe, a device or a broken link; remove it")
+    if (path / "dataset_dict.json").is_file():
+        names = sorted(place.name for place in path.iterdir() if place.is_dir())
+        raise CorpusError(f"{path} has the splits {', '.join(names)}; name the directory of one of them")
     state = path / "state.json"
     try:
         fields = parse_json(state.read_bytes())

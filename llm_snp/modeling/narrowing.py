@@ -6,6 +6,8 @@ A pruned checkpoint carries a copy of this: it imports torch and transformers on
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -49,7 +51,8 @@ class Narrowed:
             if not count:
                 module, _, name = path.rpartition(".")
                 constant = Constant(block.get_submodule(path).bias)
-                nothing = Nothing(name, constant, attends=path == cls.consumers[0]) if module else constant
+                values = _values(block, module) if path == cls.consumers[0] else 1
+                nothing = Nothing(name, constant, values) if module else constant
                 setattr(block, module or name, nothing)
 
     def init_continuous_batching(self, *args: Any, **options: Any) -> Any:
@@ -100,17 +103,28 @@ class Constant(nn.Module):
 class Nothing(nn.Module):
     """In the place of an attention or an MLP of which nothing is left but what its last layer adds: no cache, no mask.
 
-    name: of that layer, whose bias a checkpoint has; attends: whether a block expects attention weights, too.
+    name: of that layer, whose bias a checkpoint has; values: how many a block expects, of an attention its weights,
+    too, and in older versions of OPT the cache, as it is.
     """
 
-    def __init__(self, name: str, constant: Constant, attends: bool):
+    def __init__(self, name: str, constant: Constant, values: int):
         super().__init__()
         self.add_module(name, constant)
-        self.name, self.attends = name, attends
+        self.name, self.values = name, values
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         found = getattr(self, self.name)(hidden_states)
-        return (found, None) if self.attends else found
+        return found if self.values == 1 else (found, None, kwargs.get("past_key_value"))[: self.values]
+
+
+def _values(block: Any, module: str) -> int:
+    """How many values a block takes from its attention: two, and in older versions of OPT three."""
+    try:
+        source = inspect.getsource(type(block).forward)
+    except OSError:  # only compiled files are there
+        source = ""
+    found = re.search(rf"^ *((?:\w+, )+\w+) = self\.{module}\(", source, re.MULTILINE)
+    return found[1].count(",") + 1 if found else 2
 
 
 def _attention_shapes(block: Any) -> list[torch.Size]:

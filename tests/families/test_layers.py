@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers
 from conftest import Prune, load, logits
 from elsewhere import elsewhere
+from packaging.version import Version
 from test_families import narrowed
 from tiny_models import BLOCKS, KNOWN, MODELS, save_tiny, tiny_config, tiny_model
 
@@ -92,14 +95,21 @@ SOME = [
 def test_blocks_that_go_are_skipped(name: str, prune: Prune, tmp_path: Path, ids: torch.Tensor) -> None:
     """Without repair the rest is what it was; the stock class reads it."""
     directory = save_tiny(name, tmp_path / "dense")
+    if "sliding" in name and not hasattr(tiny_config(name), "layer_types"):
+        pytest.skip("this transformers tells from a block's number whether it has a window")
     report = prune(directory, tmp_path / "out", 0.33, structures="layers", format="stock", target="none")
     gone = [i for i, kept in enumerate(report["plan"]["kept"]) if kept == {"heads": 0, "neurons": 0}]
     assert len(gone) == 1
     assert not set(gone) & first_attentions(tiny_config(name))
     model, family = load(directory), FAMILIES[MODELS[name][0]]
     blocks = model.get_submodule(family.blocks)
-    tuples = name.startswith("falcon")
-    blocks[gone[0]].forward = lambda states, *args, **kwargs: (states, None) if tuples else states
+    forward = blocks[gone[0]].forward
+
+    def skipped(states: torch.Tensor, *args: Any, **options: Any) -> Any:
+        found = forward(states, *args, **options)
+        return (states, *found[1:]) if isinstance(found, tuple) else states
+
+    blocks[gone[0]].forward = skipped
     result = load(tmp_path / "out")
     assert type(result).__module__.startswith("transformers.models.")
     assert result.num_parameters() == report["model"]["parameters_pruned"]
@@ -143,7 +153,8 @@ def test_layers_gone_and_loaded_where_llm_snp_is_not(
     assert found["checkpointed"] < 1e-5
     options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "min_new_tokens": 6, "max_new_tokens": 6}
     dynamic = whole.generate(ids, **options)
-    assert torch.equal(whole.generate(ids, cache_implementation="static", **options), dynamic)
+    if Version(transformers.__version__) >= Version("4.56"):  # before, a static cache had one shape for all blocks
+        assert torch.equal(whole.generate(ids, cache_implementation="static", **options), dynamic)
     again = prune(tmp_path / "out", tmp_path / "less", 0.2, attention="heads" if name != "olmo2" else "dims")
     assert [set(block) for block in again["plan"]["kept"]] == [
         {unit for unit, left in block.items() if left} for block in kept if set(block.values()) != {0}
