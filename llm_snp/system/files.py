@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -84,9 +85,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     from safetensors.torch import save_file
 
     with disk(path), _temporary(path) as aside:
+        mode = aside.stat().st_mode & 0o777
         save_file(_unshared(tensors), aside, metadata={"format": "pt"})
-        # safetensors makes files that only their owner can read; this is what the umask asks for.
-        aside.chmod(path.parent.stat().st_mode & 0o666)
+        aside.chmod(mode)  # safetensors makes files that only their owner can read; this is what the umask asks for
         _settle(aside, path)
 
 
@@ -261,8 +262,11 @@ def _settle_new(temporary: Path, final: Path) -> None:
 
 
 def _settle(temporary: Path, final: Path) -> None:
-    """Make a written file durable, then visible under its name."""
+    """Make a written file durable, then visible under its name, to those who could see what had it."""
     _durable(temporary)
+    if final.is_file() and not final.is_symlink():
+        with suppress(OSError):  # not every file system has modes
+            shutil.copymode(final, temporary)
     os.replace(temporary, final)
 
 

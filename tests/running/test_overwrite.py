@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -184,8 +185,11 @@ def test_the_working_directory_is_not_replaced(
 
 
 @pytest.mark.parametrize("mode", [0o700, 0o2750, 0o777])
-def test_who_may_read_what_is_replaced_may_read_the_result(shell: Shell, dense: Path, mode: int) -> None:
+def test_who_may_read_what_is_replaced_may_read_the_result(
+    shell: Shell, dense: Path, mode: int, request: pytest.FixtureRequest
+) -> None:
     """Also while it grows: a person may have made the directory for himself alone."""
+    request.addfinalizer(partial(os.umask, os.umask(0o022)))
     shell.output.mkdir()
     shell.output.chmod(mode)
     workspace = Workspace(shell.output, overwrite=False, resume=False)
@@ -193,8 +197,12 @@ def test_who_may_read_what_is_replaced_may_read_the_result(shell: Shell, dense: 
     workspace.discard()
     assert shell.prune(dense)[0] == 0
     assert shell.output.stat().st_mode & 0o7777 == mode
+    assert {path.stat().st_mode & 0o777 for path in shell.output.glob("*.*") if path.is_file()} == {0o644}
     assert shell.prune(dense, "--overwrite")[0] == 0
     assert shell.output.stat().st_mode & 0o7777 == mode
+    (shell.output / "README.md").chmod(0o600)
+    assert shell.run("report", shell.output)[0] == 0
+    assert (shell.output / "README.md").stat().st_mode & 0o777 == 0o600
 
 
 def test_what_a_killed_command_was_writing_is_nobody_else_s(result: Path) -> None:
