@@ -20,9 +20,9 @@ PLACE = re.compile(
 # Anywhere in a text: homes of people, a name and password of a URL, tokens of the Hub, GitHub, GitLab, OpenAI, AWS,
 # Slack, Google, those that are signed JSON, and private keys.
 SECRET = re.compile(
-    r"(/|\\)(home|Users)\1[^/\\\s]|\w://[^/\s@]*:[^/\s@]+@|"
+    r"(/|\\)(home|Users)\1[^/\\\s]|\w://[^/\s@:]{0,300}:[^/\s@]{1,300}@|"
     r"\bhf_[A-Za-z0-9]{30,}|\b(gh[pousr]_|github_pat_|glpat-|sk-|AKIA|xox[abps]-|AIza)[\w-]{16,}|"
-    r"\beyJ[\w-]{16,}\.[\w-]{16,}\.|-----BEGIN [A-Z ]*PRIVATE KEY"
+    r"\beyJ[\w-]{16,300}\.eyJ|-----BEGIN [A-Z ]*PRIVATE KEY"
 )
 # Anywhere in a line: paths (from the root, a drive or a home), and places of other schemes than the web's.
 PATH = re.compile(

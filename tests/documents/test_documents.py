@@ -505,7 +505,8 @@ def test_documents_show_what_the_report_has(result: Path) -> None:
 def test_plots_of_an_earlier_report_go(result: Path) -> None:
     own = result / "plots" / "mine.png"
     own.touch()
-    write_documents(result, nothing_removed(made_up(allocation="uniform")) | {"card": read_report(result)["card"]})
+    there = {name: read_report(result)[name] for name in ("card", "files")}
+    write_documents(result, nothing_removed(made_up(allocation="uniform")) | there)
     assert sorted(path.stem for path in (result / "plots").iterdir()) == ["change", "kept", "mine", "seconds"]
     assert "plots/curves.png" not in (result / "README.md").read_text()
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -441,7 +442,7 @@ def test_what_a_model_reads_is_no_secret() -> None:
         f"token={TOKEN}",
         TOKEN,
         "AIza" + "aB3-" * 9,
-        "eyJ" + "aB3" * 8 + "." + "aB3" * 8 + ".x",
+        "eyJ" + "aB3" * 8 + ".eyJ" + "aB3" * 8 + ".x",
         "-----BEGIN RSA PRIVATE KEY-----",
         "x" * 400 + " /home/ann",
     ],
@@ -454,6 +455,13 @@ def test_places_people_and_tokens_do_not_travel(text: str, dense: Path, tmp_path
     card = {"license": "other", "license_link": text, "tags": [text, "good"], "datasets": text}
     (directory / "README.md").write_text(f"---\n{json.dumps(card)}\n---\n")
     assert card_metadata(directory) == {"license": "other", "tags": ["good"]}
+
+
+@pytest.mark.parametrize("part", ["a://:", "a://" + ":" * 9, "eyJ-", "/a", "/a ", "a:/", "~/", "hf_", "- ", "//", ".", "x@"])
+def test_long_texts_are_looked_at_in_no_time(part: str) -> None:
+    began = time.process_time()
+    without_code({"a": part * 200_000, "b": part + ":" * 200_000})
+    assert time.process_time() - began < 5
 
 
 def test_folders_of_who_runs_this_do_not_travel(monkeypatch: pytest.MonkeyPatch) -> None:
