@@ -457,7 +457,9 @@ def test_places_people_and_tokens_do_not_travel(text: str, dense: Path, tmp_path
     assert card_metadata(directory) == {"license": "other", "tags": ["good"]}
 
 
-@pytest.mark.parametrize("part", ["a://:", "a://" + ":" * 9, "eyJ-", "/a", "/a ", "a:/", "~/", "hf_", "- ", "//", ".", "x@"])
+@pytest.mark.parametrize(
+    "part", ["a://:", "a://" + ":" * 9, "eyJ-", "/a", "/a ", "a:/", "~/", "hf_", "- ", "//", ".", "x@"]
+)
 def test_long_texts_are_looked_at_in_no_time(part: str) -> None:
     began = time.process_time()
     without_code({"a": part * 200_000, "b": part + ":" * 200_000})
