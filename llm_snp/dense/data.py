@@ -17,6 +17,7 @@ from torch import Tensor
 from ..errors import CorpusError
 from ..system.libraries import explained
 from .readers import documents
+from .whole import generate_plainly
 
 # Tokenising hundreds of megabytes to draw a few windows helps nobody: calibration reads this much of a file.
 CALIBRATION_CHARACTERS = 32_000_000
@@ -98,12 +99,10 @@ def tokenize(tokenizer: Any, text: str, source: str) -> Tensor:
 def self_written(model: Any, samples: int, length: int, seed: int, start: int, batch: int = 128) -> Windows:
     """Windows that the model samples from itself, each beginning with token `start`; `model` is whole and loaded.
 
-    Of the settings for `generate` that came with it, those are taken that say which tokens end a text, which none does
-    here; with others it would not be the model's own distribution, nor as much of it.
+    With settings for `generate` that came with it, it would not be the model's own distribution, nor as much of it.
     """
     parts = []
-    given = model.generation_config
-    model.generation_config = type(given)(eos_token_id=given.eos_token_id, pad_token_id=given.pad_token_id)
+    generate_plainly(model)
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.no_grad():
         torch.manual_seed(seed)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,3 +43,13 @@ def whole_model(directory: Path, config: Any, dtype: torch.dtype | None, sentenc
             if (directory / name).is_file():
                 (folder / name).symlink_to((directory / name).resolve())
         return AutoModelForCausalLM.from_pretrained(folder, config=config, trust_remote_code=False, **options)
+
+
+def generate_plainly(model: Any, also: Sequence[str] = ()) -> None:
+    """Take of a model's settings for `generate` those that say which tokens end or fill a text, and the fields `also`.
+
+    Others, which a stranger may have chosen, would have it write several texts at a time, or none, or in another way.
+    """
+    given = model.generation_config
+    kept = ("bos_token_id", "eos_token_id", "pad_token_id", *also)
+    model.generation_config = type(given)(**{name: getattr(given, name) for name in kept})

@@ -23,7 +23,7 @@ NOT_IN_VLLM = ("falcon", "gpt2", "mixtral", "qwen2_moe", "qwen3_moe", "olmoe")
 BLOCKWISE_IN_GGUF, NO_HEAD_WIDTH = ("llama", "mistral", "qwen2"), ("qwen2",)
 CODE_SPAN = frozenset("`|<[")  # with these a command in a table would end, or be more than a command
 # What an address has, which is made a link of; and a word joiner, with which it is none.
-ADDRESS = re.compile(r":(?=//)|\bwww(?=\.)|(?<=\S)@(?=\S)|\b(mailto|xmpp)(?=:)", re.IGNORECASE)
+ADDRESS = re.compile(r":(?=//)|www(?=\.)|(?<=\S)@(?=\S)|(mailto|xmpp)(?=:)", re.IGNORECASE)
 UNSEEN = "\u2060"
 # How a heading, quotation, list, rule or block of code begins: where a backslash makes text of it.
 BLOCK = re.compile(r"^(?=#+(\s|$)|>|[-+*](\s|$)|~~~|([-_*]\s*){3,}$|=+\s*$)|^\d+(?=[.)](\s|$))")

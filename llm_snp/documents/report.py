@@ -224,8 +224,9 @@ def versions() -> dict[str, str]:
 
 def nodes() -> int:
     """On how many machines torchrun has started the processes of this run."""
-    processes, here = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-    return max(1, processes // here)
+    known = [os.environ.get(name, "") for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")]
+    processes, here = (int(text) if text.isdecimal() else 0 for text in known)
+    return max(1, processes // here) if here else 1
 
 
 def _text(windows: Windows) -> dict[str, Any]:

@@ -21,13 +21,15 @@ import torch
 
 from ..dense.hub import load_config
 from ..dense.tokenizer import load_tokenizer
-from ..dense.whole import whole_model
+from ..dense.whole import generate_plainly, whole_model
 from ..errors import CheckpointError, DeviceMemoryError, NumericalError, OptionError
 from ..system.libraries import explained
 from .harness_tasks import PREFIX, find_tasks
 
 # Draws for standard errors without a formula, of perplexities, say: 2 % exact. The harness's 100,000 take minutes.
 BOOTSTRAP = 1000
+# Of a model's settings for `generate`, what others measure its tasks with, too.
+PENALTIES = ("repetition_penalty", "no_repeat_ngram_size")
 
 
 def tasks_of(evaluate: Sequence[str]) -> tuple[str, ...]:
@@ -147,6 +149,7 @@ def _open_model(directory: Path, device: torch.device, dtype: torch.dtype, batch
         model = model.to(device, dtype).eval()
     except torch.OutOfMemoryError as error:
         raise DeviceMemoryError(f"{device} has no room for the whole of {directory}; use --device cpu") from error
+    generate_plainly(model, PENALTIES)
     if tokenizer.eos_token_id is None:  # the harness cuts, begins and pads texts with it, and fails without
         tokenizer.eos_token = tokenizer.bos_token or tokenizer.convert_ids_to_tokens(0)
     model.register_forward_hook(_check_logits)

@@ -211,6 +211,7 @@ MARKUP = (
     "# x",
     "- [x]: https://evil.example",
     "</pre></code><!-- ",
+    "_www.evil.example/x_ *www.evil.example* (www.evil.example) ~www.evil.example~ mailto:a@evil.example",
 )
 
 
@@ -230,6 +231,7 @@ def test_no_text_of_a_report_is_markup_in_a_card() -> None:
     """All texts of a stranger's report are his: each alone, and all together, as one may open for another."""
     paths = list(texts(full()))
     expected = structure(model_card(full()))
+    assert "www." not in model_card(full() | {"notes": [MARKUP[-1]]})
     assert "html_block" not in expected
     assert not any(one.startswith(("link", "html")) for one in expected)
     tried = 0

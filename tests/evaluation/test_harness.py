@@ -158,7 +158,20 @@ def test_a_version_of_any_kind_can_stand_in_a_report(
     assert result["small_choice"]["version"] == version
 
 
-def test_exact_match_is_that_of_what_the_model_writes(dense: Path, task: Callable[..., Path]) -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"do_sample": True, "num_return_sequences": 2},
+        {"return_dict_in_generate": True},
+        {"penalty_alpha": 0.6, "top_k": 4},
+        {"num_beams": 3},
+    ],
+)
+def test_exact_match_is_that_of_what_the_model_writes(
+    dense: Path, task: Callable[..., Path], tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    """Whatever its settings for `generate` say of how it writes."""
     model, tokenizer = load(dense), load_tokenizer(dense)
     file = task("writing")
     asked = rows("writing")[:4]
@@ -167,7 +180,10 @@ def test_exact_match_is_that_of_what_the_model_writes(dense: Path, task: Callabl
         written = model.generate(**prompt, max_new_tokens=8, do_sample=False)[0, prompt["input_ids"].shape[1] :]
         row["target"] = tokenizer.decode(written, skip_special_tokens=True).split(".")[0]
     (file.parent / "small_writing.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in asked))
-    result = evaluate(dense, file)["small_writing"]
+    copy = Path(shutil.copytree(dense, tmp_path / "model"))
+    known = json.loads((copy / "generation_config.json").read_text())
+    (copy / "generation_config.json").write_text(json.dumps(known | settings))
+    result = evaluate(copy, file)["small_writing"]
     assert result["metrics"]["exact_match"]["value"] == 0.75
     assert result["samples"] == 4
 
