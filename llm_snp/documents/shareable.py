@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import shlex
 from collections.abc import Iterable, Mapping
 from itertools import chain, count
@@ -63,6 +64,7 @@ def shareable(report: dict[str, Any]) -> dict[str, Any]:
         report["parents"] = [_named(one) | {name: one.get(name, 0) for name in FACTS} for one in report["parents"]]
     for step in report.get("healing", []):
         step["teacher"] |= _named(step["teacher"])
+        step["command"] = _of_healing(step["command"])
     model["card"] = carried_words(model.get("card") or {})
 
     def text(source: str, taken: Iterable[str] = ()) -> str:
@@ -159,6 +161,17 @@ def launcher(processes: int, nodes: int) -> list[str]:
     """How a command begins that so many processes run, on so many machines."""
     several = ["--nnodes", str(nodes)] if nodes > 1 else []
     return ["torchrun", *several, "--nproc-per-node", str(processes // nodes)] if processes > 1 else ["python"]
+
+
+def _of_healing(command: str) -> str:
+    """The command of a healing, whose words a shell takes for words: a report may be a stranger's."""
+    plain = "python -m llm_snp heal"
+    try:
+        words = shlex.join(shlex.split(command))
+    except ValueError:  # a quotation that does not end
+        return plain
+    launched = re.match(r"(python|torchrun( --nnodes \d+)? --nproc-per-node \d+) -m llm_snp heal ", words)
+    return words if launched else plain
 
 
 def words_of(name: str, value: Any) -> list[str]:

@@ -91,7 +91,7 @@ PLACES = frozenset(
 PLACE_ENDINGS = ("_file", "_name_or_path")
 # What holds a secret, whatever that looks like.
 SECRETS = re.compile(
-    r"(^|_)(api_?key|secret|password|passwd|credentials?|private_?key|(access|auth|hub)_?token)(_|$)|[a-z0-9]_key$",
+    r"(^|_)(api_?key|secret|password|passwd|credentials?|private_?key|(access|auth|hub|hf|api|bearer)_?token)(_|$)|[a-z0-9]_key$",
     re.I,
 )
 WORDS = ("content", "chat_template", "template")  # what a tokenizer reads or writes, whatever it looks like

@@ -21,8 +21,8 @@ PLACE = re.compile(
 # Slack, Google, those that are signed JSON, and private keys.
 SECRET = re.compile(
     r"(/|\\)(home|Users)\1[^/\\\s]|\w://[^/\s@:]{0,300}:[^/\s@]{1,300}@|"
-    r"\bhf_[A-Za-z0-9]{30,}|\b(gh[pousr]_|github_pat_|glpat-|sk-|AKIA|xox[abps]-|AIza)[\w-]{16,}|"
-    r"\beyJ[\w-]{16,300}\.eyJ|-----BEGIN [A-Z ]*PRIVATE KEY"
+    r"\bhf_[A-Za-z0-9]{30,}|\b(gh[pousr]_|github_pat_|glpat-|sk-|A[KS]IA|xox[abps]-|AIza|npm_|pypi-)[\w-]{16,}|"
+    r"\beyJ[\w-]{16,300}\.eyJ|-----BEGIN [A-Z ]*PRIVATE KEY|\b[Bb]earer [\w.-]{16}|\bhooks\.slack\.com/"
 )
 # Anywhere in a line: paths (from the root, a drive or a home), and places of other schemes than the web's.
 PATH = re.compile(

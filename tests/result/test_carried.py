@@ -442,6 +442,10 @@ def test_what_a_model_reads_is_no_secret() -> None:
         f"token={TOKEN}",
         TOKEN,
         "AIza" + "aB3-" * 9,
+        "ASIA" + "ABC3" * 4,
+        "npm_" + "aB3" * 12,
+        "Bearer " + "aB3" * 12,
+        "https://hooks.slack.com/services/T0/B0/X",
         "eyJ" + "aB3" * 8 + ".eyJ" + "aB3" * 8 + ".x",
         "-----BEGIN RSA PRIVATE KEY-----",
         "x" * 400 + " /home/ann",
@@ -468,8 +472,9 @@ def test_long_texts_are_looked_at_in_no_time(part: str) -> None:
 
 def test_folders_of_who_runs_this_do_not_travel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("USER", "ann")
-    fields = {"a": "runs/ann/out", "b": "ann/model", "c": "runs/anna/out", "WANDB_KEY": "x", "d_key": "x", "key_dim": 1}
-    assert without_code(fields) == {"b": "ann/model", "c": "runs/anna/out", "key_dim": 1}
+    fields = {"a": "runs/ann/out", "b": "ann/model", "c": "runs/anna/out", "key_dim": 1}
+    secrets = {"WANDB_KEY": "x", "d_key": "x", "HF_TOKEN": "x"}
+    assert without_code(fields | secrets) == {"b": "ann/model", "c": "runs/anna/out", "key_dim": 1}
 
 
 @pytest.mark.parametrize(
