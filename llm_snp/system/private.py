@@ -37,7 +37,7 @@ CARRIED = ("license", "license_name", "license_link", "language", "tags", "datas
 MOST_WORDS, MOST_CHARACTERS = 100, 300  # of each field
 # Tags that say of a model what it was made of, or that it is an adapter: of the pruned one the card says that itself.
 NOT_ITS_OWN = re.compile(r"base_model:.*|lora|peft|adapter", re.IGNORECASE)
-HOMES = ("/home", "/Users")
+HOMES = ("home", "Users")  # folders with one for each person, wherever they are: /export/home, /var/home
 HOME = "home"
 
 
@@ -61,7 +61,7 @@ def public_name(path: Path) -> str:
     """
     try:
         real = path.expanduser().resolve()
-        if str(real.parent) in HOMES or real == Path.home().resolve() or real.name in _names():
+        if real.parent.name in HOMES or real == Path.home().resolve() or real.name in _names():
             return HOME
     except (OSError, RuntimeError, ValueError):  # nobody has that name, or there is no home; a circle of links; no path
         pass
