@@ -12,6 +12,8 @@ from .shareable import FURTHEST
 LARGEST = 2**63 - 1
 DEEPEST = 32  # levels of lists and objects, of which a report of ours has seven
 
+MOST = 100  # entries of what has a line each in a plot: phases, sites of a block, healings
+
 Count = Annotated[int, Field(ge=0, le=LARGEST)]
 Some = Annotated[int, Field(ge=1, le=LARGEST)]
 Number = Annotated[float, Field(ge=-FURTHEST, le=FURTHEST)]
@@ -291,13 +293,13 @@ class Document(_Part):
     sparsity: Sparsity
     plan: Plan
     output: Name
-    seconds: dict[str, NotNegative]
+    seconds: Annotated[dict[str, NotNegative], Field(max_length=MOST)]
     peak_memory: PeakMemory
     parents: list[Parent] = MISSING  # of a model that had been pruned before, as far as they are known
     overfit: list[Overfit] = []  # on windows that were calibrated on, and on others
     steps: list[Step] = []  # of --method everything
     harness: dict[str, Task] = {}
-    healing: list[Healing] = []  # each of what the one before it has made
+    healing: Annotated[list[Healing], Field(max_length=MOST)] = []  # each of what the one before it has made
     speed: Speed = MISSING
     card: str | None = None
     files: dict[str, Annotated[str, Field(pattern=f"^{HASH}$")]]
@@ -307,6 +309,8 @@ class Document(_Part):
         """There is a plan for every block, parents are of what was pruned before, and no file lies elsewhere."""
         if (self.parents is MISSING) != (self.sparsity.of_dense is MISSING):
             raise ValueError("parents and sparsity.of_dense are there together or not at all")
+        if any(len(block.__pydantic_extra__) > MOST for block in self.blocks):
+            raise ValueError(f"it has over {MOST} sites in a block")
         if len(self.blocks) != len(self.plan.kept):
             raise ValueError(f"it has {len(self.blocks)} blocks and a plan for {len(self.plan.kept)}")
         if outside := [name for name in self.files if not is_inside(name)]:

@@ -22,7 +22,7 @@ from ..pruning.weights import State
 from ..system.journal import DIGEST, Journal
 from ..system.progress import Progress
 from .bundle import bundle
-from .carried import Carried, without_code
+from .carried import Carried, class_of, without_code
 from .writer import Writer
 
 KEPT = "kept"
@@ -125,8 +125,7 @@ def result_config(job: Job, kept: Sequence[dict[str, int]], tokenizer: Any) -> t
     stock = family.stock_fields(config, kept)
     fields = {key: value for key, value in without_code(job.whole.to_dict()).items() if key not in OF_PRUNED}
     # Without it AutoTokenizer would look for the tokenizer of a model type that stock transformers does not know.
-    # (TokenizersBackend is what transformers 5 calls PreTrainedTokenizerFast, which both major versions know.)
-    fields["tokenizer_class"] = type(tokenizer).__name__.replace("TokenizersBackend", "PreTrainedTokenizerFast")
+    fields["tokenizer_class"] = class_of(tokenizer)
     left = [index for index, block in enumerate(kept) if not dropped(block)]
     fields |= fewer_blocks(job.whole, left)
     if stock is not None:

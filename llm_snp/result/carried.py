@@ -42,7 +42,8 @@ TOKENIZER_FILES = (
 )
 SENTENCEPIECE = ("tokenizer.model", "tokenizer.model.v3", "spiece.model", "sentencepiece.bpe.model")
 TEMPLATES = "additional_chat_templates"  # folder of transformers for templates with a name
-SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", GENERATION)
+TOKENIZER = "tokenizer_config.json"
+SETTINGS = (TOKENIZER, "special_tokens_map.json", GENERATION)
 TERMS = re.compile(
     r"(?=[\w. -]+$)(notice|copying|copyright|terms|third.?party|[\w-]*polic(y|ies)|.*licen[cs]e|"
     r"(.*[^a-z])?(eula|terms.of.(use|service))(?![a-z]))",
@@ -96,7 +97,10 @@ SECRETS = re.compile(
 )
 WORDS = ("content", "chat_template", "template")  # what a tokenizer reads or writes, whatever it looks like
 # Text by which two tokenizers are told apart.
-PROBE = "The 3 quick brown foxes\n\tran; 12.5 % über naïve 雪.  <s>[INST]x</s>"
+PROBE = (
+    " The 3 quick brown foxes\n\tran; 12.5 % over naïve 雪 in 1999 and 20235x.  <s>[INST]x</s> I'll DON'T we've  "
+    "snake_case camelCase x=1+2;\r\n\n\n  e\u0301 ﬁ ½ 🙂 a\u00a0b ▁ Ġ lead"
+)
 
 
 def without_code(fields: Any) -> Any:
@@ -163,16 +167,38 @@ class Carried:
         """One hash over all of it."""
         return digest_of_json({name: digest_of_bytes(content) for name, content in self.files.items()})
 
-    def check(self, tokenizer: Any) -> None:
+    def check(self, tokenizer: Any, pruned_type: str | None = None) -> None:
         """Raise `CheckpointError` unless the tokenizer that travels is `tokenizer`, the dense model's.
 
-        Raises `OutputError` if there is no room to try it, in the system's directory for temporary files.
+        pruned_type: the `model_type` that the result may have, by which transformers chooses a tokenizer's class, too.
+        Where it would choose another one, the settings that travel name the class from here on. Raises `OutputError` if
+        there is no room to try it, in the system's directory for temporary files.
         """
-        settings = read_object(self.directory / "config.json", content_of(self.directory / "config.json"))
+        fields = without_code(read_object(self.directory / "config.json", content_of(self.directory / "config.json")))
         advice = "save it with `save_pretrained` of its own class, and give that"
+        if not self._gives(tokenizer, fields, advice):
+            raise CheckpointError(
+                f"the tokenizer of {self.directory} is another one without what its settings name outside of the "
+                f"directory, or keep secret; {advice}"
+            )
+        pruned = fields | {"model_type": pruned_type, "tokenizer_class": class_of(tokenizer)}
+        if pruned_type is None or self._gives(tokenizer, pruned, advice):
+            return
+        path = self.directory / TOKENIZER
+        settings = read_object(path, self.files[TOKENIZER]) if TOKENIZER in self.files else {}
+        named = json.dumps(settings | {"tokenizer_class": class_of(tokenizer)}, indent=2, ensure_ascii=False)
+        self.files[TOKENIZER] = (named + "\n").encode()
+        if not (self._gives(tokenizer, fields, advice) and self._gives(tokenizer, pruned, advice)):
+            raise CheckpointError(
+                f"the tokenizer of {self.directory} is another one for transformers where the model is of type "
+                f"{pruned_type}, as a result is; {advice}"
+            )
+
+    def _gives(self, tokenizer: Any, config: Mapping[str, Any], advice: str) -> bool:
+        """Whether what travels is that tokenizer where it lies beside a config."""
         with scratch() as folder, disk(folder):
             (folder / TEMPLATES).mkdir()
-            for file, content in (self.files | {"config.json": json.dumps(without_code(settings)).encode()}).items():
+            for file, content in (self.files | {"config.json": json.dumps(config).encode()}).items():
                 (folder / file).write_bytes(content)
             try:
                 travelling = load_tokenizer(folder)
@@ -181,21 +207,26 @@ class Carried:
                     f"the tokenizer of {self.directory} needs more than the files that travel with a result "
                     f"({', '.join(self.files) or 'there are none'}); {advice}"
                 ) from error
-        if _told_apart_by(travelling) != _told_apart_by(tokenizer):
-            raise CheckpointError(
-                f"the tokenizer of {self.directory} is another one without what its settings name outside of the "
-                f"directory, or keep secret; {advice}"
-            )
+        return _told_apart_by(travelling) == _told_apart_by(tokenizer)
+
+
+def class_of(tokenizer: Any) -> str:
+    """The class of a tokenizer as settings name it.
+
+    TokenizersBackend is what transformers 5 calls PreTrainedTokenizerFast, which both major versions know.
+    """
+    return type(tokenizer).__name__.replace("TokenizersBackend", "PreTrainedTokenizerFast")
 
 
 def _told_apart_by(tokenizer: Any) -> tuple[Any, ...]:
     """What two tokenizers of a model have in common: tokens, which are special, and what they make of a text."""
     added = {number: str(token) for number, token in tokenizer.added_tokens_decoder.items()}
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    probe = PROBE + "".join(f" the{token}the {token} the" for token in sorted(tokenizer.all_special_tokens))
     made: Any
     try:
         with explained(CheckpointError):
-            made = tokenizer(PROBE)["input_ids"]
+            made = tokenizer(probe)["input_ids"]
     except CheckpointError as error:  # one that does not know every word; then neither does
         made = str(error)
     return tokenizer.get_vocab(), added, special, made

@@ -134,7 +134,7 @@ class _Run:
             identity = processes.from_main(lambda: model_identity(job, carried, self.checkpoint))
             self.journal.expect("model", identity)
             self.tokenizer = load_tokenizer(job.directory)
-            processes.on_main(lambda: carried.check(self.tokenizer))
+            processes.on_main(lambda: carried.check(self.tokenizer, job.family.pruned_model_type))
             whole = None if job.whole is job.config else job.whole
             self.skeleton = Skeleton(job.config, job.family.blocks, self.checkpoint, job.device, self.dtype, whole)
             # Nothing is measured yet, but whether the budget can be met at all is known already.

@@ -280,6 +280,19 @@ def test_the_command_of_a_healing_is_one(given: str, shown: str) -> None:
     assert shareable(report)["healing"][0]["command"] == shown
 
 
+@pytest.mark.parametrize("what", ["seconds", "sites", "healing"])
+def test_a_report_draws_no_plot_without_end(what: str) -> None:
+    report = full()
+    assert fault(report) == ""
+    if what == "seconds":
+        report["seconds"] = {f"p{i}": 1.0 for i in range(8000)}
+    elif what == "sites":
+        report["blocks"][0] |= {f"s{i}": report["blocks"][0]["mlp"] for i in range(8000)}
+    else:
+        report["healing"] *= 8000
+    assert "100" in fault(report)
+
+
 def test_a_negative_error_is_damage() -> None:
     report = full()
     metric = next(iter(report["harness"].values()))["metrics"].popitem()[1]

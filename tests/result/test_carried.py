@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import BLOCKS, HIDDEN, NEURONS, Prune, Shell, weight_files
 from safetensors.torch import save_file
+from tiny_models import save_tiny
 from transformers import AutoTokenizer
 
 import llm_snp
@@ -204,6 +205,22 @@ def test_all_spellings_of_a_tokenizers_code(stranger: Path, auto_map: Any) -> No
         check_tokenizer_class(stranger)
     change(stranger / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
     check_tokenizer_class(stranger)
+
+
+def test_a_result_s_tokenizer_is_the_dense_model_s_whatever_its_type(prune: Prune, tmp_path: Path) -> None:
+    """transformers chooses the class by the type of model, too, where the settings name another, as of Llama."""
+    directory = save_tiny("qwen2", tmp_path / "dense")
+    settings = json.loads((directory / "tokenizer.json").read_text())
+    digits = {"type": "Split", "pattern": {"Regex": "\\p{N}{1,3}"}, "behavior": "Isolated", "invert": False}
+    settings["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, settings["pre_tokenizer"]]}
+    (directory / "tokenizer.json").write_text(json.dumps(settings))
+    change(directory / "tokenizer_config.json", tokenizer_class="LlamaTokenizerFast", legacy=True)
+    dense = load_tokenizer(directory)
+    for output, options in (("own", {}), ("stock", {"format": "stock"})):
+        prune(directory, tmp_path / output, target="none", **options)
+        found = load_tokenizer(tmp_path / output)
+        for text in ("in 2023 and 1999x", "the</s>river", " lead"):
+            assert found(text)["input_ids"] == dense(text)["input_ids"], (output, text)
 
 
 def test_a_tokenizer_need_not_know_every_word(dense: Path, tmp_path: Path) -> None:
