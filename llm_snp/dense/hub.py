@@ -7,7 +7,7 @@ import os
 import stat
 from contextlib import nullcontext, suppress
 from fnmatch import fnmatch
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, HubError
@@ -15,6 +15,7 @@ from ..system.files import scratch, write_text
 from ..system.libraries import explained, parse_json, reason
 from ..system.private import HUB_ID, carried_words, within
 from .claims import checked_config
+from .terms import called_terms
 
 if TYPE_CHECKING:  # where a model is can be told without torch
     import torch
@@ -29,10 +30,6 @@ SIDE_FILES = (
     "README.md",
     "[Ll][Ii][Cc][Ee][Nn][CcSs][Ee]*",
     "[Nn][Oo][Tt][Ii][Cc][Ee]*",
-    "[Cc][Oo][Pp][Yy]*",
-    "[Tt][Ee][Rr][Mm][Ss]*",
-    "*[Pp][Oo][Ll][Ii][Cc][Yy]",
-    "*[Pp][Oo][Ll][Ii][Cc][Yy].md",
 )
 # Weights as transformers names them. Some repositories have them a second time, in another layout.
 SAFETENSORS = ("model.safetensors", "model-*-of-*.safetensors")
@@ -124,6 +121,7 @@ def _download(model: str, revision: str | None, weights: bool) -> Path:
                     files = HfApi().list_repo_files(model, revision=revision)
                     has_safetensors = any(fnmatch(file, pattern) for file in files for pattern in SAFETENSORS)
                     patterns += SAFETENSORS if has_safetensors else [BIN]
+                    patterns += [file for file in files if "/" not in file and called_terms(PurePath(file))]
                 except (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError, HFValidationError):
                     raise
                 except Exception:  # all of the client's errors: see `explained`; what else is wrong fails below

@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
+from ..system.files import digest_of_bytes
 from .card import with_error
 from .comparison import comparisons, duration, scaled
 from .drawing import site_names
@@ -37,7 +38,7 @@ UNKNOWN = "–"
 def html_page(report: dict[str, Any]) -> str:
     """The page, with everything in it: style sheet and plots. Local paths are reduced to their last component."""
     report = shareable(report)
-    return _template().render(
+    page = _template().render(
         report=report,
         name=report["output"],
         on_hub=hub_id(report["model"]) is not None,
@@ -66,6 +67,18 @@ def html_page(report: dict[str, Any]) -> str:
             ("Options", [(name, _listed(value)) for name, value in report["options"].items()]),
         ],
     )
+    return page.rstrip("\n") + "\n" + _seal(page)
+
+
+def is_page(content: bytes) -> bool:
+    """Whether a file is a page of ours that nobody has changed since."""
+    page, _, last = content.decode(errors="replace").rpartition("<!-- ")
+    return f"<!-- {last}" == _seal(page)
+
+
+def _seal(page: str) -> str:
+    """A comment with the hash of the page above it."""
+    return f"<!-- {digest_of_bytes(page.rstrip().encode())} -->\n"
 
 
 @cache

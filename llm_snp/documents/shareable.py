@@ -6,7 +6,7 @@ import dataclasses
 import math
 import re
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
@@ -89,7 +89,10 @@ def shareable(report: dict[str, Any]) -> dict[str, Any]:
                 found["subtasks"] = [tasks.get(task, last(task)) for task in found["subtasks"]]
     device = report["device"]
     report["command"] = command_line(report["options"], device.get("processes", 1), device.get("nodes", 1))
-    without: dict[str, Any] = _without_places(report)
+    models = [report["model"], *report.get("parents", []), *(step["teacher"] for step in report.get("healing", []))]
+    without: dict[str, Any] = _without_places(
+        report, {one["name"] for one in models if one["hub"] and "/" in one["name"]}
+    )
     return without
 
 
@@ -102,16 +105,18 @@ def told_apart(names: Iterable[str]) -> list[str]:
     return taken
 
 
-def _without_places(content: Any) -> Any:
+def _without_places(content: Any, kept: Collection[str]) -> Any:
     """A copy in which places, of whose texts there are none here by now, are reduced to their last component, too.
 
-    A report may be a stranger's, of an earlier version, or edited: other texts in it may name some.
+    A report may be a stranger's, of an earlier version, or edited: other texts in it may name some. kept: the names of
+    models on the Hub.
     """
     if isinstance(content, str):
-        return public_words(content)
+        return public_words(content, kept)
     if isinstance(content, Mapping):
-        return {public_words(name): _without_places(value) for name, value in content.items()}
-    return [_without_places(one) for one in content] if isinstance(content, (list, tuple)) else content
+        names = told_apart(public_words(name, kept) for name in content)
+        return dict(zip(names, (_without_places(value, kept) for value in content.values()), strict=True))
+    return [_without_places(one, kept) for one in content] if isinstance(content, (list, tuple)) else content
 
 
 def printable(content: Any) -> Any:

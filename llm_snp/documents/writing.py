@@ -13,7 +13,7 @@ from ..errors import CheckpointError, OptionError, OutputError, ReplacedError
 from ..system.files import digest, digest_of_bytes, disk, inside, write_bytes, write_together
 from ..system.manifest import FILES, REPORT, changed, expect_result, is_result, manifest, sealed
 from .card import model_card
-from .page import html_page
+from .page import html_page, is_page
 from .plots import FOLDER, PLOTS, plot_images, plot_path
 from .report import FORMAT
 from .schema import fault
@@ -21,8 +21,6 @@ from .shareable import shareable
 
 CARD = "README.md"
 PAGE = "report.html"
-# By what a page of ours is known, also one of an earlier version.
-PAGE_MARKS = (b'<meta name="generator" content="llm_snp">', b": report of the pruning</title>")
 
 
 def write_documents(directory: Path, report: dict[str, Any], new: bool = False) -> list[Path]:
@@ -115,9 +113,11 @@ def write_page(path: Path, report: dict[str, Any]) -> None:
             raise OptionError(f"--output {path} is no name for a page; give one that ends in .html")
         if is_result(path.parent) and path.name in manifest(path.parent):
             raise OptionError(f"--output {path} is part of a result; leave --output out to make its page anew")
-        ours = path.is_file() and any(mark in path.read_bytes() for mark in PAGE_MARKS)
+        ours = path.is_file() and is_page(path.read_bytes())
         if os.path.lexists(path) and not ours:
-            raise OptionError(f"--output {path} is there, and no page of llm_snp; give another name, or move it")
+            raise OptionError(
+                f"--output {path} is there, and no page of llm_snp, or changed since; give another name, or move it"
+            )
     write_bytes(path, page, replace=ours)
 
 

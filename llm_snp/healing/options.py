@@ -25,6 +25,8 @@ SELF = "self"
 # With variables of that name accelerate is told to train in another way, which the Trainer would follow, but for those
 # that say nothing; the rest is of its words and lines.
 ACCELERATE = "ACCELERATE_"
+# By which it takes the tasks of an MPI or srun job for processes of one training.
+TASKS = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 NOTHING = ("", "0", "no", "false", "off", "n", "f", "none", "default")
 WORDS = ("ACCELERATE_LOG_LEVEL", "ACCELERATE_DEBUG_MODE", "ACCELERATE_ENABLE_RICH", "ACCELERATE_DISABLE_RICH")
 # Options that do not change the result.
@@ -109,6 +111,12 @@ class HealConfig:
         for name, value in os.environ.items():
             if name.startswith(ACCELERATE) and name not in WORDS and value.strip().lower() not in NOTHING:
                 raise OptionError(f"{name} is set in the environment, but heal trains with torchrun alone; unset it")
+        for name in TASKS if "WORLD_SIZE" not in os.environ else ():
+            if os.environ.get(name, "1").strip() not in ("", "0", "1"):
+                raise OptionError(
+                    f"{name} is {os.environ[name]}: this is one of several tasks of a job, but heal trains with "
+                    "torchrun alone; start it as one task, or unset it"
+                )
         for flag, texts in (("--text", tuple(shares(self.text, "--text"))), ("--evaluate", self.evaluate or ())):
             if SELF in texts:
                 raise OptionError(f"{flag} self is for pruning only, which needs little text; give a file or a corpus")

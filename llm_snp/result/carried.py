@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from pathlib import Path, PurePath, PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
+from ..dense.terms import is_terms, names_terms, stays
 from ..dense.tokenizer import load_tokenizer
 from ..errors import CheckpointError
 from ..system.files import digest_of_bytes, digest_of_json, disk, scratch
@@ -44,17 +45,6 @@ SENTENCEPIECE = ("tokenizer.model", "tokenizer.model.v3", "spiece.model", "sente
 TEMPLATES = "additional_chat_templates"  # folder of transformers for templates with a name
 TOKENIZER = "tokenizer_config.json"
 SETTINGS = (TOKENIZER, "special_tokens_map.json", GENERATION)
-TERMS = re.compile(
-    r"(?=[\w. -]+$)(notice|copying|copyright|terms|third.?party|[\w-]*polic(y|ies)|.*licen[cs]e|"
-    r"(.*[^a-z])?(eula|terms.of.(use|service))(?![a-z]))",
-    re.IGNORECASE | re.ASCII,
-)
-NO_TERMS = re.compile(r"key|token|secret|password", re.IGNORECASE)  # a licence's key is not for others
-TERMS_ENDINGS = ("", ".txt", ".md", ".rst", ".pdf")
-# What stays behind and is told of: a browser runs what pages say, an office what documents say; and what is no text.
-PAGES = (".html", ".htm", ".xhtml", ".svg", ".doc", ".docx", ".odt", ".rtf")
-LARGEST_TERMS = 10_000_000  # bytes; what is larger is no text for people
-
 # Fields that transformers follows to code: classes of a repository (`auto_map` in configs of models, tokenizers and
 # processors, `custom_pipelines` of `pipeline`, `custom_generate` of `generate`), and kernels of the Hub.
 CODE = frozenset(
@@ -123,10 +113,9 @@ def _names_code(name: Any, value: Any) -> bool:
 class Carried:
     """The files that travel, by their name in the result, read once.
 
-    directory: of the dense model; left: names of terms of use that stay there, because they may have scripts, or are
-    a folder, or too large for text. Raises
-    `CheckpointError` for what cannot be read or is not what it should be, links that lead out of the directory, and a
-    tokenizer whose class is code of the directory.
+    directory: of the dense model; left: names of terms of use that stay there, because they may have scripts, or are a
+    folder, or too large for text. Raises `CheckpointError` for what cannot be read or is not what it should be, links
+    that lead out of the directory, and a tokenizer whose class is code of the directory.
     """
 
     def __init__(self, directory: Path):
@@ -134,9 +123,9 @@ class Carried:
         check_tokenizer_class(directory)
         found = [path for name in TOKENIZER_FILES if (path := directory / name).is_file()]
         found += sorted(path for path in (directory / TEMPLATES).glob("*.jinja") if path.is_file())
-        found += sorted(path for path in directory.iterdir() if _is_terms(path))
+        found += sorted(path for path in directory.iterdir() if is_terms(path))
         self.files = {path.relative_to(directory).as_posix(): self._read(path) for path in found}
-        self.left = sorted(path.name for path in directory.iterdir() if _called_terms(path) and _stays(path))
+        self.left = sorted(path.name for path in directory.iterdir() if stays(path))
 
     def _read(self, path: Path) -> bytes:
         if not (encodable(path.name) and path.name.isprintable()):
@@ -244,7 +233,7 @@ def travels(name: str) -> bool:
     """Whether a file of that name, in a result, is one that `Carried` has brought there."""
     path = PurePosixPath(name)
     template = path.parent.name == TEMPLATES and len(path.parts) == 2 and path.suffix == ".jinja"
-    return name in TOKENIZER_FILES or template or (len(path.parts) == 1 and _names_terms(path))
+    return name in TOKENIZER_FILES or template or (len(path.parts) == 1 and names_terms(path))
 
 
 def check_tokenizer_class(directory: Path) -> None:
@@ -285,22 +274,3 @@ def content_of(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-
-
-def _is_terms(path: Path) -> bool:
-    """Whether a file has the terms under which the model may be used."""
-    return _names_terms(path) and path.is_file() and path.stat().st_size <= LARGEST_TERMS
-
-
-def _stays(path: Path) -> bool:
-    """Whether what is called like terms stays behind, and a person may miss it."""
-    kind = path.suffix.lower() in PAGES or path.is_dir()
-    return kind or (_names_terms(path) and path.is_file() and path.stat().st_size > LARGEST_TERMS)
-
-
-def _names_terms(path: PurePath) -> bool:
-    return _called_terms(path) and (path.suffix.lower() in TERMS_ENDINGS or path.suffix[1:].isdecimal())
-
-
-def _called_terms(path: PurePath) -> bool:
-    return TERMS.match(path.name) is not None and NO_TERMS.search(path.name) is None

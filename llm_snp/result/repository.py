@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, get_token
+from huggingface_hub import HfApi, ModelCard, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
@@ -40,6 +40,19 @@ def check_push(repo: str, overwrite: bool = False, private: bool = False) -> Non
     or, with it, files that are no result's, or is not `private` where that was asked for.
     """
     look_at(HfApi(), repo, overwrite, private)
+
+
+def check_card(card: str) -> None:
+    """Raise `OptionError` for a model card that the Hub would not take, `HubError` if it cannot be asked."""
+    try:
+        ModelCard(card).validate()
+    except ValueError as error:
+        raise OptionError(
+            f"the Hub would not take the card of the result ({reason(error)}); mend the README.md of the model, from "
+            "which that comes, or leave --push-to-hub out"
+        ) from error
+    except CLIENT_ERRORS as error:
+        raise refused(error, "the Hub") from error
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from ..dense.skeleton import Skeleton
 from ..dense.storage import Storage, check_offload
 from ..dense.text import Text
 from ..dense.tokenizer import load_tokenizer
+from ..documents.card import model_card
 from ..documents.report import Report
 from ..errors import OptionError
 from ..evaluation.harness import texts_of
@@ -30,6 +31,7 @@ from ..pruning.session import Session
 from ..result.assembly import PrunedBlocks, open_result, stock_fields, write_rest
 from ..result.carried import Carried
 from ..result.finishing import finish
+from ..result.repository import check_card
 from ..result.writer import Writer
 from ..system.device import as_at_start, resolve_dtype
 from ..system.journal import Journal
@@ -145,6 +147,12 @@ class _Run:
             self.calibration, self.evaluation = processes.from_main(self._read_text)
             self.journal.expect("calibration", calibration_identity(self.calibration))
 
+    def _rehearse(self, report: Report) -> None:
+        """Find out before the work what would fail of the documents, and of the card on the Hub."""
+        trial = rehearse(self.job, self.skeleton, report, self.tokenizer, self.evaluation)
+        if self.job.options.push_to_hub:
+            check_card(model_card(trial, self.job.options.push_to_hub))
+
     def _check_space(self) -> None:
         """The result is no larger than the dense model; what an interrupted run has written is there already."""
         job, block = self.job, self.skeleton.blocks[0]
@@ -169,7 +177,7 @@ class _Run:
         job, skeleton, progress = self.job, self.skeleton, self.progress
         before = self.processes.from_main(lambda: report_of(job.directory))
         report = Report(job, self.checkpoint, self.calibration, self.dtype, self.stored, self.processes.count, before)
-        self.processes.on_main(lambda: rehearse(job, skeleton, report, self.tokenizer, self.evaluation))
+        self.processes.on_main(lambda: self._rehearse(report))
         for source, windows in self.evaluation.items():
             report.evaluated(source, "dense", self._dense_perplexity(windows))
         pair = fitted_and_unseen(self.calibration) if self.evaluation else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,9 @@ PLACE = re.compile(
 # Slack, Google, those that are signed JSON, and private keys.
 SECRET = re.compile(
     r"(/|\\)(home|Users)\1[^/\\\s]|\w://[^/\s@:]{0,300}:[^/\s@]{1,300}@|"
-    r"\bhf_[A-Za-z0-9]{30,}|\b(gh[pousr]_|github_pat_|glpat-|sk-|A[KS]IA|xox[abps]-|AIza|npm_|pypi-)[\w-]{16,}|"
+    r"(?<![\w-])(hf_[A-Za-z0-9]{30,}|A[KS]IA[A-Z0-9]{12,}|"
+    # Without digits and capitals they may be words: en-sk-news-of-the-year.
+    r"(gh[pousr]_|github_pat_|glpat-|sk-|xox[abps]-|AIza|npm_|pypi-)(?=[\w-]*\d)(?=[\w-]*[A-Z])[\w-]{16,})|"
     r"\beyJ[\w-]{16,300}\.eyJ|-----BEGIN [A-Z ]*PRIVATE KEY|\b[Bb]earer [\w.-]{16}|\bhooks\.slack\.com/"
 )
 # Anywhere in a line: paths (from the root, a drive or a home), and places of other schemes than the web's.
@@ -88,11 +90,14 @@ def public_text(given: str) -> str:
     return public_name(Path(text)) + colon + share.strip()
 
 
-def public_words(text: str) -> str:
-    """A text without the places and tokens among its words: a place is its last component, a token "hidden"."""
+def public_words(text: str, kept: Collection[str] = ()) -> str:
+    """A text without the places and tokens among its words: a place is its last component, a token "hidden".
+
+    kept: words that stay whatever they look like.
+    """
 
     def public(word: str) -> str:
-        if not is_private(word):
+        if word in kept or not is_private(word):
             return word
         return short if not is_private(short := public_text(word)) else "hidden"
 

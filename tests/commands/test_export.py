@@ -295,6 +295,7 @@ def test_the_tokenizer_of_a_file_that_is_damaged(shell: Shell, result: Path) -> 
         {"tokens": array + number + struct.pack("<Q2048I", 2048, *range(2048))},
         {"tokens": array + number + struct.pack("<Q", 2**60) + bytes(64)},
         {"tokens": texts, "merges": array + text + struct.pack("<Q", 0)},
+        {"tokens": texts, "scores": array + struct.pack("<IQf", 6, 1, 0.0)},
         {"tokens": texts, "x": array + array + struct.pack("<Q", 1) + number + struct.pack("<QI", 1, 5)},
     ]
     for fields in cases:
@@ -302,6 +303,16 @@ def test_the_tokenizer_of_a_file_that_is_damaged(shell: Shell, result: Path) -> 
         Path("other.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, len(fields)) + values)
         said = refused(shell, result, "--gguf", "o.gguf", "--tokenizer-from", "other.gguf")
         assert "--tokenizer-from other.gguf is no GGUF file that can be read" in said
+
+
+def test_where_another_file_lay_is_not_taken_over(shell: Shell, result: Path) -> None:
+    texts = struct.pack("<IIQ", 9, 8, 2048) + b"".join(_text(f"t{i}") for i in range(2048))
+    fields = (
+        _text("tokenizer.ggml.tokens") + texts + _text("tokenizer.ggml.path") + struct.pack("<I", 8) + _text("/home/a")
+    )
+    Path("other.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 2) + fields)
+    assert shell.run("export", result, "--gguf", "o.gguf", "--tokenizer-from", "other.gguf")[0] == 0
+    assert b"/home/a" not in Path("o.gguf").read_bytes()
 
 
 def _text(text: str) -> bytes:

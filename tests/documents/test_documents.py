@@ -623,6 +623,19 @@ def test_what_a_report_merely_names_is_not_written_over(shell: Shell, result: Pa
     assert read_report(result)["notes"] == ["another"]
 
 
+@pytest.mark.parametrize("name", ["new.html", "NEW.HTM"])
+def test_a_page_is_written_to_a_new_file_and_over_a_page(shell: Shell, result: Path, name: str) -> None:
+    for _ in range(2):
+        code, _, err = shell.run("report", result, "--output", name)
+        assert code == 0, err
+    page = shell.directory / name
+    for other in (page.read_text().replace("<h1>", "<h1>MY NOTES "), f"<p>journal</p>{page.read_text()}", "<!-- "):
+        page.write_text(other)
+        code, _, err = shell.run("report", result, "--output", name)
+        assert (code, page.read_text()) == (2, other)
+        assert f"--output {name} is there, and no page of llm_snp, or changed since" in err
+
+
 def test_the_command_writes_only_the_page_where_it_is_asked_to(shell: Shell, tmp_path: Path, result: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in result.rglob("*")}
     file = tmp_path / "page.html"
@@ -641,7 +654,7 @@ def test_the_command_writes_a_page_over_nothing_else(found: str, shell: Shell, r
     before = (path.lstat().st_ino, path.lstat().st_mtime_ns)
     code, out, err = shell.run("report", result, "--output", path)
     assert (code, out) == (2, "")
-    assert err == "llm_snp: --output page.html is there, and no page of llm_snp; give another name, or move it\n"
+    assert err.startswith("llm_snp: --output page.html is there, and no page of llm_snp, or changed since; give an")
     assert (path.lstat().st_ino, path.lstat().st_mtime_ns) == before
 
 

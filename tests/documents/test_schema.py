@@ -311,6 +311,19 @@ def test_tasks_of_one_name_are_told_apart() -> None:
     assert public["all"]["subtasks"] == ["qa", "qa (2)"]
 
 
+def test_names_on_the_hub_are_told_whatever_they_look_like() -> None:
+    report, name = full(), "acme/sk-" + "aB3" * 9
+    report["model"] |= {"name": name, "hub": True}
+    report["options"]["model"] = name
+    found = report["evaluation"]["c4"]
+    report["evaluation"] = {"ghp_" + "aB3" * 12: found, "ghp_" + "aB4" * 12: found, "hidden": found}
+    public = shareable(report)
+    assert public["model"]["name"] == public["options"]["model"] == name
+    assert f" {name} " in public["command"]
+    assert f"base_model: {name}" in model_card(report)
+    assert len(public["evaluation"]) == len(report["evaluation"])
+
+
 def test_texts_of_one_name_are_told_apart_however_many() -> None:
     report = full()
     text = {"windows": 1, "sha256": "0" * 64, "text_tokens": 9}

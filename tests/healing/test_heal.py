@@ -188,6 +188,16 @@ def test_other_ways_to_train_that_the_environment_asks_for_are_refused(
     HealConfig(str(pruned), ("x",), 1).validate()
 
 
+@pytest.mark.parametrize("name", ["PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"])
+def test_one_of_several_tasks_of_a_job_is_told_at_the_start(
+    name: str, heal: Healer, pruned: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "2")
+    assert f"{name} is 2: this is one of several tasks of a job" in heal.refused(pruned)
+    monkeypatch.setenv(name, "1")
+    HealConfig(str(pruned), ("x",), 1).validate()
+
+
 def test_what_the_files_spell_otherwise_is_written_too(pruned: Path, tmp_path: Path) -> None:
     """Older versions of transformers called some tensors otherwise, which are read all the same."""
     source = copied(pruned, tmp_path / "older")

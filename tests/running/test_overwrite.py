@@ -365,17 +365,6 @@ def test_a_damaged_report_is_said_to_be_one(shell: Shell, result: Path, dense: P
             assert "report.json is damaged or truncated, it is no JSON" in err
 
 
-PAGES = ("new.html", "NEW.HTM")
-
-
-@pytest.mark.parametrize("name", PAGES)
-def test_a_page_is_written_to_a_new_file_and_over_a_page(shell: Shell, result: Path, name: str) -> None:
-    for _ in range(2):
-        code, _, err = shell.run("report", result, "--output", name)
-        assert code == 0, err
-        (shell.directory / name).write_text('<meta name="generator" content="llm_snp">')
-
-
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [

@@ -20,6 +20,9 @@ from ...system.libraries import explained
 
 FROM = "--tokenizer-from DENSE.gguf takes the tokenizer of the dense model's GGUF file"
 PREFIX = "tokenizer."
+KNOWN = frozenset(value for name, value in vars(gguf.Keys.Tokenizer).items() if not name.startswith("_"))
+TEMPLATE = f"{gguf.Keys.Tokenizer.CHAT_TEMPLATE}."  # before the name of one of several
+EACH = (gguf.Keys.Tokenizer.SCORES, gguf.Keys.Tokenizer.TOKEN_TYPE)  # what every token has
 WORDS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|"
 REST = "| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
 # How a text is split before its bytes are merged -> `tokenizer.ggml.pre`; "" is the expression of GPT-2.
@@ -203,10 +206,16 @@ def copy_tokenizer(writer: GGUFWriter, path: Path, vocabulary: int) -> list[str]
     if tokens is None:
         raise OptionError(f"--tokenizer-from {path} has no tokenizer; give the GGUF file of the dense model")
     array, texts = gguf.GGUFValueType.ARRAY, [gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.STRING]
-    for name, field in fields.items():
+    for name, field in list(fields.items()):
+        known = name in KNOWN or name.startswith(TEMPLATE)
+        if not known and field.types[-1] == gguf.GGUFValueType.STRING:
+            del fields[name]  # such as where it lay on somebody's machine
+            continue
         listed = field.types[0] == array
         if (name == gguf.Keys.Tokenizer.LIST and field.types != texts) or (listed and len(field.types) != 2):
             raise refusal(f"what it has as {name} is no list of texts or numbers")
+        if name in EACH and len(contents[name]) != len(tokens):
+            raise refusal(f"it has {len(contents[name])} numbers as {name} for {len(tokens)} tokens")
     if len(tokens) != vocabulary:
         raise OptionError(
             f"--tokenizer-from {path} has {len(tokens)} tokens, and the model {vocabulary}; give the GGUF file of the "

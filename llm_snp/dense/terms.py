@@ -1,0 +1,40 @@
+"""Files with the terms under which a model may be used: which a result takes along, and which not."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path, PurePath
+
+TERMS = re.compile(
+    r"(?=[\w. -]+$)(notice|copying|copyright|terms|third.?party|[\w-]*polic(y|ies)|.*licen[cs]e|"
+    r"(.*[^a-z])?(eula|terms.of.(use|service))(?![a-z]))",
+    re.IGNORECASE | re.ASCII,
+)
+NO_TERMS = re.compile(r"key|token|secret|password", re.IGNORECASE)  # a licence's key is not for others
+TERMS_ENDINGS = ("", ".txt", ".md", ".rst", ".pdf")
+# What stays behind and is told of: a browser runs what pages say, an office what documents say; and what is no text.
+PAGES = (".html", ".htm", ".xhtml", ".svg", ".doc", ".docx", ".odt", ".rtf")
+LARGEST_TERMS = 10_000_000  # bytes; what is larger is no text for people
+
+
+def is_terms(path: Path) -> bool:
+    """Whether a file has such terms, as text or PDF."""
+    return names_terms(path) and path.is_file() and path.stat().st_size <= LARGEST_TERMS
+
+
+def stays(path: Path) -> bool:
+    """Whether what is called like terms stays behind, and a person may miss it."""
+    if not called_terms(path):
+        return False
+    kind = path.suffix.lower() in PAGES or path.is_dir()
+    return kind or (names_terms(path) and path.is_file() and path.stat().st_size > LARGEST_TERMS)
+
+
+def names_terms(path: PurePath) -> bool:
+    """Whether a file of that name would have such terms."""
+    return called_terms(path) and (path.suffix.lower() in TERMS_ENDINGS or path.suffix[1:].isdecimal())
+
+
+def called_terms(path: PurePath) -> bool:
+    """The same whatever kind of file it is."""
+    return TERMS.match(path.name) is not None and NO_TERMS.search(path.name) is None
