@@ -24,6 +24,7 @@ def load_tokenizer(directory: Path) -> Any:
     """
     from transformers import AutoTokenizer
 
+    _check_files(directory)
     _check_settings(directory)
     # Or it reads the config by itself, as it is.
     config = {"config": load_config(directory)} if (directory / "config.json").is_file() else {}
@@ -39,10 +40,18 @@ def load_tokenizer(directory: Path) -> Any:
         ids = tokenizer("the", add_special_tokens=False)["input_ids"]
     _without_chance(tokenizer)
     # Without files transformers 5 gives a tokenizer with an empty vocabulary and no error.
-    # Some classes have special tokens all the same.
-    if not ids or set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+    # Some classes have special tokens all the same, and one for a space.
+    if not ids or {token for token in tokenizer.get_vocab() if token.strip("▁Ġ ")} <= set(tokenizer.all_special_tokens):
         raise CheckpointError(f"{directory} has no tokenizer: it has no vocabulary file; {advice}")
     return tokenizer
+
+
+def _check_files(directory: Path) -> None:
+    """Raise `CheckpointError` for what never ends: transformers opens files of many names."""
+    with suppress(OSError):  # others say what is wrong with the directory
+        for path in directory.iterdir():
+            if path.exists() and not (path.is_file() or path.is_dir()):
+                raise CheckpointError(f"{path} is a pipe or a device, and no file that ends; remove it")
 
 
 def _without_chance(tokenizer: Any) -> None:

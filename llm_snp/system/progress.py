@@ -63,7 +63,7 @@ class Progress:
 
         Phases of one name add up; `title` is what the person sees instead, and `unit` what else is counted.
         """
-        start, title = time.perf_counter(), title or name
+        start, title = time.perf_counter(), one_line(title or name)
         try:
             with self._counted(steps, title, unit) as step:
                 yield step

@@ -235,6 +235,29 @@ def test_a_tokenizer_need_not_know_every_word(dense: Path, tmp_path: Path) -> No
     Carried(directory).check(load_tokenizer(directory))
 
 
+@pytest.mark.parametrize("name", ["special_tokens_map.json", "vocab.txt", "anything"])
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_what_never_ends_in_a_model_s_directory_is_refused(
+    name: str, kind: str, shell: Shell, dense: Path, tmp_path: Path
+) -> None:
+    directory = Path(shutil.copytree(dense, tmp_path / "model"))
+    (directory / name).unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(directory / name)
+    else:
+        (directory / name).symlink_to("/dev/zero")
+    assert f"{directory / name} is a pipe or a device, and no file that ends; remove it" in shell.refused(directory)
+
+
+@pytest.mark.parametrize("class_name", ["BertTokenizer", "T5Tokenizer"])
+def test_special_tokens_alone_are_no_vocabulary(class_name: str, shell: Shell, dense: Path, tmp_path: Path) -> None:
+    """Some classes make up theirs where the file is forgotten, and every text would be of unknown words."""
+    directory = Path(shutil.copytree(dense, tmp_path / "model"))
+    (directory / "tokenizer.json").unlink()
+    (directory / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": class_name}))
+    assert "has no tokenizer" in shell.refused(directory)
+
+
 def test_a_tokenizer_that_makes_its_library_panic_is_a_sentence(shell: Shell, dense: Path, tmp_path: Path) -> None:
     directory = Path(shutil.copytree(dense, tmp_path / "model"))
     change(directory / "tokenizer.json", pre_tokenizer={"type": "FixedLength", "length": 0})

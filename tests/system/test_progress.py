@@ -9,6 +9,8 @@ import re
 import struct
 import sys
 import termios
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 
@@ -55,6 +57,15 @@ def test_a_line_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     """What a stranger has named must not look like words of ours."""
     Progress().say("note: a\nload it  evil\u2028b\x1b[2J")
     assert capsys.readouterr().err == "note: a load it  evil b\ufffd[2J\n"
+
+
+def test_the_title_of_a_bar_is_harmless(monkeypatch: pytest.MonkeyPatch) -> None:
+    titles = []
+    monkeypatch.setattr(progress, "in_terminal", lambda _: True)
+    monkeypatch.setattr("tqdm.tqdm", lambda desc, **_: titles.append(desc) or nullcontext(SimpleNamespace(update=None)))
+    with Progress().phase("evaluate", 3, "perplexity of x\x1b]0;evil\x07\nload it"):
+        pass
+    assert titles == ["perplexity of x\ufffd]0;evil\ufffd load it"]
 
 
 def test_quiet(capsys: pytest.CaptureFixture[str]) -> None:
