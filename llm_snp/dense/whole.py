@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,10 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME
 
 from ..errors import SnpError
+from ..families import renames_of
 from ..system.files import scratch
 from ..system.libraries import ONE_AT_A_TIME, explained
-from .checkpoint import weight_files
+from .checkpoint import Checkpoint, weight_files
 from .skeleton import computing
 
 # Fields of a config by which transformers would take other weights than those that are pruned, or build another model.
@@ -42,7 +43,27 @@ def whole_model(directory: Path, config: Any, dtype: torch.dtype | None, sentenc
         for name in names:
             if (directory / name).is_file():
                 (folder / name).symlink_to((directory / name).resolve())
-        return AutoModelForCausalLM.from_pretrained(folder, config=config, trust_remote_code=False, **options)
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, trust_remote_code=False, output_loading_info=True, **options
+        )
+        _fill(model, loaded["missing_keys"], directory, sentence)
+    return model
+
+
+def _fill(model: Any, missing: Iterable[str], directory: Path, sentence: Callable[[str], SnpError]) -> None:
+    """Give a model the weights that transformers has not found, which it makes up without a word.
+
+    They may be spelled as older versions did, which pruning reads. Raises `sentence` for those that are not there.
+    """
+    parameters = dict(model.named_parameters())
+    if not (wanted := sorted(set(missing).intersection(parameters))):
+        return
+    checkpoint = Checkpoint(directory, renames_of(model.config))
+    if gone := [name for name in wanted if name not in checkpoint.names()]:
+        raise sentence(f"its files have no {gone[0]}")
+    with torch.no_grad():
+        for name in wanted:
+            parameters[name].copy_(checkpoint.tensor(name))
 
 
 def generate_plainly(model: Any, also: Sequence[str] = ()) -> None:

@@ -8,6 +8,7 @@ May import modeling only.
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 import transformers
 from packaging.version import Version
@@ -50,6 +51,7 @@ __all__ = [
     "linear",
     "parameters_of",
     "positions_of",
+    "renames_of",
     "turn",
 ]
 
@@ -79,6 +81,13 @@ def _family(model_type: str) -> Family | None:
 
 
 FAMILIES = {model_type: family for model_type in MODEL_TYPES if (family := _family(model_type)) is not None}
+
+
+def renames_of(config: Any) -> tuple[tuple[str, str], ...]:
+    """How other spellings of a model's tensors, pruned or not, become its own: those of its family, if it has one."""
+    kind = config.model_type
+    found = next((one for one in FAMILIES.values() if kind in (one.model_type, one.pruned_model_type)), None)
+    return tuple(found.renames) if found else ()
 
 
 def family_of(config: object) -> Family:

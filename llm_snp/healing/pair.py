@@ -22,7 +22,7 @@ from ..dense.whole import whole_model
 from ..documents.shareable import hub_id, shareable
 from ..documents.writing import read_report
 from ..errors import CheckpointError, OptionError, SnpError, UnsupportedModelError
-from ..families import FAMILIES
+from ..families import FAMILIES, renames_of
 from ..result.origin import COPIED, ancestors, find_dense, is_dense_of
 from ..system.manifest import changed, check_weights, faults, has_report, manifest
 from ..system.private import public_name
@@ -140,7 +140,7 @@ def open_model(directory: Path, name: str = "", hub: bool = False) -> Model:
             f"{directory} is a mixture of experts ({config.model_type}), whose tensors are other ones while it is "
             "trained than in its files: it can be pruned, but not healed"
         )
-    checkpoint = Checkpoint(directory, family.renames if family else ())
+    checkpoint = Checkpoint(directory, renames_of(config))
     if family or config.model_type in pruned:
         shapes, tied, harmless = expected_tensors(model := empty_model(config))
         tables = [name for name, buffer in model.named_buffers() if not buffer.is_floating_point()]

@@ -13,7 +13,7 @@ from ..config import shares
 from ..dense.data import Windows, as_windows, tokenize
 from ..dense.mixture import mix, turns
 from ..dense.readers import documents
-from ..errors import CheckpointError, CorpusError
+from ..errors import CheckpointError, CorpusError, OptionError
 from .options import PASSES, HealConfig
 
 # Of the windows trained on so many more are held out, but at least LEAST and at most MOST.
@@ -39,6 +39,11 @@ def material(options: HealConfig, windows: int, length: int, tokenizer: Any, voc
     Raises `CorpusError` for texts that are too short, saying how many tokens there are.
     """
     given = shares(options.text)
+    if windows < len(given):
+        raise OptionError(
+            f"--tokens comes to {windows} windows of {length}, for {len(given)} texts, each of which gives one at "
+            "least; give more, or fewer texts"
+        )
     held = max(min(MOST, round(windows * HELD_OUT)), LEAST, len(given))
     orders = [turns(list(given.values()), count) for count in (windows, held)]
     parts: list[list[Windows]] = [[], []]

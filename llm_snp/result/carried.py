@@ -82,8 +82,9 @@ PLACES = frozenset(
 PLACE_ENDINGS = ("_file", "_name_or_path")
 # What holds a secret, whatever that looks like.
 SECRETS = re.compile(
-    r"(^|_)(api_?key|secret|password|passwd|credentials?|private_?key|(access|auth|hub|hf|api|bearer)_?token)(_|$)|[a-z0-9]_key$",
-    re.I,
+    r"(?i:(^|_)(api_?key|secret|pass(wd|word|phrase)|credentials?|private_?key|"
+    r"(access|auth|hub|hf|api|bearer|github|gitlab|session|refresh|user)_?token)(_|$)|[a-z0-9]_key$)|"
+    r"^[A-Z0-9_]*_(TOKEN|PASS|PAT|PWD)$"  # as variables of an environment are called
 )
 WORDS = ("content", "chat_template", "template")  # what a tokenizer reads or writes, whatever it looks like
 # Text by which two tokenizers are told apart.
@@ -149,7 +150,7 @@ class Carried:
         clean = without_code(fields)
         if path.name == GENERATION:
             _check_generation(path, clean)
-        return content if clean == fields else (json.dumps(clean, indent=2, ensure_ascii=False) + "\n").encode()
+        return content if clean == fields else _written(clean)
 
     @property
     def digest(self) -> str:
@@ -175,8 +176,7 @@ class Carried:
             return
         path = self.directory / TOKENIZER
         settings = read_object(path, self.files[TOKENIZER]) if TOKENIZER in self.files else {}
-        named = json.dumps(settings | {"tokenizer_class": class_of(tokenizer)}, indent=2, ensure_ascii=False)
-        self.files[TOKENIZER] = (named + "\n").encode()
+        self.files[TOKENIZER] = _written(settings | {"tokenizer_class": class_of(tokenizer)})
         if not (self._gives(tokenizer, fields, advice) and self._gives(tokenizer, pruned, advice)):
             raise CheckpointError(
                 f"the tokenizer of {self.directory} is another one for transformers where the model is of type "
@@ -265,7 +265,17 @@ def read_object(path: Path, content: bytes) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not JSON ({reason(error)}); download it again") from error
     if not isinstance(fields, dict):
         raise CheckpointError(f"{path} is no JSON object, as transformers writes it; download it again")
+    try:
+        without_code(fields)
+    except RecursionError as error:
+        raise CheckpointError(f"{path} is nested too deeply; download it again") from error
     return fields
+
+
+def _written(fields: Mapping[str, Any]) -> bytes:
+    """Settings as a file has them: half of a surrogate pair, which is no character, only as JSON spells it."""
+    text = json.dumps(fields, indent=2, ensure_ascii=False)
+    return ((text if encodable(text) else json.dumps(fields, indent=2)) + "\n").encode()
 
 
 def content_of(path: Path) -> bytes:

@@ -31,7 +31,7 @@ PATH = re.compile(
     r"(^|[^\w/.<])/(root/\S|[\w.@+-]+/[\w.@+-])|(^|\W)[A-Za-z]:[\\/]\w|(^|\s)~[\w.-]*/\w|"
     r"\b(?!https?:)[A-Za-z][\w+.-]*://\w"
 )
-LINE = 300  # characters at most; what is longer is a text that may speak of such things
+LINE = 3000  # characters at most; what is longer is a text that may speak of such things
 # Whatever the Hub says of it, nothing else can be a repository there: user/name, or one of the old ones without a user.
 HUB_ID = re.compile(r"([\w.-]+/)?[\w.-]+")
 # Of a model card's metadata, what is still true of the pruned model.

@@ -15,11 +15,12 @@ import torch
 import transformers
 from conftest import BLOCKS, HIDDEN, NEURONS, POSITIONS, VOCABULARY, Prune, copied, load, save, tiny_opt
 from packaging.version import Version
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM
 
 from llm_snp.commands import bench
 from llm_snp.errors import CheckpointError, DeviceMemoryError, HubError, OptionError, SnpError, UnsupportedModelError
-from llm_snp.evaluation.speed import Run, _Bench, cache_bytes, doubts, fit, measure_speed, measurements
+from llm_snp.evaluation.speed import Run, _Bench, cache_bytes, doubts, fit, load_model, measure_speed, measurements
 from llm_snp.evaluation.speed_table import speed_table
 from llm_snp.evaluation.widths import (
     Gain,
@@ -374,6 +375,28 @@ def test_bench_against_another_model_keeps_nothing(
     run_bench(other, "--against", result)  # any causal LM may come first
     assert "stored" not in capsys.readouterr().out
     assert (result / "report.json").read_bytes() == before
+
+
+def test_a_whole_model_has_the_weights_of_its_files_however_they_are_spelled(dense: Path, tmp_path: Path) -> None:
+    """transformers makes up what it does not find, without a word; the first OPT files are spelled so."""
+    older = copied(dense, tmp_path / "older")
+    tensors = load_file(older / "model.safetensors")
+    respelled = {
+        name.replace("final_layer_norm.", "layer_norm.", 1) if name.startswith("model.decoder.final") else name: t
+        for name, t in tensors.items()
+    }
+    assert set(respelled) != set(tensors)
+    torch.manual_seed(0)
+    respelled = {name: torch.randn_like(t) if "decoder.layer_norm" in name else t for name, t in respelled.items()}
+    save_file(respelled, older / "model.safetensors", metadata={"format": "pt"})
+    model = load_model(older, torch.device("cpu"), torch.float32)
+    for name in ("weight", "bias"):
+        found = model.get_parameter(f"model.decoder.final_layer_norm.{name}")
+        assert torch.equal(found, respelled[f"model.decoder.layer_norm.{name}"])
+    del respelled["model.decoder.layer_norm.bias"]
+    save_file(respelled, older / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="its files have no model.decoder.final_layer_norm.bias"):
+        load_model(older, torch.device("cpu"), torch.float32)
 
 
 def test_a_model_that_cannot_generate_is_told_in_a_sentence(result: Path, monkeypatch: pytest.MonkeyPatch) -> None:

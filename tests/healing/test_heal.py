@@ -219,6 +219,13 @@ def test_what_the_files_spell_otherwise_is_written_too(pruned: Path, tmp_path: P
     assert all(torch.equal(written[name], tensors[name]) for name in tensors)
 
 
+def test_fewer_windows_than_texts(heal: Healer, pruned: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text("some words")
+    few = ("--tokens", LENGTH, "--batch", 1, "--text", heal.corpus, "--text", other)
+    assert "--tokens comes to 1 windows of" in heal.refused(pruned, *few)
+
+
 def test_more_tokens_than_there_can_be_are_refused_at_once(heal: Healer, pruned: Path) -> None:
     assert "windows were asked for; 16,777,216 are the most" in heal.refused(pruned, "--tokens", 10**15)
 

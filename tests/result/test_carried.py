@@ -249,6 +249,22 @@ def test_what_never_ends_in_a_model_s_directory_is_refused(
     assert f"{directory / name} is a pipe or a device, and no file that ends; remove it" in shell.refused(directory)
 
 
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "generation_config.json"])
+def test_odd_texts_and_depths_in_settings_are_no_traceback(
+    name: str, shell: Shell, dense: Path, tmp_path: Path
+) -> None:
+    directory = Path(shutil.copytree(dense, tmp_path / "model"))
+    change(directory / name, name_or_path="x", foo="\ud800")
+    content = Carried(directory).files[name]
+    assert json.loads(content)["foo"] == "\ud800"
+    assert "name_or_path" not in json.loads(content)
+    deep: Any = 1
+    for _ in range(600):
+        deep = {"a": deep}
+    change(directory / name, foo=deep)
+    assert "nested too deeply" in shell.refused(directory)
+
+
 @pytest.mark.parametrize("class_name", ["BertTokenizer", "T5Tokenizer"])
 def test_special_tokens_alone_are_no_vocabulary(class_name: str, shell: Shell, dense: Path, tmp_path: Path) -> None:
     """Some classes make up theirs where the file is forgotten, and every text would be of unknown words."""
@@ -513,7 +529,8 @@ def test_long_texts_are_looked_at_in_no_time(part: str) -> None:
 def test_folders_of_who_runs_this_do_not_travel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("USER", "ann")
     fields = {"a": "runs/ann/out", "b": "ann/model", "c": "runs/anna/out", "key_dim": 1}
-    secrets = {"WANDB_KEY": "x", "d_key": "x", "HF_TOKEN": "x"}
+    secrets = dict.fromkeys(("WANDB_KEY", "d_key", "HF_TOKEN", "GITHUB_TOKEN", "AWS_SESSION_TOKEN", "DB_PASS"), "x")
+    secrets |= {"passphrase": "x", "training_command": "torchrun --x " * 60 + "--data /mnt/nfs/ann/x"}
     assert without_code(fields | secrets) == {"b": "ann/model", "c": "runs/anna/out", "key_dim": 1}
 
 

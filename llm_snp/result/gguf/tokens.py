@@ -79,7 +79,9 @@ def add_tokenizer(writer: GGUFWriter, directory: Path, vocabulary: int) -> list[
     if isinstance(template, Mapping):
         template = [{"name": name, "template": text} for name, text in template.items()]
     if template:
-        writer.add_chat_template(template)
+        with explained(lambda why: CheckpointError(f"{directory} has a chat template that is none ({why}); mend it")):
+            writer.add_chat_template(template)
+            str(template).encode()
     return tokens
 
 
