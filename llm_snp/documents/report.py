@@ -181,7 +181,8 @@ class Report:
             raised = result and result.damping not in result.scarce.values()
             if result and raised and not isinstance(asked, str) and result.damping > asked:
                 self.note(
-                    f"block {index} {site}: moments were singular, damping raised from {asked:g} to {result.damping:g}"
+                    f"block {index} {site}: moments were singular, or weights too large for their type; damping raised "
+                    f"from {asked:g} to {result.damping:g}"
                 )
         self.data["blocks"].append(entry)
 

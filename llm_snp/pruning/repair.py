@@ -25,10 +25,12 @@ from ..core.subspace import truncate
 from ..families import Site
 from .calibrate import SiteMoments
 from .order import damping_of, order_units, scarcity
-from .weights import State, linear_weights, store
+from .weights import State, fits, linear_weights, store
 
 # --damping auto tries these, best on the held-out windows wins.
 DAMPING_GRID = (1e-5, 1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+RAISES = 8  # times that a damping becomes ten times as large, at most, where weights would not fit into their type
+Solve = Callable[[Moments, float], Pruned]
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ def repair_units(
         return finish(moments, *linear_weights(state, site.consumer, device), columns, refit, damping)
 
     damping = choose_damping(options, moments, linear_weights(state, site.consumer, device), solve)
-    pruned = solve(moments.all, damping_of(site, moments.all, damping))
+    pruned = _storable(state, site, solve, moments.all, damping_of(site, moments.all, damping), options)
     new = dict(state)
     columns = pruned.columns.cpu()
     for name in site.layers[:-1]:
@@ -132,6 +134,23 @@ def repair_units(
             new[table] = new[table][units]
     store(new, site.consumer, pruned.weight, pruned.bias if f"{site.consumer}.bias" in state else None)
     return SiteResult(new, pruned.lost, pruned.total, pruned.damping)
+
+
+def _storable(state: State, site: Site, solve: Solve, moments: Moments, damping: float, options: PruneConfig) -> Pruned:
+    """What `solve` gives with a damping, or with as much more as it takes to fit into the type of the weights.
+
+    With more of it the weights are nearer to those that are there, which do. One layer must not cost a whole run.
+    """
+    pruned, dtype = solve(moments, damping), state[f"{site.consumer}.weight"].dtype
+    biased = f"{site.consumer}.bias" in state
+    if options.target == "none":
+        return pruned
+    for _ in range(RAISES):
+        if fits(pruned.weight, dtype) and (not biased or fits(pruned.bias, dtype)):
+            break
+        damping = max(10 * damping, DAMPING_GRID[0])
+        pruned = solve(moments, damping)
+    return pruned
 
 
 def _leave_constant(state: State, site: Site, moments: Moments, options: PruneConfig) -> SiteResult:
@@ -201,7 +220,7 @@ def refit_consumer(
         return finish(moments, weight, bias, everything, refit, damping)
 
     damping = choose_damping(options, moments, (weight, bias), solve)
-    pruned = solve(moments.all, damping_of(site, moments.all, damping))
+    pruned = _storable(state, site, solve, moments.all, damping_of(site, moments.all, damping), options)
     new = dict(state)
     store(new, site.consumer, pruned.weight, None if bias is None else pruned.bias)
     return SiteResult(new, pruned.lost, pruned.total, pruned.damping)

@@ -395,7 +395,7 @@ def test_a_whole_model_has_the_weights_of_its_files_however_they_are_spelled(den
         assert torch.equal(found, respelled[f"model.decoder.layer_norm.{name}"])
     del respelled["model.decoder.layer_norm.bias"]
     save_file(respelled, older / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match="its files have no model.decoder.final_layer_norm.bias"):
+    with pytest.raises(CheckpointError, match=r"its files have no model\.decoder\.final_layer_norm\.bias"):
         load_model(older, torch.device("cpu"), torch.float32)
 
 
