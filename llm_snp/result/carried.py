@@ -83,7 +83,7 @@ PLACE_ENDINGS = ("_file", "_name_or_path")
 # What holds a secret, whatever that looks like.
 SECRETS = re.compile(
     r"(?i:(^|_)(api_?key|secret|pass(wd|word|phrase)|credentials?|private_?key|"
-    r"(access|auth|hub|hf|api|bearer|github|gitlab|session|refresh|user)_?token)(_|$)|[a-z0-9]_key$)|"
+    r"(access|auth|hub|hf|api|bearer|github|gitlab|session|refresh)_?token)(_|$)|[a-z0-9]_key$)|"
     r"^[A-Z0-9_]*_(TOKEN|PASS|PAT|PWD)$"  # as variables of an environment are called
 )
 WORDS = ("content", "chat_template", "template")  # what a tokenizer reads or writes, whatever it looks like
