@@ -53,7 +53,7 @@ def main(args: argparse.Namespace) -> None:
 
     Raises `SnpError` for what cannot be measured.
     """
-    from ..documents.writing import read_report, write_documents
+    from ..documents.writing import check_way, read_report, write_documents
     from ..evaluation.speed import measure_speed, measurements
     from ..evaluation.speed_table import speed_table
     from ..system.device import resolve_device, resolve_dtype
@@ -71,6 +71,8 @@ def main(args: argparse.Namespace) -> None:
     if own is not None and not os.access(directory, os.W_OK):
         print(f"kept     the report of {directory}, which is not writable, as it is")
         own = None
+    if own is not None:
+        check_way(directory, own)
     for path in (directory, dense):
         if args.prompt is not None and path is not None:
             _check_prompt(args.prompt, path)

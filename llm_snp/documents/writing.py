@@ -51,7 +51,7 @@ def write_documents(directory: Path, report: dict[str, Any], new: bool = False) 
         made[CARD] = model_card(public, plots=titles).encode()
         report["card"] = digest_of_bytes(made[CARD])
     if not new and (taken := sorted(others.intersection(made))):
-        raise OutputError(f"{directory / taken[0]} is none that a run of llm_snp wrote, and in its way; move it")
+        raise _in_the_way(directory / taken[0])
     for name in [one for one in (*plots, PAGE) if one in made and files.get(one)]:
         if edited(directory / name, files[name]):
             del made[name]
@@ -69,6 +69,16 @@ def write_documents(directory: Path, report: dict[str, Any], new: bool = False) 
         for name in old:
             plots[name].unlink(missing_ok=True)
     return [directory / name for name in (*made, REPORT)]
+
+
+def check_way(directory: Path, report: dict[str, Any]) -> None:
+    """Raise `OutputError` where a page is in the way of the result's: told before hours of measuring."""
+    if PAGE not in manifest(directory, report) and os.path.lexists(directory / PAGE):
+        raise _in_the_way(directory / PAGE)
+
+
+def _in_the_way(path: Path) -> OutputError:
+    return OutputError(f"{path} is none that a run of llm_snp wrote, and in its way; move it")
 
 
 def check_there(directory: Path, report: dict[str, Any]) -> None:

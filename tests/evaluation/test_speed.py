@@ -19,7 +19,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM
 
 from llm_snp.commands import bench
-from llm_snp.errors import CheckpointError, DeviceMemoryError, HubError, OptionError, SnpError, UnsupportedModelError
+from llm_snp.errors import (
+    CheckpointError,
+    DeviceMemoryError,
+    HubError,
+    OptionError,
+    OutputError,
+    SnpError,
+    UnsupportedModelError,
+)
 from llm_snp.evaluation.speed import Run, _Bench, cache_bytes, doubts, fit, load_model, measure_speed, measurements
 from llm_snp.evaluation.speed_table import speed_table
 from llm_snp.evaluation.widths import (
@@ -35,7 +43,7 @@ from llm_snp.evaluation.widths import (
     sample,
     verdict,
 )
-from llm_snp.system.manifest import remember
+from llm_snp.system.manifest import remember, sealed
 
 CPU = torch.device("cpu")
 BATCH, PROMPT, NEW, RUNS = 2, 9, 4, 3
@@ -363,6 +371,16 @@ def test_bench_compares_with_the_dense_model_and_keeps_the_figures(
     assert "Speed" in (result / "README.md").read_text()
     run_bench(result, "--prompt", 7, "--against", dense)  # the same model by name
     assert report_of(result)["speed"]["prompt"] == 7
+
+
+def test_bench_says_at_once_that_a_page_is_in_the_way(result: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = report_of(result)
+    report["files"].pop("report.html", None)
+    (result / "report.json").write_bytes(sealed(report))
+    (result / "report.html").write_text("mine")
+    monkeypatch.setattr("llm_snp.evaluation.speed.measure_speed", pytest.fail)
+    with pytest.raises(OutputError, match="is none that a run of llm_snp wrote, and in its way; move it"):
+        run_bench(result)
 
 
 def test_bench_against_another_model_keeps_nothing(

@@ -1,4 +1,4 @@
-"""Weights that would not fit into their type cost no run: the damping of that layer is raised, and the report says so."""
+"""Weights that would not fit into their type cost no run: that layer gets more damping, and the report says so."""
 
 from __future__ import annotations
 
