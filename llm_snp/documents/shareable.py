@@ -6,7 +6,8 @@ import dataclasses
 import math
 import re
 import shlex
-from collections.abc import Collection, Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
@@ -98,11 +99,14 @@ def shareable(report: dict[str, Any]) -> dict[str, Any]:
 
 def told_apart(names: Iterable[str]) -> list[str]:
     """Names of which no two are alike: the second of one gets "(2)", and so on."""
-    taken: list[str] = []
+    taken: dict[str, None] = {}  # in order
+    numbers: dict[str, Iterator[int]] = defaultdict(lambda: count(2))
     for name in names:
-        numbered = chain([name], (f"{name} ({i})" for i in count(2)))
-        taken.append(next(one for one in numbered if one not in taken))
-    return taken
+        own = name
+        while own in taken:
+            own = f"{name} ({next(numbers[name])})"
+        taken[own] = None
+    return list(taken)
 
 
 def _without_places(content: Any, kept: Collection[str]) -> Any:

@@ -22,7 +22,7 @@ from llm_snp.documents.page import html_page
 from llm_snp.documents.plots import plot_images
 from llm_snp.documents.report import summary
 from llm_snp.documents.schema import fault
-from llm_snp.documents.shareable import shareable
+from llm_snp.documents.shareable import shareable, told_apart
 from llm_snp.documents.writing import read_report, write_documents
 from llm_snp.errors import CheckpointError, OutputError
 from llm_snp.system.files import write_together
@@ -299,6 +299,11 @@ def test_a_negative_error_is_damage() -> None:
     metric["pruned"]["stderr"] = -0.1
     next(iter(report["harness"].values()))["metrics"] = {"acc": metric}
     assert "stderr" in fault(report)
+
+
+def test_names_are_told_apart_however_many() -> None:
+    assert told_apart(["a", "a (2)", "a", "b", "a"]) == ["a", "a (2)", "a (3)", "b", "a (4)"]
+    assert len(set(told_apart(["a"] * 200_000))) == 200_000  # a report may be a stranger's
 
 
 def test_tasks_of_one_name_are_told_apart() -> None:
