@@ -117,15 +117,10 @@ def shares(texts: tuple[str, ...], flag: str = "--calibration") -> dict[str, flo
     """
     found: dict[str, float] = {}
     for given in texts:
-        text, colon, number = given.rpartition(":")
-        share = 1.0
-        try:
-            if colon and text and not os.path.exists(os.path.expanduser(given)):
-                share = float(number)
-            else:
-                text = given
-        except ValueError:
-            text = given  # a name with a colon in it
+        text, number = plain.text_and_share(given)
+        share = 1.0 if number is None else float(number)
+        if os.path.exists(os.path.expanduser(given)):  # a name with a colon in it
+            text, share = given, 1.0
         if not 0.0 < share < math.inf:
             raise OptionError(f"{flag} {given}: the share after the colon must be above 0 and finite")
         if text in found:

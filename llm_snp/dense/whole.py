@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME
 
 from ..errors import SnpError
-from ..families import renames_of
+from ..families import known_family
 from ..system.files import scratch
 from ..system.libraries import ONE_AT_A_TIME, explained
 from .checkpoint import Checkpoint, weight_files
@@ -58,7 +58,8 @@ def _fill(model: Any, missing: Iterable[str], directory: Path, sentence: Callabl
     parameters = dict(model.named_parameters())
     if not (wanted := sorted(set(missing).intersection(parameters))):
         return
-    checkpoint = Checkpoint(directory, renames_of(model.config))
+    family = known_family(model.config)
+    checkpoint = Checkpoint(directory, family.renames if family else ())
     if gone := [name for name in wanted if name not in checkpoint.names()]:
         raise sentence(f"its files have no {gone[0]}")
     with torch.no_grad():

@@ -40,23 +40,21 @@ def model_card(report: dict[str, Any], name: str | None = None, plots: Sequence[
     name = name or report["output"]
     title = name.rsplit("/", 1)[-1]
     metadata = _metadata(report, title)
-    report, as_code = _as_text(report), report
-    report["command"] = as_code["command"]
-    for step, same in zip(report.get("healing", []), as_code.get("healing", []), strict=True):
-        step["command"] = same["command"]
+    command, healings = report["command"], [step["command"] for step in report.get("healing", [])]
+    report = _as_text(report)
     sections = [
         f"# {_as_text(title)}",
         _summary(report),
         _how_to_load(report, name),
         _how_to_serve(report, name),
         _perplexity(report),
-        _healing(report),
+        _healing(report, healings),
         _harness(report),
         _speed(report),
         _removed(report),
         _steps(report),
         "\n\n".join(f"![{title}]({path})" for title, path in plots),
-        _how_it_was_made(report),
+        _how_it_was_made(report, command),
         _limits(report, metadata),
     ]
     return "\n\n".join([f"---\n{metadata.to_yaml()}\n---", *filter(None, sections)]) + "\n"
@@ -213,11 +211,11 @@ def _perplexity(report: dict[str, Any]) -> str:
     )
 
 
-def _healing(report: dict[str, Any]) -> str:
+def _healing(report: dict[str, Any], commands: Sequence[str]) -> str:
     parts = [
-        f"{_code(step['command'])}\n\n{healing_sentences(step)}\n\n"
+        f"{_code(command)}\n\n{healing_sentences(step)}\n\n"
         + _table(("perplexity", "teacher", "before", "after"), healing_rows(step))
-        for step in report.get("healing", [])
+        for command, step in zip(commands, report.get("healing", []), strict=True)
     ]
     return "\n\n".join(["## Healing", *parts]) if parts else ""
 
@@ -286,7 +284,7 @@ def _steps(report: dict[str, Any]) -> str:
     return f"## What each step took\n\n{_table(HEAD, rows)}\n\n{steps_sentences(report)}" if rows else ""
 
 
-def _how_it_was_made(report: dict[str, Any]) -> str:
+def _how_it_was_made(report: dict[str, Any], command: str) -> str:
     options, calibration = report["options"], report["calibration"]
     named = ["order", "target", "attention"] + ["experts"] * (options.get("experts") not in (None, "neurons"))
     choices = ", ".join(f"{name} `{options[name]}`" for name in named)
@@ -296,7 +294,7 @@ def _how_it_was_made(report: dict[str, Any]) -> str:
         f"{report['plan']['why']}. Errors of each layer, versions and times are in `report.json`. The method is that "
         "of *Subspace Node Pruning* (arXiv 2405.17506) and, where the options above say so, the extensions of llm_snp."
     )
-    return f"## How it was made\n\n{_code(report['command'])}\n\n{made}{_listed(report['notes'])}"
+    return f"## How it was made\n\n{_code(command)}\n\n{made}{_listed(report['notes'])}"
 
 
 def _code(line: str) -> str:

@@ -7,8 +7,8 @@ import math
 import re
 import shlex
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from itertools import chain, count
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -68,20 +68,18 @@ def shareable(report: dict[str, Any]) -> dict[str, Any]:
         step["command"] = _of_healing(step["command"])
     model["card"] = carried_words(model.get("card") or {})
 
-    def text(source: str, taken: Iterable[str] = ()) -> str:
-        names = chain([short := called(source)], (f"{short} ({i})" for i in count(2)))
-        return next(name for name in names if name not in taken and (name == source or name not in CORPORA))
+    def texts(sources: Sequence[str]) -> list[str]:
+        return told_apart(map(called, sources), sources)
 
-    taken: list[str] = []
-    for one in texts_of(report["calibration"]):
-        one["source"] = text(one["source"], taken)
-        taken.append(one["source"])
-    report["calibration"]["source"] = " and ".join(taken)
-    evaluation: dict[str, Any] = {}
-    for source, results in report["evaluation"].items():
-        short = text(source, evaluation)
-        evaluation[short] = {which: result | {"source": short} for which, result in results.items()}
-    report["evaluation"] = evaluation
+    calibration = texts_of(report["calibration"])
+    names = texts([one["source"] for one in calibration])
+    for one, name in zip(calibration, names, strict=True):
+        one["source"] = name
+    report["calibration"]["source"] = " and ".join(names)
+    report["evaluation"] = {
+        name: {which: result | {"source": name} for which, result in results.items()}
+        for name, results in zip(texts([*report["evaluation"]]), report["evaluation"].values(), strict=True)
+    }
     if "harness" in report:
         tasks = dict(zip(report["harness"], told_apart(map(last, report["harness"])), strict=True))
         report["harness"] = {tasks[task]: found for task, found in report["harness"].items()}
@@ -97,13 +95,17 @@ def shareable(report: dict[str, Any]) -> dict[str, Any]:
     return without
 
 
-def told_apart(names: Iterable[str]) -> list[str]:
-    """Names of which no two are alike: the second of one gets "(2)", and so on."""
+def told_apart(names: Iterable[str], given: Iterable[str] | None = None) -> list[str]:
+    """Names of which no two are alike: the second of one gets "(2)", and so on.
+
+    given: what each was called before, if it was; the name of a corpus is only that of what was called so.
+    """
+    names = list(names)
     taken: dict[str, None] = {}  # in order
     numbers: dict[str, Iterator[int]] = defaultdict(lambda: count(2))
-    for name in names:
+    for name, before in zip(names, names if given is None else given, strict=True):
         own = name
-        while own in taken:
+        while own in taken or (own in CORPORA and own != before):
             own = f"{name} ({next(numbers[name])})"
         taken[own] = None
     return list(taken)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ def write_documents(directory: Path, report: dict[str, Any], new: bool = False) 
         check_there(directory, report)
     plots = {plot_path(name): inside(directory, plot_path(name)) for name in PLOTS}
     files = manifest(directory, report)
-    others = {name for name in (*plots, PAGE) if name not in files and os.path.lexists(directory / name)}
+    others = _unlisted(directory, files, (*plots, PAGE))
     public = shareable(report)
     if wrong := fault(public):
         raise OutputError(f"{directory / REPORT} could not be read again ({wrong}); it stays as it is")
@@ -73,8 +73,13 @@ def write_documents(directory: Path, report: dict[str, Any], new: bool = False) 
 
 def check_way(directory: Path, report: dict[str, Any]) -> None:
     """Raise `OutputError` where a page is in the way of the result's: told before hours of measuring."""
-    if PAGE not in manifest(directory, report) and os.path.lexists(directory / PAGE):
+    if _unlisted(directory, manifest(directory, report), (PAGE,)):
         raise _in_the_way(directory / PAGE)
+
+
+def _unlisted(directory: Path, files: Mapping[str, str], names: Iterable[str]) -> set[str]:
+    """Those of the names that something has which is no file of the result."""
+    return {name for name in names if name not in files and os.path.lexists(directory / name)}
 
 
 def _in_the_way(path: Path) -> OutputError:

@@ -48,7 +48,8 @@ def labels_nll(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), labels.to(logits.device), reduction="sum")
 
 
-def _summed(nll: float, windows: Windows) -> Perplexity:
+def summed(nll: float, windows: Windows) -> Perplexity:
+    """The perplexity of windows whose predicted tokens have `nll` nats in all."""
     if not math.isfinite(nll):
         raise NumericalError("the model's logits are not finite; use --dtype float32 or bfloat16")
     count, length = windows.tokens.shape
@@ -77,7 +78,7 @@ def perplexity_streamed(
                     logits = skeleton.leave(ids[None, part], state[None, part])[0]
                     nll += labels_nll(logits, ids[part.start + 1 : part.stop + 1])
     stream.processes.sum(nll)
-    return _summed(nll.item(), windows)
+    return summed(nll.item(), windows)
 
 
 @torch.no_grad()
@@ -87,4 +88,4 @@ def perplexity_loaded(model: Any, windows: Windows, progress: Callable[[], None]
     for ids in windows.tokens:
         nll += labels_nll(model(input_ids=ids[None].to(model.device), use_cache=False).logits[0, :-1], ids[1:])
         progress()
-    return _summed(nll.item(), windows)
+    return summed(nll.item(), windows)

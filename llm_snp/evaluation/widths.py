@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..families import FAMILIES, Family
+from ..families import known_family
 from .clock import timed
 
 MULTIPLES = (8, 16, 32, 64)
@@ -59,7 +59,7 @@ class Gain:
 
 def mlp_of(model: Any) -> Mlp | None:
     """The MLP widths of a loaded model of a supported family, pruned or not; None for other families and mixtures."""
-    family = _family(model)
+    family = known_family(model.config)
     if family is None or family.mixture is not None:
         return None
     site = next(site for site in family.sites(model.config) if site.unit == "neurons")
@@ -74,15 +74,9 @@ def mlp_of(model: Any) -> Mlp | None:
 
 def head_dims(model: Any) -> list[int]:
     """The different widths in which attention kernels see a pruned model's heads, ascending; none for a stock one."""
-    family, widths = _family(model), getattr(model.config, "block_widths", None) or []
+    family, widths = known_family(model.config), getattr(model.config, "block_widths", None) or []
     attention = family.attention(model.config) if family else None
     return [] if attention is None else sorted({attention.kernel_width(width) for width in widths if width["heads"]})
-
-
-def _family(model: Any) -> Family | None:
-    """That of a model, pruned or not."""
-    kind = model.config.model_type
-    return next((f for f in FAMILIES.values() if kind in (f.model_type, f.pruned_model_type)), None)
 
 
 def sample(widths: Sequence[int], count: int) -> tuple[int, ...]:

@@ -48,10 +48,10 @@ __all__ = [
     "fewer_blocks",
     "first_attentions",
     "heads_of",
+    "known_family",
     "linear",
     "parameters_of",
     "positions_of",
-    "renames_of",
     "turn",
 ]
 
@@ -83,11 +83,10 @@ def _family(model_type: str) -> Family | None:
 FAMILIES = {model_type: family for model_type in MODEL_TYPES if (family := _family(model_type)) is not None}
 
 
-def renames_of(config: Any) -> tuple[tuple[str, str], ...]:
-    """How other spellings of a model's tensors, pruned or not, become its own: those of its family, if it has one."""
+def known_family(config: Any) -> Family | None:
+    """That of a model, pruned or not; None for one of no family."""
     kind = config.model_type
-    found = next((one for one in FAMILIES.values() if kind in (one.model_type, one.pruned_model_type)), None)
-    return tuple(found.renames) if found else ()
+    return next((one for one in FAMILIES.values() if kind in (one.model_type, one.pruned_model_type)), None)
 
 
 def family_of(config: object) -> Family:

@@ -22,7 +22,7 @@ from ..dense.whole import whole_model
 from ..documents.shareable import hub_id, shareable
 from ..documents.writing import read_report
 from ..errors import CheckpointError, OptionError, SnpError, UnsupportedModelError
-from ..families import FAMILIES, renames_of
+from ..families import known_family
 from ..result.origin import COPIED, ancestors, find_dense, is_dense_of
 from ..system.manifest import changed, check_weights, faults, has_report, manifest
 from ..system.private import public_name
@@ -133,15 +133,14 @@ def _teacher(given: str | None, directory: Path, report: dict[str, Any]) -> tupl
 def open_model(directory: Path, name: str = "", hub: bool = False) -> Model:
     """A model, of which every tensor is accounted for: transformers would make up those that are missing."""
     config = load_config(directory)
-    family = FAMILIES.get(config.model_type)
-    pruned = {one.pruned_model_type: one for one in FAMILIES.values()}
-    if (mixed := family or pruned.get(config.model_type)) is not None and mixed.mixture is not None:
+    family = known_family(config)
+    if family is not None and family.mixture is not None:
         raise UnsupportedModelError(
             f"{directory} is a mixture of experts ({config.model_type}), whose tensors are other ones while it is "
             "trained than in its files: it can be pruned, but not healed"
         )
-    checkpoint = Checkpoint(directory, renames_of(config))
-    if family or config.model_type in pruned:
+    checkpoint = Checkpoint(directory, family.renames if family else ())
+    if family:
         shapes, tied, harmless = expected_tensors(model := empty_model(config))
         tables = [name for name, buffer in model.named_buffers() if not buffer.is_floating_point()]
         checkpoint.audit(shapes, tied, harmless, tables)

@@ -91,9 +91,14 @@ def left(workspace: Workspace, command: str) -> str:
     return what and f"{what}; go on with: {command}"
 
 
+def texts_read(options: HealConfig) -> list[str]:
+    """The texts of a healing, as they were given."""
+    return [*shares(options.text), *(options.evaluate or ())]
+
+
 def inputs_of(options: HealConfig, pair: Pair) -> dict[Path, bool]:
     """What is read, and that nothing may be written in it."""
-    texts = [os.path.expanduser(text) for text in (*shares(options.text), *(options.evaluate or ()))]
+    texts = [os.path.expanduser(text) for text in texts_read(options)]
     local = [Path(text) for text in texts if os.path.exists(text)]
     return dict.fromkeys([pair.student.directory, pair.teacher.directory, *pair.ancestors, *local], True)
 

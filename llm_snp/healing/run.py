@@ -35,7 +35,7 @@ from .defaults import completed, evaluated_before
 from .options import HealConfig, command_line
 from .pair import Pair, find_pair, open_model, stored
 from .record import healed, label, labels, with_healing
-from .resume import States, finished_before, identity_of, inputs_of, left, memory_of
+from .resume import States, finished_before, identity_of, inputs_of, left, memory_of, texts_read
 from .text import material
 from .training import Heal, Schedule, Watch, adapted, computing
 
@@ -59,7 +59,7 @@ def heal(options: HealConfig) -> list[str]:
             output = output_of(PruneConfig(output=str(options.destination)))
             if processes.from_main(lambda: finished_before(options, pair)):
                 return [f"{output} is finished already"]
-            processes.on_main(lambda: check_sources([*shares(options.text), *(options.evaluate or ())]))
+            processes.on_main(lambda: check_sources(texts_read(options)))
             workspace = processes.on_main(
                 lambda: Workspace(output, options.overwrite, options.resume, inputs_of(options, pair))
             )

@@ -22,10 +22,11 @@ from ..core.repair import (
     without_repair,
 )
 from ..core.subspace import truncate
+from ..errors import NumericalError
 from ..families import Site
 from .calibrate import SiteMoments
 from .order import damping_of, order_units, scarcity
-from .weights import State, fits, linear_weights, store
+from .weights import State, linear_weights, store
 
 # --damping auto tries these, best on the held-out windows wins.
 DAMPING_GRID = (1e-5, 1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
@@ -118,8 +119,8 @@ def repair_units(
         return finish(moments, *linear_weights(state, site.consumer, device), columns, refit, damping)
 
     damping = choose_damping(options, moments, linear_weights(state, site.consumer, device), solve)
-    pruned = _storable(state, site, solve, moments.all, damping_of(site, moments.all, damping), options)
     new = dict(state)
+    pruned = _solved(new, site, solve, moments.all, damping_of(site, moments.all, damping), options)
     columns = pruned.columns.cpu()
     for name in site.layers[:-1]:
         rows = site.rows_left(name, new[f"{name}.weight"].shape[0], columns)
@@ -132,24 +133,23 @@ def repair_units(
     for table in site.tables:
         if table in new:
             new[table] = new[table][units]
-    store(new, site.consumer, pruned.weight, pruned.bias if f"{site.consumer}.bias" in state else None)
     return SiteResult(new, pruned.lost, pruned.total, pruned.damping)
 
 
-def _storable(state: State, site: Site, solve: Solve, moments: Moments, damping: float, options: PruneConfig) -> Pruned:
-    """What `solve` gives with a damping, or with as much more as it takes to fit into the type of the weights.
+def _solved(new: State, site: Site, solve: Solve, moments: Moments, damping: float, options: PruneConfig) -> Pruned:
+    """What `solve` gives with a damping, put into `new`, or with as much more as it takes to fit into that type.
 
     With more of it the weights are nearer to those that are there, which do. One layer must not cost a whole run.
     """
-    pruned, dtype = solve(moments, damping), state[f"{site.consumer}.weight"].dtype
-    biased = f"{site.consumer}.bias" in state
-    if options.target == "none":
-        return pruned
-    for _ in range(RAISES):
-        if fits(pruned.weight, dtype) and (not biased or fits(pruned.bias, dtype)):
-            break
-        damping = max(10 * damping, DAMPING_GRID[0])
+    for left in reversed(range(RAISES + 1)):
         pruned = solve(moments, damping)
+        try:
+            store(new, site.consumer, pruned.weight, pruned.bias if f"{site.consumer}.bias" in new else None)
+            break
+        except NumericalError:
+            if not left or options.target == "none":
+                raise
+            damping = max(10 * damping, DAMPING_GRID[0])
     return pruned
 
 
@@ -220,7 +220,6 @@ def refit_consumer(
         return finish(moments, weight, bias, everything, refit, damping)
 
     damping = choose_damping(options, moments, (weight, bias), solve)
-    pruned = _storable(state, site, solve, moments.all, damping_of(site, moments.all, damping), options)
     new = dict(state)
-    store(new, site.consumer, pruned.weight, None if bias is None else pruned.bias)
+    pruned = _solved(new, site, solve, moments.all, damping_of(site, moments.all, damping), options)
     return SiteResult(new, pruned.lost, pruned.total, pruned.damping)

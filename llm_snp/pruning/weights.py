@@ -17,11 +17,6 @@ def linear_weights(state: State, name: str, device: torch.device) -> tuple[Tenso
     return state[f"{name}.weight"].to(device, torch.float64), None if bias is None else bias.to(device, torch.float64)
 
 
-def fits(value: Tensor, dtype: torch.dtype) -> bool:
-    """Whether a type has numbers as large as those of a tensor."""
-    return bool(torch.isfinite(value.to(dtype)).all())
-
-
 def store(state: State, name: str, weight: Tensor, bias: Tensor | None) -> None:
     """Put a layer's new weight and bias into a state, rounded to its dtype. Raises `NumericalError` on overflow."""
     for suffix, value in (("weight", weight), ("bias", bias)):

@@ -165,38 +165,37 @@ class Carried:
         there is no room to try it, in the system's directory for temporary files.
         """
         fields = without_code(read_object(self.directory / "config.json", content_of(self.directory / "config.json")))
-        advice = "save it with `save_pretrained` of its own class, and give that"
-        if not self._gives(tokenizer, fields, advice):
+        advice, dense = "save it with `save_pretrained` of its own class, and give that", _told_apart_by(tokenizer)
+        if self._travelling(fields, advice) != dense:
             raise CheckpointError(
                 f"the tokenizer of {self.directory} is another one without what its settings name outside of the "
                 f"directory, or keep secret; {advice}"
             )
         pruned = fields | {"model_type": pruned_type, "tokenizer_class": class_of(tokenizer)}
-        if pruned_type is None or self._gives(tokenizer, pruned, advice):
+        if pruned_type is None or self._travelling(pruned, advice) == dense:
             return
         path = self.directory / TOKENIZER
         settings = read_object(path, self.files[TOKENIZER]) if TOKENIZER in self.files else {}
         self.files[TOKENIZER] = _written(settings | {"tokenizer_class": class_of(tokenizer)})
-        if not (self._gives(tokenizer, fields, advice) and self._gives(tokenizer, pruned, advice)):
+        if any(self._travelling(config, advice) != dense for config in (fields, pruned)):
             raise CheckpointError(
                 f"the tokenizer of {self.directory} is another one for transformers where the model is of type "
                 f"{pruned_type}, as a result is; {advice}"
             )
 
-    def _gives(self, tokenizer: Any, config: Mapping[str, Any], advice: str) -> bool:
-        """Whether what travels is that tokenizer where it lies beside a config."""
+    def _travelling(self, config: Mapping[str, Any], advice: str) -> tuple[Any, ...]:
+        """What the tokenizer that travels is told by where it lies beside a config."""
         with scratch() as folder, disk(folder):
             (folder / TEMPLATES).mkdir()
             for file, content in (self.files | {"config.json": json.dumps(config).encode()}).items():
                 (folder / file).write_bytes(content)
             try:
-                travelling = load_tokenizer(folder)
+                return _told_apart_by(load_tokenizer(folder))
             except CheckpointError as error:
                 raise CheckpointError(
                     f"the tokenizer of {self.directory} needs more than the files that travel with a result "
                     f"({', '.join(self.files) or 'there are none'}); {advice}"
                 ) from error
-        return _told_apart_by(travelling) == _told_apart_by(tokenizer)
 
 
 def class_of(tokenizer: Any) -> str:

@@ -30,12 +30,11 @@ class Rewriting:
 
     def write(self, directory: Path, tensors: Mapping[str, Tensor]) -> Writer:
         """Write what the result consists of, but for its documents, into `directory`."""
-        named = {name for _, names in self._files for name in names or ()}
         shards = [
-            list(tensors) if names is None else [name for name in names if name in tensors] for _, names in self._files
+            [name for name in (tensors if names is None else names) if name in tensors] for _, names in self._files
         ]
-        if any(names is not None for _, names in self._files):  # what the files spell otherwise than the class does
-            shards[-1] += [name for name in tensors if name not in named]
+        named = {name for shard in shards for name in shard}
+        shards[-1] += [name for name in tensors if name not in named]  # what the files spell otherwise than the class
         shards = [shard for shard in shards if shard]
         writer = Writer(directory, len(shards))
         files, fields = dict(self.carried.files), dict(self._fields)

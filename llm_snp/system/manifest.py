@@ -51,13 +51,17 @@ def has_report(directory: Path) -> bool:
 
 def sealed(report: Mapping[str, Any]) -> bytes:
     """What report.json has of a report."""
-    content = {name: value for name, value in report.items() if name != SEAL}
+    content = _unsealed(report)
     return (json.dumps(content | {SEAL: digest_of_json(content)}, indent=2, allow_nan=False) + "\n").encode()
 
 
 def _as_written(report: Mapping[str, Any]) -> bool:
     """Whether nobody has changed a report since it was written."""
-    return digest_of_json({n: v for n, v in report.items() if n != SEAL}) == report.get(SEAL)
+    return digest_of_json(_unsealed(report)) == report.get(SEAL)
+
+
+def _unsealed(report: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in report.items() if name != SEAL}
 
 
 def expect_directory(directory: Path) -> None:
@@ -148,14 +152,14 @@ def strays(directory: Path) -> list[str]:
 
     Not those that were being written when a run was killed, under the name that they have until they are whole.
     """
-    files = manifest(directory)
+    report = _report(directory)
+    files = manifest(directory, report)
     half = {temporary(PurePosixPath(name)).as_posix() for name in (*files, REPORT, MEMORY, IGNORE)}
     others = [
         name
         for name in names_in(directory)
         if name not in half and (name not in files or not _is_own(directory / name, directory, files[name]))
     ]
-    report = _report(directory)
     return others if not report or _as_written(report) else [REPORT, *others]
 
 

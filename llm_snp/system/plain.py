@@ -30,6 +30,16 @@ def text(value: Any, flag: str) -> str:
     return plain
 
 
+def text_and_share(given: str) -> tuple[str, str | None]:
+    """The parts of TEXT:SHARE; None for what has no number behind its last colon, which is part of a name then."""
+    name, _, number = given.rpartition(":")
+    try:
+        float(number if name else "none")
+    except ValueError:
+        return given, None
+    return name, number
+
+
 def encodable(text: str) -> bool:
     """Whether a string can be written as UTF-8; lone surrogates cannot."""
     try:

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from .plain import encodable
+from .plain import encodable, text_and_share
 
 # A text that is a path as a whole; words that begin with "/", as some tokens do, are none.
 PLACE = re.compile(
@@ -82,12 +82,9 @@ def _names() -> set[str]:
 
 def public_text(given: str) -> str:
     """The same of a text of a run, which may have its share of the windows behind it: TEXT:SHARE."""
-    text, colon, share = given.rpartition(":")
-    try:
-        float(share if text else "none")
-    except ValueError:
-        return public_name(Path(given))
-    return public_name(Path(text)) + colon + share.strip()
+    text, share = text_and_share(given)
+    name = public_name(Path(text))
+    return name if share is None else f"{name}:{share.strip()}"
 
 
 def public_words(text: str, kept: Collection[str] = ()) -> str:

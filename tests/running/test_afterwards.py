@@ -135,6 +135,17 @@ def test_a_result_survives_ctrl_c_while_it_is_timed(shell: Shell, dense: Path, m
     assert "prefill, ms" in out
 
 
+def come_between(how: str, shell: Shell, prune: Prune, other: Path, aside: Path) -> dict[str, bytes]:
+    """What another terminal does to a result meanwhile; the files that are in its place then."""
+    if how == "replaced":
+        prune(other, shell.output, overwrite=True)
+    else:
+        shell.output.rename(aside)
+    if how == "gone":
+        shell.output.mkdir()
+    return {path.name: path.read_bytes() for path in shell.output.glob("*") if path.is_file()}
+
+
 @pytest.mark.parametrize("command", ["prune", "bench"])
 @pytest.mark.parametrize("how", ["replaced", "renamed", "gone"])
 def test_a_result_that_was_replaced_while_it_was_timed_keeps_its_report(
@@ -147,13 +158,7 @@ def test_a_result_that_was_replaced_while_it_was_timed_keeps_its_report(
     there: dict[str, bytes] = {}
 
     def meanwhile(*models: object, **options: object) -> object:
-        if how == "replaced":
-            prune(other, shell.output, overwrite=True)
-            there.update({path.name: path.read_bytes() for path in shell.output.iterdir() if path.is_file()})
-        else:
-            shell.output.rename(tmp_path / "moved")
-        if how == "gone":
-            shell.output.mkdir()
+        there.update(come_between(how, shell, prune, other, tmp_path / "moved"))
         return {}
 
     for module in ("llm_snp.running.afterwards", "llm_snp.evaluation.speed"):
@@ -230,13 +235,7 @@ def test_a_report_drawn_anew_is_not_written_over_another_result(
 
     def page(report: dict[str, Any]) -> str:
         monkeypatch.setattr("llm_snp.documents.writing.html_page", html_page)
-        if how == "replaced":
-            prune(other, shell.output, overwrite=True)
-            there.update({path.name: path.read_bytes() for path in shell.output.iterdir() if path.is_file()})
-        else:
-            shell.output.rename(tmp_path / "elsewhere")
-        if how == "gone":
-            shell.output.mkdir()
+        there.update(come_between(how, shell, prune, other, tmp_path / "elsewhere"))
         return html_page(report)
 
     monkeypatch.setattr("llm_snp.documents.writing.html_page", page)
