@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,12 +33,13 @@ class States:
         self.journal = journal
         self.folder = journal.folder / FOLDER
 
-    def note(self, step: int, state: Path) -> None:
-        """Take down that a state is whole, and forget those that the Trainer has removed. A collective."""
+    def note(self, step: int, state: Path, best: Path | None) -> None:
+        """Take down that a state is whole, and only then remove those before it but the best one. A collective."""
         self.journal.processes.gather([])  # each process has written its random numbers
         if self.journal.processes.main:
             with disk(state):
                 self.journal.write(f"state-{step:08d}", {DIGEST: _digest(state)})
+            self._remove(lambda number: number not in (step, None if best is None else _number(best)))
             self.journal.forget(name for name in self._names() if not self._place(name).is_dir())
 
     def latest(self) -> tuple[int, Path | None]:
@@ -50,14 +51,15 @@ class States:
                 found = (self._step(name), self._place(name))
                 break
             self.journal.rescue(f"what the training had come to after step {self._step(name)} was gone or damaged")
-        self.journal.processes.on_main(partial(self._remove_after, found[0]))
+        # What lies there of later steps would be mixed with what is saved next.
+        self.journal.processes.on_main(partial(self._remove, lambda number: number > found[0]))
         return found
 
-    def _remove_after(self, step: int) -> None:
-        """What lies there of later steps: the Trainer would take it for newer than what is saved next, and keep it."""
+    def _remove(self, chosen: Callable[[int], bool]) -> None:
+        """The states of the steps that are chosen."""
         for folder in self.folder.glob("checkpoint-*"):
-            number = folder.name.partition("-")[2]
-            if number.isdecimal() and int(number) > step:
+            number = _number(folder)
+            if number is not None and chosen(number):
                 with disk(folder):
                     shutil.rmtree(folder)
 
@@ -76,6 +78,12 @@ class States:
             return _digest(self._place(name)) == expected
         except OSError:
             return False
+
+
+def _number(folder: Path) -> int | None:
+    """The step of a state, by the name that the Trainer gives its folder."""
+    number = folder.name.partition("-")[2]
+    return int(number) if number.isdecimal() else None
 
 
 def _digest(folder: Path) -> str:

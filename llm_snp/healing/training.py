@@ -69,10 +69,10 @@ def _checkpointing() -> dict[str, Any]:
 class Watch(TrainerCallback):  # type: ignore[misc]
     """Knows the curve of the held-out windows, tells how far the run is, and ends it when the loss rises.
 
-    saved: called with the step and the folder of a state that is on disk as a whole.
+    saved: called with the step and the folder of a state that is on disk as a whole, and the folder of the best one.
     """
 
-    def __init__(self, saved: Callable[[int, Path], None]):
+    def __init__(self, saved: Callable[[int, Path, Path | None], None]):
         self.saved = saved
         self.curve: list[dict[str, float]] = []  # step and NAMES, from step 0 on
         self.step: Callable[[], None] = lambda: None
@@ -124,7 +124,8 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             control.should_training_stop = True
 
     def on_save(self, args: Any, state: Any, control: Any, **options: Any) -> None:
-        self.saved(state.global_step, Path(args.output_dir, f"checkpoint-{state.global_step}"))
+        best = state.best_model_checkpoint
+        self.saved(state.global_step, Path(args.output_dir, f"checkpoint-{state.global_step}"), best and Path(best))
 
 
 def _entry(logged: dict[str, float]) -> dict[str, float]:
@@ -164,7 +165,7 @@ class Heal(Trainer):  # type: ignore[misc]
             eval_steps=schedule.every,
             save_strategy="steps",
             save_steps=schedule.every,
-            save_total_limit=1,  # and the best
+            save_total_limit=None,  # it would remove earlier states before this one is noted
             load_best_model_at_end=True,
             metric_for_best_model="eval_loss",
             greater_is_better=False,

@@ -375,6 +375,49 @@ def test_an_interruption_changes_nothing(
     assert "and --seed is 1 now and was 0 there" in heal.refused(pruned, *flags, "--resume", "--seed", "1")
 
 
+def test_no_state_goes_before_the_next_one_is_noted(
+    heal: Healer, pruned: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted between the Trainer's writing of a state and its hash: the training goes on from the one before."""
+    steps: list[int] = []
+    on_save = Watch.on_save
+
+    def before_the_third(self: Watch, args: Any, state: Any, control: Any, **options: Any) -> None:
+        steps.append(state.global_step)
+        if len(steps) == 3:
+            raise KeyboardInterrupt
+        on_save(self, args, state, control, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Watch, "on_save", before_the_third)
+        code, _, err = heal(pruned, "--no-evaluate")
+    assert code == 130
+    assert f"after step {steps[1]} is kept in" in err
+    code, _, err = heal(pruned, "--no-evaluate", "--resume")
+    assert code == 0, err
+    assert f"step {steps[1]} was finished before" in err
+    assert "made again" not in err
+
+
+def test_of_the_states_the_last_and_the_best_stay(heal: Healer, pruned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measure, count = training.Heal.measure, iter(range(100))
+
+    def best_at_the_second(self: training.Heal) -> dict[str, float]:
+        return measure(self) | {"loss": float(abs(next(count) - 2))}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Heal, "measure", best_at_the_second)
+        patch.setattr(training, "PATIENCE", 99)
+        patch.setattr(training.Heal, "_load_best_model", interrupted)
+        assert heal(pruned, "--no-evaluate")[0] == 130
+    every = training.Schedule(STEPS, BATCH).every
+    folder = Path("healed.partial/.llm_snp")
+    assert {path.name for path in (folder / "training").iterdir()} == {f"checkpoint-{2 * every}", f"checkpoint-{STEPS}"}
+    assert sorted(path.name for path in folder.glob("state-*")) == [
+        f"state-{step:08d}.json" for step in (2 * every, STEPS)
+    ]
+
+
 def test_a_damaged_state_is_not_gone_on_with(heal: Healer, pruned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(self: Watch, args: Any, state: Any, control: Any, **options: Any) -> None:
         raise OSError(28, "No space left on device")
