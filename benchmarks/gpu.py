@@ -108,7 +108,8 @@ def carry_out(stage: Sequence[Step], folder: Path) -> list[dict[str, Any]]:
     folder: takes what each of several steps prints, until it has ended.
     """
     path = os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = os.environ | {"PYTHONPATH": path}
+    threads = str(max(1, (os.cpu_count() or 1) // len(stage)))  # or those of the steps would wait for each other
+    environment = {"OMP_NUM_THREADS": threads} | os.environ | {"PYTHONPATH": path}
     running: dict[str, tuple[Step, subprocess.Popen[bytes], float]] = {}
     done: dict[str, dict[str, Any]] = {}
     try:

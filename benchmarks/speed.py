@@ -8,8 +8,9 @@ for each phase, seconds, floating-point operations (as `--dry-run` counts them) 
 machine multiplies matrices, measured in the same run. Figures are medians over runs. `forward` and `moments` are
 compared with products in the computing type, what solves (`order`, `subspace`, `repair`) with float64 ones.
 
-Two more runs, if they are asked for: `--launches` counts what the device is told and what it is asked, `--idle` for
-which share of the time a GPU computes nothing. Both take longer than a run, the latter much memory: few --blocks do.
+More runs, if they are asked for: `--places` tells which functions the time goes to, `--launches` counts what the
+device is told and what it is asked, `--idle` for which share of the time a GPU computes nothing. The last two take
+longer than a run, `--idle` much memory: few --blocks do.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from typing import Any
 import torch
 from launches import ELIMINATION, REST, Busy, Launches
 from perplexity import aligned, check_files, provenance, write_json
+from sampling import Sampling
 from shapes import SHAPES, make_checkpoint, make_text, run_options
 from transformers.utils import logging
 
@@ -42,6 +44,8 @@ from llm_snp.system.device import device_facts
 # Sides of the matrices whose product gives the rate.
 SIDE = {"cpu": 2048, "cuda": 8192}
 SOLVING = ("order", "subspace", "repair")
+# Places that are shown; the JSON has all.
+MOST = 40
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype, runs: int = 5) -> float:
@@ -91,6 +95,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             with Busy() as watch:
                 run(options)
             more["busy"] = watch.found
+        if args.places:
+            with Sampling() as sampling:
+                run(options)
+            more["places"] = [[*place, seconds] for place, seconds in sampling.found.most_common()]
     return {
         "shape": args.shape,
         "blocks": p.job.config.num_hidden_layers,
@@ -162,6 +170,11 @@ def busy_table(phases: dict[str, Any]) -> list[list[str]]:
     return [*lines, ["whole", f"{seconds:.2f}", f"{kernels:.0f}", f"{running:.2f}", f"{1 - running / seconds:.0%}"]]
 
 
+def places_table(places: Sequence[tuple[str, str, float]]) -> list[list[str]]:
+    """A line per place in the code, those that took the most."""
+    return [["phase", "in", "seconds"], *([phase, place, f"{taken:.2f}"] for phase, place, taken in places[:MOST])]
+
+
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("shape", metavar="SHAPE", help=f"{', '.join(SHAPES)}, or the directory of a model")
@@ -175,6 +188,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--dtype", default="auto", choices=DTYPES, help="type to compute in (default: auto)")
     p.add_argument("--stored", default="float16", choices=DTYPES[1:], help="type of the checkpoint (default: float16)")
     p.add_argument("--runs", type=int, default=3, metavar="N", help="figures are medians over N runs (default: 3)")
+    p.add_argument("--places", action="store_true", help="tell which functions the time goes to, in one more run")
     p.add_argument("--launches", action="store_true", help="count kernels and values read back, in one more run")
     p.add_argument("--idle", action="store_true", help="measure how idle a GPU is, in one more run")
     p.add_argument(
@@ -198,6 +212,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"speed: {str(error).splitlines()[0]}", file=sys.stderr)
         return BAD_INPUT
     print(aligned(table(data)), "", *summary(data), sep="\n")
+    if "places" in data:
+        print("", aligned(places_table(data["places"])), sep="\n")
     if "launches" in data:
         print("", aligned(launch_table(data["launches"])), sep="\n")
     if "busy" in data:

@@ -430,15 +430,16 @@ def test_speed_reports_every_phase(tiny_shape: None, tmp_path: Path, capsys: pyt
 
 
 @pytest.mark.slow
-def test_speed_counts_launches_and_idle_time(
+def test_speed_counts_launches_idle_time_and_places(
     tiny_shape: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Of a model in a directory as well. Nothing runs on a device here."""
     shapes.make_checkpoint(tmp_path / "model", shapes.Shape(1, 32, 64, 4, 2048, 64), torch.float16)
-    arguments = [str(tmp_path / "model"), *SMALL, "--runs", "1", "--device", "cpu", "--launches", "--idle"]
+    arguments = [str(tmp_path / "model"), *SMALL, "--runs", "1", "--device", "cpu", "--launches", "--idle", "--places"]
     assert speed.main([*arguments, "--json", str(tmp_path / "speed.json")]) == 0
     data = json.loads((tmp_path / "speed.json").read_text())
     counted, busy = data["launches"], data["busy"]
+    assert any(phase == "order" and "elimination.py" in place for phase, place, _ in data["places"])
     assert data["blocks"] == 1
     assert counted["units"] >= 2 * 64  # neurons, when measured and when pruned
     assert 11 < counted["kernels"]["elimination"] / counted["units"] < 14

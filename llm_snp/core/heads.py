@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .linalg import corrupt, factorised, mean_diagonal, rungs, symmetric_power
+from .linalg import corrupt, decomposed, factorised, mean_diagonal, rungs, symmetric_powers
 from .stopwatch import timed
 
 
@@ -45,10 +45,10 @@ def value_basis(
     weighted = o if sensitivity is None else sensitivity @ o
     covariance, output = (m.reshape(-1, queries, w, w).sum(1) for m in (covariance, o.mT @ weighted))
     damped, _ = damp_heads(covariance, damping)
-    root, inverse_root = symmetric_power(damped, 0.5), symmetric_power(damped, -0.5)
-    _, vectors = torch.linalg.eigh(root @ output @ root)
+    root, inverse_root = symmetric_powers(damped, 0.5, -0.5)
+    _, vectors = decomposed(torch.linalg.eigh, root @ output @ root)
     features = vectors.flip(-1).mT @ inverse_root
-    orthonormal, _ = torch.linalg.qr(features.mT)
+    orthonormal, _ = decomposed(torch.linalg.qr, features.mT)
     return orthonormal.mT
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ FLOAT64_COLUMNS = 4096
 STRIP_ROWS = 1024
 # Of a weight (d, m) so many rows at once are multiplied and solved for.
 ROWS = 512
+# Matrices of up to so many columns are decomposed on the host. On an H200 32 of 64 columns took 57 ms, here 9.
+HOST_COLUMNS = 512
 # Each failed attempt multiplies the damping by ten, from the asked one (or the first rung) up to 1.
 FIRST_RUNG = 1e-10
 
@@ -44,6 +46,16 @@ def mirror_lower(matrix: Tensor) -> None:
         matrix[: rows.start, rows] = matrix[rows, : rows.start].mT
 
 
+def all_finite(tensor: Tensor) -> Tensor:
+    """Whether no entry is infinite or NaN, as a boolean () on the tensor's device.
+
+    One pass without a temporary: on a CPU 25 to 80 times as fast as `isfinite`, which a whole checkpoint goes through.
+    """
+    if not tensor.numel():
+        return torch.ones((), dtype=torch.bool, device=tensor.device)
+    return torch.stack(torch.aminmax(tensor)).isfinite().all()  # a NaN is handed on as both
+
+
 def mean_diagonal(matrix: Tensor) -> Tensor:
     """Mean of the diagonal of matrix (..., m, m), float64; 1.0 for a matrix of zeros, so that damping always acts."""
     mean = matrix.diagonal(dim1=-2, dim2=-1).mean(-1).double()
@@ -67,7 +79,7 @@ def factorised(matrix: Tensor, factor: Tensor, diagonal: Tensor, info: Tensor) -
     """
     rounding = max(matrix.shape[-1] * torch.finfo(torch.float64).eps, torch.finfo(matrix.dtype).eps)
     pivots = factor.diagonal(dim1=-2, dim2=-1).square()
-    found = torch.stack([torch.isfinite(matrix).all(), (info == 0).all() & (pivots > rounding * diagonal).all()])
+    found = torch.stack([all_finite(matrix), (info == 0).all() & (pivots > rounding * diagonal).all()])
     finite, good = found.cpu().tolist()
     if not finite:
         raise NumericalError("the moments of the activations are not finite; use --dtype float32 or bfloat16")
@@ -124,11 +136,21 @@ def damped_inverse(covariance: Tensor, damping: float) -> tuple[Tensor, float]:
     return factor.mT, used
 
 
-def symmetric_power(matrix: Tensor, exponent: float) -> Tensor:
-    """matrix ** exponent for symmetric positive definite (..., m, m), by eigendecomposition in its own dtype.
+def decomposed(decompose: Callable[[Tensor], Sequence[Tensor]], matrix: Tensor) -> list[Tensor]:
+    """The parts of a decomposition of torch's of matrix (..., m, m), on its device.
+
+    Those of heads are made on the host: a GPU's library takes many small matrices one after the other.
+    """
+    if matrix.shape[-1] > HOST_COLUMNS:
+        return list(decompose(matrix))
+    return [part.to(matrix.device) for part in decompose(matrix.cpu())]
+
+
+def symmetric_powers(matrix: Tensor, *exponents: float) -> list[Tensor]:
+    """matrix ** exponent for symmetric positive definite (..., m, m), by one eigendecomposition in its own dtype.
 
     Eigenvalues are floored at machine epsilon times the largest one: below that they are rounding.
     """
-    values, vectors = torch.linalg.eigh(matrix)
-    floor = values[..., -1:].clamp_min(torch.finfo(values.dtype).tiny) * torch.finfo(values.dtype).eps
-    return (vectors * values.clamp_min(floor).pow(exponent).unsqueeze(-2)) @ vectors.mT
+    values, vectors = decomposed(torch.linalg.eigh, matrix)
+    values.clamp_(min=values[..., -1:].clamp_min(torch.finfo(values.dtype).tiny) * torch.finfo(values.dtype).eps)
+    return [(vectors * values.pow(exponent).unsqueeze(-2)) @ vectors.mT for exponent in exponents]

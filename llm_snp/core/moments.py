@@ -18,7 +18,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .linalg import mirror_lower, strips, working_dtype
+from .linalg import all_finite, mirror_lower, strips, working_dtype
 from .stopwatch import timed
 
 # The types that matrix units multiply, and what shifted activations are multiplied by before they are rounded to one:
@@ -197,7 +197,7 @@ class Moments:
     def finite(self) -> bool:
         """False as soon as one activation or residual, or one product of two, was infinite or NaN."""
         sums = (self.first, self.second, self.residual, self.cross, self.power)
-        return bool(torch.stack([torch.isfinite(s).all() for s in sums if s is not None]).all())
+        return bool(torch.stack([all_finite(s) for s in sums if s is not None]).all())
 
     @property
     def mean(self) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import OptionError
 from .elimination import eliminate
-from .linalg import damped_cholesky, damped_inverse, mean_diagonal, symmetric_power
+from .linalg import damped_cholesky, damped_inverse, mean_diagonal, symmetric_powers
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def order_saw(s: UnitStatistics) -> Tensor:
 
 def order_zca(s: UnitStatistics) -> Tensor:
     """1 / ((C^-½)_ii)²: what is left of a unit after un-normalised ZCA (SNP-ZCA; arXiv 2405.17506)."""
-    return _descending(s.by_unit(symmetric_power(s.damped(), -0.5).diagonal().pow(-2)))
+    return _descending(s.by_unit(symmetric_powers(s.damped(), -0.5)[0].diagonal().pow(-2)))
 
 
 def order_loo(s: UnitStatistics) -> Tensor:

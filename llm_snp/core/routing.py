@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .linalg import strips, tail_sums
+from .linalg import all_finite, strips, tail_sums
 
 # Products of so many bytes are made of outputs at once.
 PART_BYTES = 1 << 26
@@ -69,7 +69,7 @@ class Routing:
     @property
     def finite(self) -> bool:
         """False as soon as one number was infinite or NaN."""
-        return bool(torch.stack([torch.isfinite(t).all() for t in (self.logits, self.gram, self.norms)]).all())
+        return bool(torch.stack([all_finite(t) for t in (self.logits, self.gram, self.norms)]).all())
 
     def losses_without(self, left: Tensor) -> Tensor:
         """(E,) float64: Σ over tokens of what is lost when of the experts `left` (E,) bool one more goes; infinite for

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .heads import damp_heads
-from .linalg import symmetric_power
+from .linalg import decomposed, symmetric_powers
 from .stopwatch import timed
 
 
@@ -108,6 +108,7 @@ def score_basis(query: Tensor, key: Tensor, damping: float) -> tuple[Tensor, Ten
     w = query.shape[-1]
     query, _ = damp_heads(query.reshape(-1, w, w), damping)
     key, _ = damp_heads(key.reshape(-1, w, w), damping)
-    u, s, vh = torch.linalg.svd(symmetric_power(query, 0.5) @ symmetric_power(key, 0.5))
+    (query_root, query_inverse), (key_root, key_inverse) = (symmetric_powers(m, 0.5, -0.5) for m in (query, key))
+    u, s, vh = decomposed(torch.linalg.svd, query_root @ key_root)
     scale = s.clamp_min(torch.finfo(s.dtype).tiny).sqrt().unsqueeze(-1)
-    return scale * (u.mT @ symmetric_power(query, -0.5)), scale * (vh @ symmetric_power(key, -0.5)), s.square()
+    return scale * (u.mT @ query_inverse), scale * (vh @ key_inverse), s.square()

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
+from ..core.linalg import all_finite
 from ..errors import CheckpointError
 from ..system.libraries import ONE_AT_A_TIME, explained, parse_json
 from .claims import check_archive, check_pickled, check_weight_name
@@ -146,8 +147,8 @@ class Checkpoint:
                     self._checked(name, tensor.dtype)
                 if file not in self._legacy:
                     tensor = tensor.clone()
-                bad = tensor.numel() - int(torch.isfinite(tensor).sum())
-                if bad:
+                if not all_finite(tensor):
+                    bad = tensor.numel() - int(torch.isfinite(tensor).sum())
                     raise CheckpointError(
                         f"{name} in {file} has {bad} entries that are NaN or infinite; the file is damaged"
                     )

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.linalg import all_finite
 from ..dense.checkpoint import Checkpoint
 from ..dense.claims import expected_tensors
 from ..dense.hub import load_config, locate
@@ -179,7 +180,7 @@ def stored(model: Model, state: dict[str, Tensor]) -> dict[str, Tensor]:
     for name in model.checkpoint.names():
         kind = state[name].dtype if not state[name].is_floating_point() else model.checkpoint.dtype(name)
         found[name] = state[name].detach().to("cpu", kind)
-        if not torch.isfinite(found[name]).all():
+        if not all_finite(found[name]):
             raise CheckpointError(
                 f"{name} would not be finite in the {kind} of the result; give a smaller --learning-rate"
             )

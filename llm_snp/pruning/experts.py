@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.linalg import strips
+from ..core.linalg import all_finite, strips
 from ..core.routing import PART_BYTES, Removal, Routing, remove
 from ..core.stopwatch import timed
 from ..dense.skeleton import run_block
@@ -70,7 +70,7 @@ def removal_of(
     assert order is not None
     with timed("order"):
         found = remove(Routing.cat(parts), session.processes.sum, order, generator)
-    if not torch.isfinite(found.loss).all():
+    if not all_finite(found.loss):
         raise NumericalError(
             f"outputs of the experts at {site.holder} of block {index} overflow the type they are computed in; "
             "use --dtype float32 or bfloat16"

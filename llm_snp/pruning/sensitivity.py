@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.linalg import strips
+from ..core.linalg import all_finite, strips
 from ..core.stopwatch import timed
 from ..dense.skeleton import HEAD_TOKENS, Skeleton, run_block
 from ..dense.stream import Stream
@@ -123,7 +123,7 @@ def measure_sensitivity(session: Session) -> None:
             for site in sites:
                 processes.sum(sums[site.output])
                 found[site.name] = (sums[site.output] / stream.windows.numel()).float().cpu()
-                if not torch.isfinite(found[site.name]).all():
+                if not all_finite(found[site.name]):
                     raise NumericalError(
                         f"the loss gradient at {site.output} of block {i} overflows the type it is computed in; "
                         "use --dtype float32 or bfloat16, or --sensitivity relative"

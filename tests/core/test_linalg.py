@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
+from llm_snp.core import linalg
 from llm_snp.core.linalg import (
     FIRST_RUNG,
     FLOAT64_COLUMNS,
+    all_finite,
     damped_cholesky,
     damped_inverse,
+    decomposed,
     mean_diagonal,
     mirror_lower,
     strips,
-    symmetric_power,
+    symmetric_powers,
     working_dtype,
 )
 from llm_snp.errors import NumericalError
@@ -95,9 +100,36 @@ def test_mean_diagonal() -> None:
     assert mean_diagonal(torch.zeros(2, 2)) == 1.0
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_all_finite(dtype: torch.dtype) -> None:
+    whole = torch.randn(7, 300).to(dtype)
+    assert all_finite(whole)
+    assert all_finite(whole[:0])
+    assert all_finite(whole[0, 0])
+    for value in (math.nan, math.inf, -math.inf):
+        damaged = whole.clone()
+        damaged[5, 123] = value
+        assert not all_finite(damaged)
+        assert not all_finite(damaged[5, 123])
+
+
+def test_small_matrices_are_decomposed_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And large ones where they are; the parts are the same."""
+    c = torch.stack([positive(5, seed) for seed in range(3)])
+    asked: list[int] = []
+    cpu = Tensor.cpu
+    monkeypatch.setattr(Tensor, "cpu", lambda self: asked.append(1) or cpu(self))
+    small = decomposed(torch.linalg.eigh, c)
+    assert asked == [1]
+    monkeypatch.setattr(linalg, "HOST_COLUMNS", 4)
+    large = decomposed(torch.linalg.eigh, c)
+    assert asked == [1]
+    assert all(torch.equal(a, b) for a, b in zip(small, large, strict=True))
+
+
 def test_symmetric_power_batched() -> None:
     c = torch.stack([positive(5, seed) for seed in range(3)])
-    root, inverse_root = symmetric_power(c, 0.5), symmetric_power(c, -0.5)
+    root, inverse_root = symmetric_powers(c, 0.5, -0.5)
     torch.testing.assert_close(root @ root, c)
     torch.testing.assert_close(root @ inverse_root, torch.eye(5, dtype=torch.float64).expand(3, 5, 5))
     torch.testing.assert_close(root, root.mT)
@@ -105,7 +137,7 @@ def test_symmetric_power_batched() -> None:
 
 def test_symmetric_power_floors_rounding() -> None:
     c = positive(8, rank=3)
-    inverse_root = symmetric_power(c, -0.5)
+    (inverse_root,) = symmetric_powers(c, -0.5)
     assert torch.isfinite(inverse_root).all()
     limit = (c.diagonal().sum() * torch.finfo(torch.float64).eps).rsqrt()
     assert inverse_root.diagonal().max() < 10 * limit
