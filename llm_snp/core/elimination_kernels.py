@@ -18,7 +18,7 @@ from triton.errors import TritonError
 # Columns of a program, and rows of the factors that it reads at once.
 COLUMNS = 64
 ROWS = 32
-# At least so many minima are looked through: fewer save nothing, and would be another kernel each time the matrix shrinks.
+# At least so many minima are looked through: fewer save nothing, and would be another kernel as the matrix shrinks.
 TILES = 128
 # Of a program that removes a group, which holds two blocks of the group's width in registers; and their size at most.
 GROUP_COLUMNS = 16
@@ -109,7 +109,8 @@ def remove_columns(h: Tensor, e: Tensor, diagonals: Tensor, steps: int) -> tuple
     cheapest = torch.empty(2, tiles, dtype=torch.long, device=h.device)
     picked = torch.empty(steps, dtype=torch.long, device=h.device)
     cost = h.new_empty(steps)
-    memory, width = (h, e, factors, diagonals, minima, cheapest, picked, cost), max(TILES, triton.next_power_of_2(tiles))
+    memory = (h, e, factors, diagonals, minima, cheapest, picked, cost)
+    width = max(TILES, triton.next_power_of_2(tiles))
     for j in range(-1, steps):
         _step[(tiles,)](*memory, j, m, steps, tiles, C=COLUMNS, R=ROWS, T=width)
     return picked, cost, factors

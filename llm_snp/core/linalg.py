@@ -15,8 +15,8 @@ FLOAT64_COLUMNS = 4096
 STRIP_ROWS = 1024
 # Of a weight (d, m) so many rows at once are multiplied and solved for.
 ROWS = 512
-# Matrices of up to so many columns are decomposed on the host: the eigenvectors of 32 of 64 columns took 24 ms on an H200
-# and 10 ms there, their singular vectors 45 and 23.
+# Matrices of up to so many columns are decomposed on the host: the eigenvectors of 32 of 64 columns took 24 ms on an
+# H200 and 10 ms there, their singular vectors 45 and 23.
 HOST_COLUMNS = 128
 # Each failed attempt multiplies the damping by ten, from the asked one (or the first rung) up to 1.
 FIRST_RUNG = 1e-10

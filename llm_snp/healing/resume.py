@@ -24,6 +24,7 @@ from .options import HealConfig
 from .pair import Pair
 
 FOLDER = "training"  # in the journal: where the Trainer keeps its states
+BEST = "best"  # of a state's record: the step of the best one until then
 
 
 class States:
@@ -37,23 +38,44 @@ class States:
         """Take down that a state is whole, and only then remove those before it but the best one. A collective."""
         self.journal.processes.gather([])  # each process has written its random numbers
         if self.journal.processes.main:
+            at = step if best is None else _number(best)
             with disk(state):
-                self.journal.write(f"state-{step:08d}", {DIGEST: _digest(state)})
-            self._remove(lambda number: number not in (step, None if best is None else _number(best)))
-            self.journal.forget(name for name in self._names() if not self._place(name).is_dir())
+                self.journal.write(_name(step), {DIGEST: _digest(state), BEST: at})
+            self._remove(lambda number: number not in (step, at))
+            self.journal.forget(_name(number) for number in self._steps() if not self._place(number).is_dir())
 
     def latest(self) -> tuple[int, Path | None]:
-        """The last state that is as it was written, with its step; (0, None) if there is none. A collective."""
+        """The last state that is as it was written, as is the best one until then, with its step; (0, None) if there is
+        none. A collective.
+        """
         found: tuple[int, Path | None] = (0, None)
-        for name in self.journal.processes.from_main(self._names):
-            record = self.journal.read(name)
-            if record and self.journal.processes.from_main(partial(self._is, name, record[DIGEST])):
-                found = (self._step(name), self._place(name))
+        for step in self.journal.processes.from_main(self._steps):
+            lost = self._lost(step)
+            if lost is None:
+                found = (step, self._place(step))
                 break
-            self.journal.rescue(f"what the training had come to after step {self._step(name)} was gone or damaged")
+            self.journal.rescue(f"what the training had come to after step {lost} was gone or damaged")
         # What lies there of later steps would be mixed with what is saved next.
         self.journal.processes.on_main(partial(self._remove, lambda number: number > found[0]))
         return found
+
+    def _lost(self, step: int) -> int | None:
+        """Of the state of a step and the best one until then, the one that is not as it was written. A collective."""
+        record = self._whole(step)
+        if record is None:
+            return step
+        return None if self._whole(record[BEST]) else record[BEST]  # type: ignore[no-any-return]
+
+    def _whole(self, step: int) -> dict[str, Any] | None:
+        """The record of a state that is as it was written. A collective."""
+        record = self.journal.read(_name(step))
+        return record if record and self.journal.processes.from_main(partial(self._is, step, record[DIGEST])) else None
+
+    def _is(self, step: int, expected: str) -> bool:
+        try:
+            return _digest(self._place(step)) == expected
+        except OSError:
+            return False
 
     def _remove(self, chosen: Callable[[int], bool]) -> None:
         """The states of the steps that are chosen."""
@@ -63,21 +85,22 @@ class States:
                 with disk(folder):
                     shutil.rmtree(folder)
 
-    def _names(self) -> list[str]:
+    def _steps(self) -> list[int]:
         """Of the records, the latest first."""
-        return sorted((path.stem for path in self.journal.folder.glob(STATES)), reverse=True)
+        return _steps(self.journal.folder)[::-1]
 
-    def _step(self, name: str) -> int:
-        return int(name.partition("-")[2])
+    def _place(self, step: int) -> Path:
+        return self.folder / f"checkpoint-{step}"
 
-    def _place(self, name: str) -> Path:
-        return self.folder / f"checkpoint-{self._step(name)}"
 
-    def _is(self, name: str, expected: str) -> bool:
-        try:
-            return _digest(self._place(name)) == expected
-        except OSError:
-            return False
+def _steps(journal: Path) -> list[int]:
+    """Of the states that are taken down in a journal, the latest last."""
+    return sorted(int(path.stem.partition("-")[2]) for path in journal.glob(STATES))
+
+
+def _name(step: int) -> str:
+    """Of the record of a state."""
+    return f"state-{step:08d}"
 
 
 def _number(folder: Path) -> int | None:
@@ -94,7 +117,7 @@ def left(workspace: Workspace, command: str) -> str:
     """What an unfinished healing has to show, and how to go on; empty if there is nothing."""
     if workspace.finished:
         return finished_all_the_same(workspace.output)
-    steps = sorted(int(path.stem.partition("-")[2]) for path in workspace.journal.glob(STATES))
+    steps = _steps(workspace.journal)
     what = f"what the training had come to after step {steps[-1]} is kept in {workspace.directory}" if steps else ""
     return what and f"{what}; go on with: {command}"
 

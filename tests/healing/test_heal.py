@@ -416,6 +416,16 @@ def test_of_the_states_the_last_and_the_best_stay(heal: Healer, pruned: Path, mo
     assert sorted(path.name for path in folder.glob("state-*")) == [
         f"state-{step:08d}.json" for step in (2 * every, STEPS)
     ]
+    # The best one is what would be written: damaged, it is not gone on with, though the last one is whole.
+    weights = folder / "training" / f"checkpoint-{2 * every}" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-100:] = bytes(100)
+    weights.write_bytes(content)
+    code, _, err = heal(pruned, "--no-evaluate", "--resume")
+    assert code == 0, err
+    assert f"after step {2 * every} was gone or damaged: made again" in err
+    assert "was finished before" not in err
+    assert any(f"after step {2 * every} was gone" in note for note in report_of(Path("healed"))["notes"])
 
 
 def test_a_damaged_state_is_not_gone_on_with(heal: Healer, pruned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
