@@ -364,7 +364,7 @@ def report(chance: Chance, sound: Path, place: Path) -> None:
     shutil.copytree(sound / "result", place / "out")
     path = place / "out" / "report.json"
     if chance.random() < 0.8:
-        path.write_text(chance.json(json.loads(path.read_text()), ["speed", "harness", "notes", "card", "files"]))
+        path.write_text(chance.json(json.loads(path.read_text()), ["speed", "harness", "notes", "replacing", "files"]))
     else:
         path.write_bytes(chance.bytes(path.read_bytes()))
     with suppress(SnpError):

@@ -11,7 +11,7 @@ from ..config import DEVICES, DTYPES, NEW, PROMPT, RUNS
 from ..dense.hub import config_dtype, find, load_config, locate
 from ..errors import OptionError, SnpError, at_least, choose
 from ..result.origin import COPIED, find_dense, is_dense_of
-from ..system.manifest import check_weights, has_report
+from ..system.manifest import check_weights, has_report, is_result
 
 HELP = "time a pruned model beside the dense one, and count their memory"
 
@@ -53,7 +53,7 @@ def main(args: argparse.Namespace) -> None:
 
     Raises `SnpError` for what cannot be measured.
     """
-    from ..documents.writing import check_way, read_report, write_documents
+    from ..documents.writing import check_way, read_report, store
     from ..evaluation.speed import measure_speed, measurements
     from ..evaluation.speed_table import speed_table
     from ..system.device import resolve_device, resolve_dtype
@@ -84,10 +84,10 @@ def main(args: argparse.Namespace) -> None:
         print(f"dense    stands for {dense}, which was asked for")
     print("\n".join(speed_table(speed)))
     if own is not None:
-        if dense is None and "dense" in own.get("speed", {}):
+        if dense is None and is_result(directory) and "dense" in read_report(directory).get("speed", {}):
             print(f"kept     the earlier figures in {directory}, which compare with the dense model")
             return
-        write_documents(directory, own | {"speed": speed})
+        store(directory, own, "speed", speed)
         print(f"stored   in the report of {directory}")
 
 

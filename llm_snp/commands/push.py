@@ -34,10 +34,11 @@ def main(args: argparse.Namespace) -> None:
     from ..system.manifest import some
 
     url = push(args.directory, args.repo, args.private, args.overwrite, args.message)
-    trust = ", trust_remote_code=True" if read_report(args.directory)["model"]["custom_code"] else ""
+    report = read_report(args.directory)
+    trust = ", trust_remote_code=True" if report["model"]["custom_code"] else ""
     print(f"pushed   {url}")
     if left := left_here(args.directory):
         print(f"left     {some(left)}: no run of llm_snp wrote what stays here")
-    if card_is_edited(args.directory):
+    if card_is_edited(args.directory, report):
         print("edited   README.md went up as it is: somebody has changed it since it was written")
     print(f"load it  AutoModelForCausalLM.from_pretrained({args.repo!r}{trust})")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..system.files import alone
 from ..system.manifest import expect_result
 
 HELP = "make the page, the plots and the card of a result anew from its report.json"
@@ -30,12 +31,14 @@ def main(args: argparse.Namespace) -> None:
     from ..documents.report import summary
     from ..documents.writing import kept, read_report, write_documents, write_page
 
-    report = read_report(args.directory)
     if args.output is not None:
+        report = read_report(args.directory)
         write_page(args.output, report)
         written = [args.output]
     else:
-        written = write_documents(args.directory, report)
+        with alone(args.directory):
+            report = read_report(args.directory)
+            written = write_documents(args.directory, report)
         for path in kept(args.directory, written):
             print(f"kept     {path}, which is not as it was written")
     for path in written:

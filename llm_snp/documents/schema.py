@@ -272,6 +272,9 @@ class Healing(_Part):
         return self
 
 
+Hashes = dict[str, Annotated[str, Field(pattern=f"^{HASH}$")]]
+
+
 class PeakMemory(_Part):
     host_bytes: Count
     device_bytes: Count
@@ -301,8 +304,8 @@ class Document(_Part):
     harness: dict[str, Task] = {}
     healing: Annotated[list[Healing], Field(max_length=MOST)] = []  # each of what the one before it has made
     speed: Speed = MISSING
-    card: str | None = None
-    files: dict[str, Annotated[str, Field(pattern=f"^{HASH}$")]]
+    files: Hashes
+    replacing: Hashes = {}  # documents whose replacement was interrupted
 
     @model_validator(mode="after")
     def fits(self) -> Document:
@@ -313,7 +316,7 @@ class Document(_Part):
             raise ValueError(f"it has over {MOST} sites in a block")
         if len(self.blocks) != len(self.plan.kept):
             raise ValueError(f"it has {len(self.blocks)} blocks and a plan for {len(self.plan.kept)}")
-        if outside := [name for name in self.files if not is_inside(name)]:
+        if outside := [name for name in (*self.files, *self.replacing) if not is_inside(name)]:
             raise ValueError(f"it lists {outside[0]!r}, which is no file below its directory")
         return self
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, OptionError, OutputError, ReplacedError
-from ..system.files import digest, digest_of_bytes, disk, inside, write_bytes, write_together
-from ..system.manifest import FILES, REPORT, changed, expect_result, is_result, manifest, sealed
+from ..system.files import alone, digest, digest_of_bytes, disk, inside, write_bytes, write_together
+from ..system.manifest import FILES, REPLACING, REPORT, announced, changed, expect_result, is_result, manifest, sealed
 from .card import model_card
 from .page import html_page, is_page
 from .plots import FOLDER, PLOTS, plot_images, plot_path
@@ -29,11 +29,11 @@ def write_documents(directory: Path, report: dict[str, Any], new: bool = False) 
     new: `directory` becomes a result by it; else it has that of which the report is.
 
     They are made as a whole, and written aside, before the first takes its name: a failure leaves those that were
-    there. What a person has edited since it was written here, or has put there, is left alone. Sets `report["card"]`,
-    the hash that tells it of README.md, and `report["files"]`, those of everything that belongs to the result. Nothing
-    that is written names a place on this machine (`shareable`). Raises `OutputError` if the disk does not take them, a
-    name is that of a file which the report does not list, or the report has what none can have; `ReplacedError` if
-    another result has come into the place of the one that the report is of.
+    there, and what is interrupted among their renames is known for ours (`announced`). What a person has edited since
+    it was written here, or has put there, is left alone. Sets `report["files"]`, the hashes of everything that belongs to
+    the result. Nothing that is written names a place on this machine (`shareable`). Raises `OutputError` if the disk
+    does not take them, a name is that of a file which the report does not list, or the report has what none can have;
+    `ReplacedError` if another result has come into the place of the one that the report is of.
     """
     if not new:
         check_there(directory, report)
@@ -46,10 +46,9 @@ def write_documents(directory: Path, report: dict[str, Any], new: bool = False) 
     drawn = plot_images(public)
     made = dict(drawn)
     made[PAGE] = html_page(public).encode()
-    if not edited(directory / CARD, report.get("card")):
+    if not edited(directory / CARD, files.get(CARD)):
         titles = [(plot.title, plot_path(name)) for name, plot in PLOTS.items() if plot_path(name) in made]
         made[CARD] = model_card(public, plots=titles).encode()
-        report["card"] = digest_of_bytes(made[CARD])
     if not new and (taken := sorted(others.intersection(made))):
         raise _in_the_way(directory / taken[0])
     for name in [one for one in (*plots, PAGE) if one in made and files.get(one)]:
@@ -58,17 +57,35 @@ def write_documents(directory: Path, report: dict[str, Any], new: bool = False) 
     gone = {name: found for name, found in files.items() if name in plots and name not in drawn}
     old = set(gone).difference(*changed(directory, gone))
     files = {name: found for name, found in files.items() if name not in gone}
-    files |= {name: digest_of_bytes(content) for name, content in made.items()}
+    coming = {name: digest_of_bytes(content) for name, content in made.items()}
     if not new:  # drawing takes a while
         check_there(directory, report)
-    report[FILES] = dict(sorted(files.items()))
-    public |= {"card": report.get("card"), FILES: report[FILES]}
+    report[FILES] = dict(sorted((files | coming).items()))
+    public |= {FILES: report[FILES]}
+    public.pop(REPLACING, None)
     # Last: a directory with it is a result.
-    write_together(directory, made | {REPORT: sealed(public)})
+    write_together(directory, made | {REPORT: sealed(public)}, {} if new else {REPORT: announced(directory, coming)})
     with disk(directory / FOLDER):
         for name in old:
             plots[name].unlink(missing_ok=True)
     return [directory / name for name in (*made, REPORT)]
+
+
+def store(directory: Path, report: dict[str, Any], section: str, measured: Any, seconds: float | None = None) -> None:
+    """Put into the report of a result, as it is by now, what was measured, and how long that took; write all documents.
+
+    report: that of the result when it was measured, which gets it as well. Another process may have added to the result
+    meanwhile, or be about to. Raises what `write_documents` does.
+    """
+    with alone(directory):
+        check_there(directory, report)
+        now = read_report(directory)
+        for one in (report, now):
+            one[section] = measured
+            if seconds is not None:
+                one["seconds"][section] = seconds
+        write_documents(directory, now)
+        report[FILES] = now[FILES]
 
 
 def check_way(directory: Path, report: dict[str, Any]) -> None:

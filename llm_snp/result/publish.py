@@ -18,8 +18,8 @@ from ..documents.plots import FOLDER, PLOTS, plot_images, plot_path
 from ..documents.shareable import shareable
 from ..documents.writing import CARD, PAGE, edited, read_report
 from ..errors import CheckpointError, HubError, ReplacedError
-from ..system.files import digest, digest_of_bytes
-from ..system.manifest import FILES, REPORT, changed, check_weights, faults, manifest, sealed, some, strays
+from ..system.files import digest_of_bytes
+from ..system.manifest import FILES, REPLACING, REPORT, changed, check_weights, faults, manifest, sealed, some, strays
 from ..version import __version__
 from .assembly import MODELING, own_code
 from .carried import SETTINGS, content_of, read_object, travels, without_code
@@ -118,9 +118,9 @@ def left_here(directory: Path) -> list[str]:
     return [name for name in strays(directory) if name not in (CARD, REPORT)]
 
 
-def card_is_edited(directory: Path) -> bool:
+def card_is_edited(directory: Path, report: dict[str, Any]) -> bool:
     """Whether somebody has changed README.md, which goes up all the same."""
-    return edited(directory / CARD, manifest(directory).get(CARD))
+    return edited(directory / CARD, manifest(directory, report).get(CARD))
 
 
 def _files(directory: Path, report: dict[str, Any]) -> dict[str, Path | bytes]:
@@ -189,22 +189,23 @@ def _documents(
     directory: Path, report: dict[str, Any], repo: str, content: Mapping[str, Path | bytes]
 ) -> dict[str, bytes]:
     """Card and report as they go up: the card for loading from `repo`, the report without paths of this machine."""
-    card = _card(directory / CARD, report, repo)
+    card = _card(directory, report, repo)
     documents = {CARD: (directory / CARD).read_bytes() if card is None else card.encode()}
     report = shareable(report)
     files = manifest(directory, report)
     files |= {name: digest_of_bytes(made) for name, made in content.items() if isinstance(made, bytes)}
-    report[FILES] = files | {CARD: digest_of_bytes(documents[CARD])}
-    if card is not None:  # so that the card of a downloaded copy is known as ours
-        report["card"] = report[FILES][CARD]
+    files.pop(CARD, None)  # in a downloaded copy, too, an edited card is nobody's but its author's
+    report[FILES] = files if card is None else files | {CARD: digest_of_bytes(documents[CARD])}
+    report.pop(REPLACING, None)
     return documents | {REPORT: sealed(report)}
 
 
-def _card(path: Path, report: dict[str, Any], repo: str) -> str | None:
+def _card(directory: Path, report: dict[str, Any], repo: str) -> str | None:
     """The card for `repo`, or None if a person has edited the one that is there.
 
     Raises `CheckpointError` for a link: what it leads to may be nothing that is for others.
     """
+    path = directory / CARD
     if path.is_symlink() or (path.exists() and not path.is_file()):
         raise CheckpointError(f"{path} is a link, or no file, and would be published; put the file itself there")
     if not path.exists():
@@ -212,6 +213,4 @@ def _card(path: Path, report: dict[str, Any], repo: str) -> str | None:
     text = path.read_text(encoding="utf-8", errors="replace")
     titles = {plot_path(one): plot.title for one, plot in PLOTS.items()}  # not the card's: that may be a stranger's
     plots = [(titles[shown], shown) for _, shown in plots_of(text) if shown in titles]
-    known = report.get("card")
-    ours = digest(path) == known if known else text == model_card(report, plots=plots)
-    return model_card(report, repo, plots) if ours else None
+    return None if card_is_edited(directory, report) else model_card(report, repo, plots)

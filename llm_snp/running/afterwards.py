@@ -13,7 +13,7 @@ import torch
 
 from ..config import RUNS, PruneConfig
 from ..dense.hub import config_dtype
-from ..documents.writing import check_there, write_documents
+from ..documents.writing import check_there, store
 from ..errors import DeviceMemoryError, Interrupted, ReplacedError, SnpError
 from ..evaluation.harness import check_tasks, compare, evaluate_harness, tasks_of
 from ..evaluation.speed import measure_speed, measurements
@@ -48,12 +48,11 @@ def afterwards(job: Job, report: dict[str, Any], progress: Progress) -> dict[str
                     evaluate_harness(directory, tasks, job.device, dtype, seed=options.seed)
                     for directory in (job.directory, job.output)
                 )
-            report["harness"] = compare(dense, pruned)
-            _write(job, report, progress, "harness")
+            store(job.output, report, "harness", compare(dense, pruned), _taken(progress, "harness"))
         if options.measure_speed and "speed" not in report:
             with progress.phase("speed", measurements(job.directory, RUNS), unit="run") as step:
-                report["speed"] = measure_speed(job.output, job.directory, job.device, dtype, step=step)
-            _write(job, report, progress, "speed")
+                speed = measure_speed(job.output, job.directory, job.device, dtype, step=step)
+            store(job.output, report, "speed", speed, _taken(progress, "speed"))
         if options.push_to_hub:
             check_there(job.output, report)
             with progress.phase("push", title=f"push to {options.push_to_hub}"):
@@ -62,9 +61,8 @@ def afterwards(job: Job, report: dict[str, Any], progress: Progress) -> dict[str
     return report
 
 
-def _write(job: Job, report: dict[str, Any], progress: Progress, phase: str) -> None:
-    report["seconds"][phase] = round(progress.seconds[phase], 3)
-    write_documents(job.output, report)
+def _taken(progress: Progress, phase: str) -> float:
+    return round(progress.seconds[phase], 3)
 
 
 @contextmanager

@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # what needs no tensors needs no torch
 CHUNK = 1 << 24
 UNFINISHED = ".llm_snp"  # at the end of names that are ours alone, so that no file of anybody else has one
 LONGEST_NAME = 255  # bytes, of all file systems in use
+MEANWHILE = ".meanwhile"  # after the name of a file, while what it has for a time is written aside
 AnyPath = TypeVar("AnyPath", bound=PurePath)
 
 
@@ -44,21 +45,22 @@ def write_bytes(path: Path, content: bytes, replace: bool = True) -> None:
         (_settle if replace else _settle_new)(aside, path)
 
 
-def write_together(directory: Path, files: Mapping[str, bytes]) -> None:
+def write_together(directory: Path, files: Mapping[str, bytes], meanwhile: Mapping[str, bytes] | None = None) -> None:
     """Write files by their name relative to `directory`, folders and all: all of them, or after an error none.
 
-    Each is written aside first; then they take their names, in the order given. Raises `OutputError` for a folder that
-    is a link (`inside`).
+    Each is written aside first; then they take their names, in the order given. meanwhile: what the files of these
+    names have until then. Raises `OutputError` for a folder that is a link (`inside`).
     """
     with disk(directory), ExitStack() as stack:
         ready = []
-        for name, content in files.items():
-            path = inside(directory, name)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            aside = stack.enter_context(_temporary(path))
-            _write_new(aside, content)
-            _durable(aside)
-            ready.append((aside, path))
+        for suffix, contents in ((MEANWHILE, meanwhile or {}), ("", files)):
+            for name, content in contents.items():
+                path = inside(directory, name)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                aside = stack.enter_context(_temporary(path.with_name(path.name + suffix)))
+                _write_new(aside, content)
+                _durable(aside)
+                ready.append((aside, path))
         for _, path in ready:
             if path.is_dir():  # which `replace` would find out after others have their names
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
@@ -242,6 +244,19 @@ def _lock(file: int) -> bool:
     except OSError:
         pass
     return True
+
+
+@contextmanager
+def alone(directory: Path) -> Iterator[None]:
+    """Wait until no other process is in here with this directory; where the disk knows no locks, nobody waits."""
+    with disk(directory):
+        found = os.open(directory, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(found, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(found)
 
 
 def _write_new(path: Path, content: bytes) -> None:

@@ -14,11 +14,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..errors import CheckpointError
-from .files import digest, digest_of_json, disk, temporary, whole, write_json, write_together
+from .files import MEANWHILE, digest, digest_of_json, disk, temporary, whole, write_json, write_together
 from .plain import encodable
+from .progress import one_line
 
 REPORT = "report.json"
 FILES = "files"  # of a report: name -> hash of everything beside it that is part of the result
+REPLACING = "replacing"  # of a report whose documents are being replaced: name -> hash of what comes
 SEAL = "seal"  # of a report: hash of the rest of it, by which it is told whether somebody has changed that
 JOURNAL = ".llm_snp"  # folder of a run that goes on; in a result only until it has tidied up
 PRIVATE = ".cache/huggingface"
@@ -47,6 +49,14 @@ def has_report(directory: Path) -> bool:
     except (OSError, ValueError, RecursionError):
         return True
     return is_result(directory)
+
+
+def announced(directory: Path, files: Mapping[str, str]) -> bytes:
+    """The report that a result has while its documents are replaced by those with other hashes (name -> hash).
+
+    Whoever finds a part of them there, after a kill, knows them by it.
+    """
+    return sealed(_report(directory) | {REPLACING: dict(files)})
 
 
 def sealed(report: Mapping[str, Any]) -> bytes:
@@ -98,13 +108,22 @@ def manifest(directory: Path, report: Mapping[str, Any] | None = None) -> dict[s
     """Name -> hash of the files that belong to a result, without its report.
 
     Names that lead out of the directory are never part of it, whatever a report says, nor are those without a hash:
-    what a report only names is nobody's proof that a run wrote it.
+    what a report only names is nobody's proof that a run wrote it. Of documents whose replacement was interrupted, the
+    new ones have the new hash.
     """
-    listed = (_report(directory) if report is None else report).get(FILES)
-    files = listed.items() if isinstance(listed, dict) else ()
-    return {
-        name: found for name, found in files if is_inside(name) and isinstance(found, str) and re.fullmatch(HASH, found)
+    content = _report(directory) if report is None else report
+    replaced = {
+        name: found for name, found in _hashes(content.get(REPLACING)) if _is_own(directory / name, directory, found)
     }
+    return dict(_hashes(content.get(FILES))) | replaced
+
+
+def _hashes(listed: Any) -> list[tuple[str, str]]:
+    return [
+        (name, found)
+        for name, found in (listed.items() if isinstance(listed, dict) else ())
+        if is_inside(name) and isinstance(found, str) and re.fullmatch(HASH, found)
+    ]
 
 
 def is_inside(name: str) -> bool:
@@ -154,7 +173,7 @@ def strays(directory: Path) -> list[str]:
     """
     report = _report(directory)
     files = manifest(directory, report)
-    half = {temporary(PurePosixPath(name)).as_posix() for name in (*files, REPORT, MEMORY, IGNORE)}
+    half = {temporary(PurePosixPath(name)).as_posix() for name in (*files, REPORT, REPORT + MEANWHILE, MEMORY, IGNORE)}
     others = [
         name
         for name in names_in(directory)
@@ -222,9 +241,9 @@ def remove_own(directory: Path) -> None:
 
 
 def some(names: Sequence[str]) -> str:
-    """A few names, and how many more there are."""
+    """A few names on one line, and how many more there are."""
     more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return ", ".join(names[:LISTED]) + more
+    return one_line(", ".join(names[:LISTED])) + more
 
 
 def faults(missing: Sequence[str], other: Sequence[str]) -> str:

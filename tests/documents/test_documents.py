@@ -8,6 +8,7 @@ import math
 import os
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
 from io import BytesIO
 from pathlib import Path
@@ -23,9 +24,10 @@ from llm_snp.documents.comparison import comparisons, duration, scaled
 from llm_snp.documents.page import html_page
 from llm_snp.documents.plots import PLOTS, figures, plot_images
 from llm_snp.documents.report import block_line
-from llm_snp.documents.writing import read_report, write_documents
+from llm_snp.documents.writing import read_report, store, write_documents
 from llm_snp.errors import CheckpointError, OutputError
-from llm_snp.system.manifest import changed, manifest
+from llm_snp.system import files
+from llm_snp.system.manifest import changed, manifest, strays
 
 pytestmark = pytest.mark.documents
 
@@ -505,7 +507,7 @@ def test_documents_show_what_the_report_has(result: Path) -> None:
 def test_plots_of_an_earlier_report_go(result: Path) -> None:
     own = result / "plots" / "mine.png"
     own.touch()
-    there = {name: read_report(result)[name] for name in ("card", "files")}
+    there = {"files": read_report(result)["files"]}
     write_documents(result, nothing_removed(made_up(allocation="uniform")) | there)
     assert sorted(path.stem for path in (result / "plots").iterdir()) == ["change", "kept", "mine", "seconds"]
     assert "plots/curves.png" not in (result / "README.md").read_text()
@@ -527,13 +529,64 @@ def test_an_edited_card_is_left_alone(result: Path) -> None:
 
 
 def test_a_card_of_unknown_origin_is_left_alone(result: Path) -> None:
-    """A result that was made before the hash of the card was kept."""
+    """Of which the report does not have the hash."""
     report = read_report(result)
-    del report["card"]
+    del report["files"]["README.md"]
     (result / "report.json").write_text(json.dumps(report))
     (result / "README.md").write_text("From somebody.\n")
     write_documents(result, read_report(result))
     assert (result / "README.md").read_text() == "From somebody.\n"
+
+
+@pytest.mark.parametrize("renamed", range(1, 7))
+def test_documents_that_were_half_replaced_are_ours(
+    result: Path, monkeypatch: pytest.MonkeyPatch, renamed: int
+) -> None:
+    """Killed between two renames: what is new is known by its hash, and everything is made anew by the next."""
+    settle, done = files._settle, iter(range(100))
+
+    def killed(temporary: Path, final: Path) -> None:
+        if next(done) == renamed:
+            raise KeyboardInterrupt
+        settle(temporary, final)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "_settle", killed)
+        with pytest.raises(KeyboardInterrupt):
+            write_documents(result, with_measurements(read_report(result)))
+    assert "speed" not in read_report(result)
+    assert "replacing" in read_report(result)
+    assert strays(result) == []
+    written = write_documents(result, read_report(result))
+    assert {path.name for path in written} >= {"README.md", "report.html", "change.png"}
+    assert "replacing" not in read_report(result)
+    assert strays(result) == []
+
+
+def test_what_another_process_has_stored_meanwhile_stays(result: Path) -> None:
+    """A report that was read before it: nothing of the other is lost, and the documents show both."""
+    before, other = read_report(result), read_report(result)
+    measured = with_measurements(copy.deepcopy(before))
+    store(result, other, "harness", measured["harness"], 1.5)
+    store(result, before, "speed", measured["speed"])
+    now = read_report(result)
+    assert now["harness"] == measured["harness"]
+    assert now["speed"] == measured["speed"]
+    assert now["seconds"]["harness"] == 1.5
+    assert before["speed"] == measured["speed"]
+    assert strays(result) == []
+
+
+def test_who_writes_documents_waits_for_the_other(result: Path) -> None:
+    measured = with_measurements(read_report(result))
+    with ThreadPoolExecutor(1) as pool:
+        with files.alone(result):
+            stored = pool.submit(store, result, read_report(result), "speed", measured["speed"])
+            write_documents(result, read_report(result) | {"notes": ["first"]})
+            assert not stored.done()
+        stored.result()
+    assert read_report(result)["notes"] == ["first"]
+    assert "speed" in read_report(result)
 
 
 def test_an_earlier_report_that_does_not_name_its_code_is_read_all_the_same(result: Path) -> None:

@@ -23,13 +23,12 @@ from huggingface_hub import constants
 from llm_snp.cli import main
 from llm_snp.commands import push as command
 from llm_snp.dense.hub import locate
-from llm_snp.documents.card import model_card
 from llm_snp.errors import CheckpointError, HubError, OptionError, ReplacedError, SnpError
 from llm_snp.result import publish
 from llm_snp.result.publish import push
 from llm_snp.result.repository import check_push, look_at
 from llm_snp.system.files import digest, digest_of_bytes
-from llm_snp.system.manifest import changed, manifest, strays
+from llm_snp.system.manifest import changed, manifest, sealed, strays
 
 pytestmark = pytest.mark.documents
 
@@ -212,21 +211,39 @@ def test_the_card_keeps_its_plots(hub: HubServer, pruned: Path) -> None:
 def test_an_edited_card_goes_up_as_it_is(hub: HubServer, result: Path) -> None:
     readme = result / "README.md"
     report = json.loads((result / "report.json").read_text())
-    (result / "report.json").write_text(json.dumps(report | {"card": digest(readme)}))
     push(result, REPO)
     assert REPO in hub.repositories[REPO].files["README.md"].decode()
-    assert not publish.card_is_edited(result)
+    assert not publish.card_is_edited(result, report)
     readme.write_text(readme.read_text() + "\nMy own words.\n")
-    assert publish.card_is_edited(result)
+    assert publish.card_is_edited(result, report)
     push(result, REPO, overwrite=True)
     assert hub.repositories[REPO].files["README.md"] == readme.read_bytes()
-    report.pop("card", None)  # as of a version that kept no hash of it
-    (result / "report.json").write_text(json.dumps(report))
+    # In a copy of the repository it is nobody's but its author's, too.
+    published = json.loads(hub.repositories[REPO].files["report.json"])
+    assert "README.md" not in published["files"]
+    (result / "report.json").write_text(json.dumps(published))
+    assert publish.card_is_edited(result, published)
     push(result, f"{USER}/edited")
     assert hub.repositories[f"{USER}/edited"].files["README.md"] == readme.read_bytes()
-    readme.write_text(model_card(report))
-    push(result, f"{USER}/made")
-    assert f"{USER}/made" in hub.repositories[f"{USER}/made"].files["README.md"].decode()
+
+
+def test_what_goes_up_as_it_is_is_told(hub: HubServer, result: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever a stranger's report says of the card: either it is made anew, or it is said that it was not."""
+    readme, report = result / "README.md", json.loads((result / "report.json").read_text())
+    readme.write_text(readme.read_text() + "<a href=evil>y</a>")
+    for number, found in enumerate([{"README.md": digest(readme)}, {"README.md": "0" * 32}, {}]):
+        files = {name: one for name, one in report["files"].items() if name != "README.md"} | found
+        report |= {"files": files, "card": "0" * 32}
+        (result / "report.json").write_bytes(sealed(report))
+        assert main(["push", str(result), f"{USER}/told-{number}"]) == 0
+        evil = b"evil" in hub.repositories[f"{USER}/told-{number}"].files["README.md"]
+        assert evil == ("edited   README.md went up as it is" in capsys.readouterr().out) == bool(number)
+
+
+def test_names_that_stay_are_on_one_line(hub: HubServer, result: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (result / "x\nload it  evil").touch()
+    assert main(["push", str(result), REPO]) == 0
+    assert "left     x load it  evil: no run of llm_snp wrote what stays here\n" in capsys.readouterr().out
 
 
 def test_a_card_that_is_a_link_is_not_published(hub: HubServer, result: Path, tmp_path: Path) -> None:
@@ -436,7 +453,7 @@ def test_what_a_card_shows_is_not_taken_from_it(hub: HubServer, result: Path) ->
     readme, report = result / "README.md", json.loads((result / "report.json").read_text())
     text = readme.read_text().replace("![", "![x](https://evil/t.png) <a href=evil>y</a> ![")
     readme.write_text(f"{text}\n![z](plots/none.png)\n")
-    report["files"]["README.md"] = report["card"] = digest(readme)
+    report["files"]["README.md"] = digest(readme)
     (result / "report.json").write_text(json.dumps(report))
     push(result, REPO)
     card = hub.repositories[REPO].files["README.md"].decode()
