@@ -30,8 +30,8 @@ def write_documents(directory: Path, report: dict[str, Any], new: bool = False) 
 
     They are made as a whole, and written aside, before the first takes its name: a failure leaves those that were
     there, and what is interrupted among their renames is known for ours (`announced`). What a person has edited since
-    it was written here, or has put there, is left alone. Sets `report["files"]`, the hashes of everything that belongs to
-    the result. Nothing that is written names a place on this machine (`shareable`). Raises `OutputError` if the disk
+    it was written here, or has put there, is left alone. Sets `report["files"]`, the hashes of everything that belongs
+    to the result. Nothing that is written names a place on this machine (`shareable`). Raises `OutputError` if the disk
     does not take them, a name is that of a file which the report does not list, or the report has what none can have;
     `ReplacedError` if another result has come into the place of the one that the report is of.
     """

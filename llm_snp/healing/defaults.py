@@ -11,7 +11,6 @@ from ..config import shares
 from ..dense.readers import HUB_CORPORA, digests
 from ..errors import CorpusError, OptionError
 from ..evaluation.harness import texts_of
-from ..system.manifest import recall
 from .options import SELF, HealConfig
 from .pair import Pair
 
@@ -21,8 +20,7 @@ def completed(options: HealConfig, pair: Pair) -> HealConfig:
 
     Raises `OptionError` if the result, or this machine, does not have what that takes.
     """
-    memory = recall(pair.student.directory)
-    text = options.text or _calibration(options.directory, memory)
+    text = options.text or _calibration(options.directory, pair.memory)
     tokens = options.tokens
     if tokens is None:
         calibration = pair.report["calibration"]

@@ -25,7 +25,7 @@ from ..documents.writing import read_report
 from ..errors import CheckpointError, OptionError, SnpError, UnsupportedModelError
 from ..families import known_family
 from ..result.origin import COPIED, ancestors, find_dense, is_dense_of
-from ..system.manifest import changed, check_weights, faults, has_report, manifest
+from ..system.manifest import changed, check_weights, faults, has_report, manifest, recall
 from ..system.private import public_name
 from .options import HealConfig
 
@@ -59,7 +59,8 @@ class Model:
 @dataclass(frozen=True)
 class Pair:
     """student: a result, with its report as others may see it; teacher; its_own: whether that is the dense model of
-    the report; ancestors: where the models are that the student was made of.
+    the report; ancestors: where the models are that the student was made of; memory: what this machine knows of the
+    student beside its report.
     """
 
     student: Model
@@ -67,6 +68,7 @@ class Pair:
     report: dict[str, Any]
     its_own: bool
     ancestors: list[Path]
+    memory: dict[str, Any]
 
     @property
     def vocabulary(self) -> int:
@@ -94,7 +96,7 @@ def find_pair(options: HealConfig) -> Pair:
     found, name, hub, its_own = _teacher(options.teacher, directory, report)
     teacher = open_model(found, name, hub)
     _check_vocabulary(student, teacher)
-    return Pair(student, teacher, shareable(report), its_own, ancestors(directory, report))
+    return Pair(student, teacher, shareable(report), its_own, ancestors(directory, report), recall(directory))
 
 
 def _needed(directory: Path, report: dict[str, Any]) -> dict[str, str]:

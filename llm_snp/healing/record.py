@@ -49,7 +49,7 @@ def healed(
         "device": device_facts(device, torch.float32) | {"processes": processes, "nodes": nodes()},
         "teacher": {"name": pair.teacher.name, "hub": pair.teacher.hub, "its_own": pair.its_own},
         "text": {
-            "source": " and ".join(label(part.source) for part in material.train.parts or (material.train,)),
+            "source": " and ".join(labels(part.source for part in material.train.parts or (material.train,))),
             "sha256": material.train.sha256,
             "windows": count,
             "held_out": len(material.held_out.tokens),
@@ -107,8 +107,9 @@ def label(source: str) -> str:
 
 
 def labels(sources: Iterable[str]) -> list[str]:
-    """The same for several, of which no two are called alike."""
-    return told_apart(map(label, sources))
+    """The same for several, of which no two are called alike, nor a file as a corpus of the Hub is."""
+    sources = list(sources)
+    return told_apart(map(label, sources), sources)
 
 
 def _held_out(entry: Mapping[str, float]) -> dict[str, float]:

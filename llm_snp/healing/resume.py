@@ -157,7 +157,7 @@ def memory_of(options: HealConfig, pair: Pair, read: Mapping[str, str]) -> dict[
     """
     places = {"DIR": pair.student.directory, "--teacher": pair.teacher.directory}
     asked = {name: str(directory.resolve()) for name, directory in places.items()}
-    return recall(pair.student.directory) | {"healing": {"llm_snp": __version__, **asked, **options.settings(), **read}}
+    return pair.memory | {"healing": {"llm_snp": __version__, **asked, **options.settings(), **read}}
 
 
 def finished_before(options: HealConfig, pair: Pair) -> bool:

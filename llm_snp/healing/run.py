@@ -16,7 +16,7 @@ from ..config import PruneConfig, shares
 from ..dense.data import Windows, evaluation_windows
 from ..dense.readers import check_sources, digests
 from ..documents.report import nodes, summary
-from ..errors import CorpusError, HubError, OptionError, OutputError, first_line
+from ..errors import CorpusError, HubError, OutputError, first_line
 from ..evaluation.perplexity import Perplexity, perplexity_loaded, perplexity_of
 from ..pruning.job import output_of
 from ..result.finishing import finish
@@ -25,7 +25,6 @@ from ..system.device import as_at_start, resolve_device
 from ..system.files import disk
 from ..system.journal import Journal
 from ..system.keeping import kept_for_later
-from ..system.manifest import recall
 from ..system.output import check_space
 from ..system.processes import Processes
 from ..system.progress import Progress
@@ -34,10 +33,10 @@ from ..version import __version__
 from .defaults import completed, evaluated_before
 from .options import HealConfig, command_line
 from .pair import Pair, find_pair, open_model, stored
-from .record import healed, label, labels, with_healing
+from .record import healed, labels, with_healing
 from .resume import States, finished_before, identity_of, inputs_of, left, memory_of, texts_read
-from .text import material
-from .training import Heal, Schedule, Watch, adapted, computing
+from .text import Material, material
+from .training import Heal, Schedule, Watch, adapted, computing, schedule_of
 
 SMALLER = "give a smaller --batch (and a larger --accumulate), --checkpointing, --lora, or a shorter --sequence-length"
 
@@ -60,12 +59,21 @@ def heal(options: HealConfig) -> list[str]:
             if processes.from_main(lambda: finished_before(options, pair)):
                 return [f"{output} is finished already"]
             processes.on_main(lambda: check_sources(texts_read(options)))
-            workspace = processes.on_main(
-                lambda: Workspace(output, options.overwrite, options.resume, inputs_of(options, pair))
+        # Before the workspace: `--overwrite` throws an unfinished training away there.
+        length = pair.length(options.sequence_length)
+        schedule = schedule_of(options, length, processes.count)
+        with progress.phase("text"):
+            train = processes.from_main(
+                lambda: material(
+                    options, schedule.steps * schedule.windows, length, pair.student.tokenizer, pair.vocabulary
+                )
             )
+        workspace = processes.on_main(
+            lambda: Workspace(output, options.overwrite, options.resume, inputs_of(options, pair))
+        )
         again = command_line(dataclasses.asdict(options) | {"resume": False}, processes.count, nodes()) + " --resume"
         with kept_for_later(workspace, lambda there: left(there, again), SMALLER):
-            return _Healing(options, pair, device, processes, progress, workspace).run()
+            return _Healing(options, pair, schedule, train, device, processes, progress, workspace).run()
 
 
 class _Healing:
@@ -75,25 +83,19 @@ class _Healing:
         self,
         options: HealConfig,
         pair: Pair,
+        schedule: Schedule,
+        train: Material,
         device: torch.device,
         processes: Processes,
         progress: Progress,
         workspace: Workspace | None,
     ):
         self.options, self.pair, self.device = options, pair, device
+        self.schedule, self.material = schedule, train
         self.processes, self.progress, self.workspace = processes, progress, workspace
         student, teacher = pair.student, pair.teacher
         self.journal = Journal(processes.from_main(lambda: known(workspace).journal), processes, progress)
         self.states = States(self.journal)
-        self.length = pair.length(options.sequence_length)
-        windows = options.batch * options.accumulate * processes.count
-        assert options.tokens is not None, "completed"
-        self.schedule = Schedule(options.tokens // (windows * self.length), windows)
-        if not self.schedule.steps:
-            raise OptionError(
-                f"--tokens is {options.tokens}, but one step takes {windows * self.length} ({windows} windows of "
-                f"{self.length}); give more, or a smaller --batch, --accumulate or --sequence-length"
-            )
         with progress.phase("load"):
             self.rewriting = Rewriting(student.directory)
             processes.on_main(lambda: self.rewriting.carried.check(student.tokenizer))
@@ -105,11 +107,6 @@ class _Healing:
             processes.on_main(self._check_space)
         with progress.phase("text"):
             self.read = identity | processes.from_main(lambda: digests(shares(options.text)))
-            self.material = processes.from_main(
-                lambda: material(
-                    options, self.schedule.steps * windows, self.length, student.tokenizer, pair.vocabulary
-                )
-            )
             self.texts, self.missing = processes.from_main(self._evaluation)
             self.journal.expect("text", {"the hash of the text's windows": self.material.train.sha256})
         with progress.phase("load"):
@@ -130,17 +127,19 @@ class _Healing:
     def _evaluation(self) -> tuple[dict[str, Windows], list[str]]:
         """Windows of the texts to measure perplexity on, and the earlier ones that are not measured again."""
         report, asked = self.pair.report, self.options.evaluate
-        known = evaluated_before(recall(self.pair.student.directory))
+        sources = list(dict.fromkeys(evaluated_before(self.pair.memory) if asked is None else asked))
         found: dict[str, Windows] = {}
-        for source in known if asked is None else asked:
-            earlier = report["evaluation"].get(label(source))
+        left = dict.fromkeys(report["evaluation"])
+        for source, name in zip(sources, labels(sources), strict=True):
+            earlier = report["evaluation"].get(name)
             length = earlier["pruned"]["sequence_length"] if earlier else report["calibration"]["sequence_length"]
             try:
                 found[source] = evaluation_windows(source, self.pair.student.tokenizer, self.pair.length(length))
+                left.pop(name, None)
             except (CorpusError, HubError):
                 if asked is not None:  # nobody asked for those of the pruning
                     raise
-        return found, [name for name in report["evaluation"] if name not in labels(found)]
+        return found, list(left)
 
     def run(self) -> list[str]:
         options, pair = self.options, self.pair

@@ -16,7 +16,7 @@ from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from ..core.linalg import strips
-from ..errors import NumericalError
+from ..errors import NumericalError, OptionError
 from ..system.processes import Processes
 from .loss import Divergence, divergence
 from .options import HealConfig
@@ -39,6 +39,18 @@ class Schedule:
     def every(self) -> int:
         """Steps between two evaluations."""
         return -(-self.steps // EVALUATIONS)
+
+
+def schedule_of(options: HealConfig, length: int, processes: int) -> Schedule:
+    """For windows of `length` tokens. Raises `OptionError` for fewer tokens than one step takes."""
+    windows = options.batch * options.accumulate * processes
+    assert options.tokens is not None, "completed"
+    if options.tokens < windows * length:
+        raise OptionError(
+            f"--tokens is {options.tokens}, but one step takes {windows * length} ({windows} windows of {length}); "
+            "give more, or a smaller --batch, --accumulate or --sequence-length"
+        )
+    return Schedule(options.tokens // (windows * length), windows)
 
 
 def adapted(student: Any, rank: int) -> Any:

@@ -11,7 +11,7 @@ from ..dense.hub import EMBEDDED, find, locate
 from ..errors import CheckpointError, SnpError
 from ..system.files import digest
 from ..system.manifest import has_report, recall
-from ..system.private import HUB_ID
+from ..system.private import HUB_ID, REVISION
 
 WEIGHTS_READ = "the hash of the model's weights"  # in what this machine remembers of a result
 COPIED = "a result that was copied does not know where that is"  # see `recall`
@@ -37,12 +37,20 @@ def dense_of(directory: Path, report: dict[str, Any]) -> str | None:
     return name
 
 
+def _revision_of(directory: Path, report: dict[str, Any]) -> str | None:
+    """The revision of the dense model on the Hub. Raises `CheckpointError` for a place, which a stranger may name."""
+    revision: str | None = report["options"].get("revision")
+    if revision is not None and not REVISION.fullmatch(revision):
+        raise CheckpointError(f"{directory} names {revision[:60]!a}, which is no branch, tag or commit")
+    return revision
+
+
 def find_dense(directory: Path, report: dict[str, Any]) -> Path:
     """The dense model of a result, fetched if need be.
 
     Raises `SnpError` if it cannot be had, or is a directory that has other weights than when the result was made of it.
     """
-    found = locate(dense_of(directory, report), report["options"].get("revision"))
+    found = locate(dense_of(directory, report), _revision_of(directory, report))
     memory = recall(directory)
     if memory.get("model") != str(found):
         return found

@@ -34,6 +34,8 @@ PATH = re.compile(
 LINE = 3000  # characters at most; what is longer is a text that may speak of such things
 # Whatever the Hub says of it, nothing else can be a repository there: user/name, or one of the old ones without a user.
 HUB_ID = re.compile(r"([\w.-]+/)?[\w.-]+")
+# A branch, tag or commit on the Hub. Without a connection its client takes one for the name of a file.
+REVISION = re.compile(r"\w[\w.+@#-]*(/\w[\w.+@#-]*)*")
 # Of a model card's metadata, what is still true of the pruned model.
 CARRIED = ("license", "license_name", "license_link", "language", "tags", "datasets")
 MOST_WORDS, MOST_CHARACTERS = 100, 300  # of each field

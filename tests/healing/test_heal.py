@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import LENGTH, SAMPLES, Prune, Shell, copied, load, logits, paragraphs, save, tiny_opt, weight_files
+from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny
 from torch import Tensor
@@ -36,7 +37,7 @@ from llm_snp.healing.text import material
 from llm_snp.healing.training import Watch, adapted
 from llm_snp.result.rewriting import Rewriting
 from llm_snp.system.files import digest_of_bytes
-from llm_snp.system.manifest import changed, manifest, recall
+from llm_snp.system.manifest import changed, manifest, recall, remember
 
 pytestmark = [pytest.mark.cpu]
 
@@ -487,11 +488,13 @@ def test_what_happens_while_it_trains_costs_nothing(
 ) -> None:
     """The directory that it began with is another one by the end, and the loss overflows: the best state is written."""
     result = copied(pruned, tmp_path / "result")
+    remember(result, {"model": recall(pruned)["model"], "read": recall(pruned)["read"]})
     measure, measured = training.Heal.measure, []
 
     def breaks(self: training.Heal) -> dict[str, float]:
         measured.append(self.state.global_step)
         (result / "config.json").unlink(missing_ok=True)
+        remember(result, {"model": "/other/model"})
         if len(measured) == 3:
             raise NumericalError("the loss is not finite after 4 steps; give a smaller --learning-rate")
         return measure(self)
@@ -501,8 +504,34 @@ def test_what_happens_while_it_trains_costs_nothing(
     assert code == 0, err
     report = report_of(Path("healed"))
     assert report["notes"][-1].startswith("the training ended early, with what was best until then: the loss is not")
+    assert recall(Path("healed"))["model"] == recall(pruned)["model"]
     assert (report["healing"][0]["steps"], report["healing"][0]["held_out"]["after"]["step"]) == (2, 2)
     assert without_weights(Path("healed")) == without_weights(pruned)
+
+
+def test_what_is_wrong_with_tokens_and_text_costs_no_unfinished_training(
+    heal: Healer, pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Heal, "_load_best_model", interrupted)
+        assert heal(pruned, "--no-evaluate")[0] == 130
+    states = sorted(Path("healed.partial/.llm_snp/training").iterdir())
+    (tmp_path / "short.txt").write_text("Too little.")
+    for wrong in (("--tokens", "10"), ("--text", str(tmp_path / "short.txt")), ("--batch", "10000")):
+        assert heal(pruned, "--no-evaluate", "--overwrite", *wrong)[0] == 2
+    assert sorted(Path("healed.partial/.llm_snp/training").iterdir()) == states
+
+
+def test_a_text_is_not_called_as_one_of_the_hub(heal: Healer, pruned: Path) -> None:
+    """Nor as another text."""
+    for folder, seed in (("a", 4), ("b", 5)):
+        Dataset.from_dict({"text": paragraphs(100, seed=seed)}).save_to_disk(f"{folder}/c4")
+    code, _, err = heal(pruned, "--text", "a/c4", "--text", "b/c4", "--evaluate", "a/c4", "--tokens", TOKENS)
+    assert code == 0, err
+    (section,) = report_of(Path("healed"))["healing"]
+    assert section["text"]["source"] == "c4 (2) and c4 (3)"
+    assert list(section["evaluation"]) == ["c4 (2)"]
+    assert list(report_of(Path("healed"))["evaluation"]) == ["c4 (2)"]
 
 
 def test_models_that_are_others_by_now(heal: Healer, pruned: Path, tmp_path: Path) -> None:

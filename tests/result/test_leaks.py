@@ -22,7 +22,7 @@ from llm_snp.pruning.job import default_output, open_job
 from llm_snp.result.origin import ancestors, dense_of, find_dense, is_dense_of
 from llm_snp.running.resume import again, finished_before
 from llm_snp.system.manifest import MEMORY, recall, remember
-from llm_snp.system.private import public_name
+from llm_snp.system.private import REVISION, public_name
 
 pytestmark = [pytest.mark.documents, pytest.mark.cpu]
 
@@ -114,6 +114,22 @@ def test_elsewhere_a_result_does_not_know_where_its_model_is(home: Path, tmp_pat
         (copy / MEMORY).write_bytes(damaged)
         with unknown:
             dense_of(copy, read_report(copy))
+
+
+@pytest.mark.parametrize("revision", ["/etc/ref", "../ref", "~/ref", "./ref", "a/../ref", "a//b", "", "a b"])
+def test_a_revision_is_no_place(prune: Prune, dense: Path, tmp_path: Path, revision: str) -> None:
+    """A stranger's report: without a connection the Hub's client would open a file of that name."""
+    prune(dense, tmp_path / "out")
+    report = read_report(tmp_path / "out")
+    report["model"] |= {"name": "ann/tiny", "hub": True}
+    report["options"] |= {"model": "ann/tiny", "revision": revision}
+    with pytest.raises(CheckpointError, match="which is no branch, tag or commit"):
+        find_dense(tmp_path / "out", report)
+
+
+def test_revisions_that_are_some() -> None:
+    for revision in ("main", "refs/pr/3", "release/v1.0", "0123abc", "feature-x+1"):
+        assert REVISION.fullmatch(revision)
 
 
 def test_a_model_that_has_changed_is_not_what_a_result_was_made_of(prune: Prune, dense: Path, tmp_path: Path) -> None:
