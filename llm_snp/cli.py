@@ -75,6 +75,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if sys.flags.optimize > 1:
             raise OptionError("python -OO (or PYTHONOPTIMIZE=2) leaves out what transformers needs; run it without")
+        try:
+            os.getcwd()
+        except FileNotFoundError as error:
+            raise OptionError("the working directory has been removed; change to another one") from error
         with ended_by_signals(), _printed():
             command, args = parse(sys.argv[1:] if arguments is None else arguments)
             command.check(args)

@@ -294,7 +294,7 @@ class PruneConfig:
     @property
     def one_kind(self) -> bool:
         """Whether all calibration text is of one kind. What the model writes itself is of many."""
-        return len(self.texts) == 1 and "self" not in shares(self.texts)
+        return len(self.texts) == 1 and plain.text_and_share(self.texts[0])[0] != "self"
 
     @property
     def in_steps(self) -> bool:

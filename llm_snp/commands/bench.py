@@ -53,7 +53,7 @@ def main(args: argparse.Namespace) -> None:
 
     Raises `SnpError` for what cannot be measured.
     """
-    from ..documents.writing import check_way, read_report, store
+    from ..documents.writing import check_way, read_report, rehearse, store
     from ..evaluation.speed import measure_speed, measurements
     from ..evaluation.speed_table import speed_table
     from ..system.device import resolve_device, resolve_dtype
@@ -73,6 +73,7 @@ def main(args: argparse.Namespace) -> None:
         own = None
     if own is not None:
         check_way(directory, own)
+        rehearse(directory, own)
     for path in (directory, dense):
         if args.prompt is not None and path is not None:
             _check_prompt(args.prompt, path)

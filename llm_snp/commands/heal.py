@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def options_of(args: argparse.Namespace) -> HealConfig:
 
 def check(args: argparse.Namespace) -> None:
     """Raise `SnpError` for options that cannot be used, and for models that are not there."""
-    expect_result(Path(args.directory).expanduser())
+    expect_result(Path(os.path.expanduser(args.directory)))
     options_of(args).validate()
     if args.teacher is not None:
         find(args.teacher)

@@ -24,11 +24,8 @@ def load_tokenizer(directory: Path) -> Any:
     """
     from transformers import AutoTokenizer
 
-    _check_files(directory)
-    _check_settings(directory)
-    # Or it reads the config by itself, as it is.
-    config = {"config": load_config(directory)} if (directory / "config.json").is_file() else {}
-    _check_single(directory, config.get("config"))
+    found = check_tokenizer(directory)
+    config = {} if found is None else {"config": found}  # or it reads the config by itself, as it is
 
     advice = "copy the tokenizer files of the original model beside the weights"
 
@@ -44,6 +41,18 @@ def load_tokenizer(directory: Path) -> Any:
     if not ids or {token for token in tokenizer.get_vocab() if token.strip("▁Ġ ")} <= set(tokenizer.all_special_tokens):
         raise CheckpointError(f"{directory} has no tokenizer: it has no vocabulary file; {advice}")
     return tokenizer
+
+
+def check_tokenizer(directory: Path) -> Any:
+    """Raise `CheckpointError` for a tokenizer whose files lead elsewhere: to a package, other folders, or nowhere.
+
+    Loads nothing. Returns the config of the model, if there is one.
+    """
+    _check_files(directory)
+    _check_settings(directory)
+    config = load_config(directory) if (directory / "config.json").is_file() else None
+    _check_single(directory, config)
+    return config
 
 
 def _check_files(directory: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from .healing import after_pruning, healing_rows, healing_sentences
-from .shareable import CORPORA, before, hub_id, shareable, texts_of
+from .shareable import CORPORA, before, hub_id, shareable, texts_of, told_apart
 from .steps import HEAD, steps_rows, steps_sentences
 
 TAGS = ("llm_snp", "pruned", "structured-pruning")
@@ -92,7 +92,7 @@ def _as_text(content: Any) -> Any:
         plain = re.sub(r"[\\<\[]", r"\\\g<0>", " ".join(content.replace("`", "'").split()))
         return ADDRESS.sub(rf"\g<0>{UNSEEN}", BLOCK.sub(r"\g<0>\\", plain))
     if isinstance(content, dict):
-        return {_as_text(name): _as_text(value) for name, value in content.items()}
+        return dict(zip(told_apart(map(_as_text, content)), map(_as_text, content.values()), strict=True))
     return [_as_text(one) for one in content] if isinstance(content, list) else content
 
 

@@ -154,7 +154,8 @@ def curves(report: dict[str, Any]) -> Figure | None:
         axes.yaxis.set_major_locator(LogLocator(numticks=5))
         axes.yaxis.set_minor_locator(NullLocator())
         # Not 10⁻³: on a phone an exponent is too small to read.
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"1e{round(math.log10(value))}"))
+        exponent = FuncFormatter(lambda value, _: f"1e{round(math.log10(value))}" if value else "0")
+        axes.yaxis.set_major_formatter(exponent)
         axes.set_xlim(0, 1.02)
         _percent(axes.xaxis)
         axes.grid()

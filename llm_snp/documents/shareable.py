@@ -129,10 +129,11 @@ def printable(content: Any) -> Any:
     """A copy of something JSON-ready without characters that a page, a plot or a card cannot have.
 
     Each text is one line: more would be headings and lists of their own in a card. Numbers are as large as a report may
-    have them at most: the perplexity of a model that was ruined, or of a task with long words, may be 1e100.
+    have them at most: the perplexity of a model that was ruined, or of a task with long words, may be 1e100. What is
+    smaller than its inverse is zero.
     """
     if isinstance(content, float) and math.isfinite(content):
-        return max(-FURTHEST, min(FURTHEST, content))
+        return max(-FURTHEST, min(FURTHEST, content)) if abs(content) >= 1 / FURTHEST else 0.0
     if isinstance(content, str):
         return "".join(one if one.isprintable() else " " if one.isspace() else "\ufffd" for one in content)
     if isinstance(content, Mapping):

@@ -6,11 +6,13 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, OptionError, OutputError, ReplacedError
 from ..system.files import alone, digest, digest_of_bytes, disk, inside, write_bytes, write_together
+from ..system.libraries import explained
 from ..system.manifest import FILES, REPLACING, REPORT, announced, changed, expect_result, is_result, manifest, sealed
 from .card import model_card
 from .page import html_page, is_page
@@ -43,12 +45,13 @@ def write_documents(directory: Path, report: dict[str, Any], new: bool = False) 
     public = shareable(report)
     if wrong := fault(public):
         raise OutputError(f"{directory / REPORT} could not be read again ({wrong}); it stays as it is")
-    drawn = plot_images(public)
-    made = dict(drawn)
-    made[PAGE] = html_page(public).encode()
+    with _of(directory):
+        drawn = plot_images(public)
+        made = {**drawn, PAGE: html_page(public).encode()}
     if not edited(directory / CARD, files.get(CARD)):
         titles = [(plot.title, plot_path(name)) for name, plot in PLOTS.items() if plot_path(name) in made]
-        made[CARD] = model_card(public, plots=titles).encode()
+        with _of(directory):
+            made[CARD] = model_card(public, plots=titles).encode()
     if not new and (taken := sorted(others.intersection(made))):
         raise _in_the_way(directory / taken[0])
     for name in [one for one in (*plots, PAGE) if one in made and files.get(one)]:
@@ -89,9 +92,33 @@ def store(directory: Path, report: dict[str, Any], section: str, measured: Any, 
 
 
 def check_way(directory: Path, report: dict[str, Any]) -> None:
-    """Raise `OutputError` where a page is in the way of the result's: told before hours of measuring."""
-    if _unlisted(directory, manifest(directory, report), (PAGE,)):
-        raise _in_the_way(directory / PAGE)
+    """Raise `OutputError` where something is in the way of a result's documents: told before hours of measuring."""
+    paths = [inside(directory, plot_path(name)) for name in PLOTS]
+    if os.path.lexists(folder := directory / FOLDER) and not folder.is_dir():
+        raise _in_the_way(folder)
+    if taken := _unlisted(directory, manifest(directory, report), (PAGE,)):
+        raise _in_the_way(directory / min(taken))
+    if folders := [path for path in (*paths, directory / PAGE, directory / CARD) if path.is_dir()]:
+        raise _in_the_way(folders[0])
+
+
+def rehearse(directory: Path, report: dict[str, Any]) -> None:
+    """Make the documents of a report, as far as that is known before hours of measuring, and forget them.
+
+    Raises `OutputError` for a report of which they cannot be made, or that could not be read again.
+    """
+    public = shareable(report)
+    if wrong := fault(public):
+        raise OutputError(f"{directory} would get a report that cannot be read again ({wrong}); it stays as it is")
+    with _of(directory):
+        plot_images(public)
+        html_page(public)
+        model_card(public)
+
+
+def _of(directory: Path) -> AbstractContextManager[None]:
+    """Made of a report, which may be a stranger's: whatever a library says to that."""
+    return explained(lambda why: OutputError(f"the documents of {directory} cannot be made ({why})"))
 
 
 def _unlisted(directory: Path, files: Mapping[str, str], names: Iterable[str]) -> set[str]:

@@ -12,7 +12,7 @@ import math
 import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +44,19 @@ def texts_of(evaluate: Sequence[str]) -> tuple[str, ...]:
 
 
 def check_tasks(tasks: Sequence[str]) -> None:
-    """Load every task with its data, fetched from the Hub if need be, so that nothing is missing hours later.
+    """Load every task with its data, fetched from the Hub if need be, and make its questions, so that nothing is
+    missing or wrong hours later.
 
-    Raises `OptionError` if lm_eval is not installed or something is no task that it can load, `HubError` or
-    `CorpusError` if data cannot be had.
+    Raises `OptionError` if lm_eval is not installed, or something is no task that it can load or whose data it does not
+    fit, `HubError` or `CorpusError` if data cannot be had.
     """
     with _quiet_log(), _own_random_numbers(torch.device("cpu")):
         for request in find_tasks(tasks):
-            request.load()
+            loaded = request.load()
+            with request.at_home(), _silence(), _of(request.name, "asked"):
+                _seeded(loaded, 0)
+                for task in loaded["tasks"].values():
+                    task.build_all_requests(rank=0, world_size=1)
 
 
 def evaluate_harness(
@@ -171,15 +176,9 @@ def _run(model: Any, name: str, tasks: Mapping[str, Any], seed: int, limit: int 
 
     options = {"limit": limit, "bootstrap_iters": BOOTSTRAP, "log_samples": False}
     while True:
-        random.seed(seed)
-        np.random.seed(seed)
-        torch.manual_seed(seed)
-        for task in tasks["tasks"].values():
-            task.set_config("num_fewshot", task.get_config("num_fewshot") or 0)
-            task.set_fewshot_seed(seed)
+        _seeded(tasks, seed)
         try:
-            # A task is code of others, which may raise anything, and the pruned model is finished by now.
-            with explained(lambda why: OptionError(f"task {name} cannot be run on this model ({why}); leave it out")):
+            with _of(name, "run on this model"):
                 return _evaluated(name, lambda: evaluate(model, tasks, **options))
         except torch.OutOfMemoryError as error:
             if model.batch_size_per_gpu == 1:
@@ -187,6 +186,21 @@ def _run(model: Any, name: str, tasks: Mapping[str, Any], seed: int, limit: int 
         model.batch_size_per_gpu //= 2
         gc.collect()
         torch.cuda.empty_cache()
+
+
+def _seeded(tasks: Mapping[str, Any], seed: int) -> None:
+    """Ask the same questions with the same examples each time."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    for task in tasks["tasks"].values():
+        task.set_config("num_fewshot", max(0, task.get_config("num_fewshot") or 0))
+        task.set_fewshot_seed(seed)
+
+
+def _of(name: str, done: str) -> AbstractContextManager[None]:
+    """A task is code of others, which may raise anything."""
+    return explained(lambda why: OptionError(f"task {name} cannot be {done} ({why}); leave it out"))
 
 
 def _evaluated(name: str, evaluate: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -221,7 +235,7 @@ def _results(raw: Mapping[str, Any]) -> dict[str, Any]:
                 "metrics": metrics,
                 "version": _scalar(raw["versions"].get(task)),
                 "samples": count(task),
-                "num_fewshot": shots if type(shots) is int else None,
+                "num_fewshot": shots if type(shots) is int and shots >= 0 else None,
             }
             if inner.get(task):
                 found[task]["subtasks"] = list(inner[task])

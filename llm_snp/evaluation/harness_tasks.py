@@ -184,6 +184,8 @@ _Loader.add_constructor("!function", lambda loader, node: node.value)
 def _read(file: Path) -> dict[str, Any]:
     """A task file, with what it includes. Raises `OptionError`."""
     try:
+        if file.exists() and not file.is_file():
+            raise ValueError("it is a pipe, a device or a directory")
         config = yaml.load(file.read_text(encoding="utf-8"), _Loader)
         if not isinstance(config, dict):
             raise ValueError("it has no keys")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import shlex
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from ..errors import OptionError, at_least, choose
 RATE, LORA_RATE, WIDTH = 3e-4, 3e-3, 128
 # A text may be read so many times; more is learning it by heart (Muennighoff et al., arXiv 2305.16264).
 PASSES = 4
+HIGHEST_RATE = 1e30  # beyond it numbers of the optimiser overflow
 SELF = "self"
 # With variables of that name accelerate is told to train in another way, which the Trainer would follow, but for those
 # that say nothing; the rest is of its words and lines.
@@ -100,8 +100,10 @@ class HealConfig:
             at_least(self.lora, 1, "--lora")
             if find_spec("peft") is None:
                 raise OptionError("--lora needs the package peft; install it with `pip install peft`, or leave it out")
-        if self.learning_rate is not None and not 0.0 < self.learning_rate < math.inf:
-            raise OptionError(f"--learning-rate is {self.learning_rate:g}; it must be above 0 and finite")
+        if self.learning_rate is not None and not 0.0 < self.learning_rate <= HIGHEST_RATE:
+            raise OptionError(
+                f"--learning-rate is {self.learning_rate:g}; it must be above 0 and at most {HIGHEST_RATE:g}"
+            )
         if not 0.0 <= self.text_loss < 1.0:
             raise OptionError(
                 f"--text-loss is {self.text_loss:g}; it is a share and must be at least 0 and below 1, as without the "

@@ -6,6 +6,7 @@ Both are data: classes are llm_snp's and transformers', adapters and code beside
 from __future__ import annotations
 
 import copy
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,7 @@ def find_pair(options: HealConfig) -> Pair:
     Raises `CheckpointError` for a result that is not as it was written, and for a teacher that is not there or has
     another vocabulary; `OptionError` if none is given and the report's is not to be had.
     """
-    directory = Path(options.directory).expanduser()
+    directory = Path(os.path.expanduser(options.directory))
     report = read_report(directory)
     check_weights(directory, report)
     if wrong := faults(*changed(directory, _needed(directory, report))):
@@ -96,6 +97,9 @@ def find_pair(options: HealConfig) -> Pair:
     found, name, hub, its_own = _teacher(options.teacher, directory, report)
     teacher = open_model(found, name, hub)
     _check_vocabulary(student, teacher)
+    width = student.config.get_text_config().hidden_size
+    if options.lora is not None and options.lora > width:
+        raise OptionError(f"--lora is {options.lora}, but the model is {width} wide; give a rank of at most that")
     return Pair(student, teacher, shareable(report), its_own, ancestors(directory, report), recall(directory))
 
 
@@ -109,7 +113,7 @@ def _teacher(given: str | None, directory: Path, report: dict[str, Any]) -> tupl
     """Where the teacher is, its name for others, whether that is of the Hub, and whether it is the report's model."""
     if given is not None:
         found = locate(given)
-        here = Path(given).expanduser()
+        here = Path(os.path.expanduser(given))
         name = public_name(here) if found == here else given
         return found, name, found != here, is_dense_of(given, found, directory, report)
     its_own, seen = True, {directory.resolve()}

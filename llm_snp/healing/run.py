@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from ..config import PruneConfig, shares
 from ..dense.data import Windows, evaluation_windows
 from ..dense.readers import check_sources, digests
 from ..documents.report import nodes, summary
+from ..documents.writing import rehearse
 from ..errors import CorpusError, HubError, OutputError, first_line
 from ..evaluation.perplexity import Perplexity, perplexity_loaded, perplexity_of
 from ..pruning.job import output_of
@@ -36,7 +37,7 @@ from .pair import Pair, find_pair, open_model, stored
 from .record import healed, labels, with_healing
 from .resume import States, finished_before, identity_of, inputs_of, left, memory_of, texts_read
 from .text import Material, material
-from .training import Heal, Schedule, Watch, adapted, computing, schedule_of
+from .training import NAMES, Heal, Schedule, Watch, adapted, computing, schedule_of
 
 SMALLER = "give a smaller --batch (and a larger --accumulate), --checkpointing, --lora, or a shorter --sequence-length"
 
@@ -146,6 +147,7 @@ class _Healing:
         teacher = {source: self._perplexity("teacher", self.teacher, text) for source, text in self.texts.items()}
         self.student.to(self.device)
         before = {source: self._perplexity("before", self.student, text) for source, text in self.texts.items()}
+        self.processes.on_main(lambda: self._rehearse(teacher, before))
         torch.manual_seed(options.seed)
         model = adapted(self.student, options.lora) if options.lora else self.student
         watch = Watch(self.states.note)
@@ -185,6 +187,21 @@ class _Healing:
         if watch.broken:
             report["notes"].append(watch.broken)
         return self.processes.from_main(lambda: self._write(tensors, report))
+
+    def _rehearse(self, teacher: Mapping[str, Perplexity], before: Mapping[str, Perplexity]) -> None:
+        """Make the documents as they will be, but for what is measured, and forget them: what they cannot hold shows
+        now. Raises `OutputError` for that.
+        """
+        nothing = dict.fromkeys((*NAMES, "teacher_nll", "step"), 0.0)
+        steps = dict.fromkeys(("steps", "steps_planned"), self.schedule.steps)
+        facts = {"lora": self.options.lora, "trained": 1, **steps, "seconds": 0.0}
+        measured = {name: {"teacher": teacher[name], "before": found, "after": found} for name, found in before.items()}
+        section = healed(
+            *(self.options, self.pair, self.material, [nothing], nothing, facts, measured, self.device),
+            self.processes.count,
+        )
+        later = with_healing(self.pair.report, section, measured, self.missing, self.options.destination)
+        rehearse(self.pair.student.directory, later)
 
     def _train(self, trainer: Heal, watch: Watch) -> None:
         """From the start, or from the last state of the run that is gone on with, to the end or the best step."""

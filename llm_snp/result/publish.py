@@ -12,6 +12,7 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
+from ..dense.tokenizer import check_tokenizer
 from ..documents.card import model_card, plots_of
 from ..documents.page import html_page
 from ..documents.plots import FOLDER, PLOTS, plot_images, plot_path
@@ -19,6 +20,7 @@ from ..documents.shareable import shareable
 from ..documents.writing import CARD, PAGE, edited, read_report
 from ..errors import CheckpointError, HubError, ReplacedError
 from ..system.files import digest_of_bytes
+from ..system.libraries import explained
 from ..system.manifest import FILES, REPLACING, REPORT, changed, check_weights, faults, manifest, sealed, some, strays
 from ..version import __version__
 from .assembly import MODELING, own_code
@@ -142,6 +144,7 @@ def _files(directory: Path, report: dict[str, Any]) -> dict[str, Path | bytes]:
             f"{directory} is not as it was written: {wrong}; restore that, prune again, or, where only plots or the "
             f"page are wrong, move them and make new ones with `python -m llm_snp report {shlex.quote(str(directory))}`"
         )
+    check_tokenizer(directory)
     paths = {name: directory / name for name in files}
     # All but weights are read at once: the Hub's client reads a path again while it uploads.
     found = {name: path if path.suffix == ".safetensors" else content_of(path) for name, path in paths.items()}
@@ -154,7 +157,8 @@ def _shown(directory: Path, report: dict[str, Any], files: Iterable[str]) -> dic
     Raises `CheckpointError` for a plot of something that the report does not have.
     """
     public = shareable(report)
-    made = {**plot_images(public), PAGE: html_page(public).encode()}
+    with explained(lambda why: CheckpointError(f"the documents of {directory} cannot be made ({why})")):
+        made = {**plot_images(public), PAGE: html_page(public).encode()}
     if others := [name for name in files if name.startswith(f"{FOLDER}/") and name not in made]:
         raise CheckpointError(
             f"{directory} has {some(others)} in its report, but nothing that these would show; make its documents anew "

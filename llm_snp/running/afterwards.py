@@ -12,15 +12,19 @@ from typing import Any
 import torch
 
 from ..config import RUNS, PruneConfig
+from ..dense.checkpoint import weight_files
 from ..dense.hub import config_dtype
 from ..documents.writing import check_there, store
-from ..errors import DeviceMemoryError, Interrupted, ReplacedError, SnpError
+from ..errors import CheckpointError, DeviceMemoryError, Interrupted, ReplacedError, SnpError
 from ..evaluation.harness import check_tasks, compare, evaluate_harness, tasks_of
 from ..evaluation.speed import measure_speed, measurements
 from ..pruning.job import Job
+from ..result.origin import WEIGHTS_READ
 from ..result.publish import push
 from ..result.repository import check_push
 from ..system.device import resolve_dtype
+from ..system.files import digest
+from ..system.manifest import recall
 from ..system.progress import Progress
 
 
@@ -43,6 +47,7 @@ def afterwards(job: Job, report: dict[str, Any], progress: Progress) -> dict[str
     with _finished_all_the_same(job):
         tasks = tasks_of(options.evaluate or ())
         if tasks and "harness" not in report:
+            _expect_dense(job)
             with progress.phase("harness", title=f"lm-evaluation-harness, {', '.join(tasks)}"):
                 dense, pruned = (
                     evaluate_harness(directory, tasks, job.device, dtype, seed=options.seed)
@@ -50,6 +55,7 @@ def afterwards(job: Job, report: dict[str, Any], progress: Progress) -> dict[str
                 )
             store(job.output, report, "harness", compare(dense, pruned), _taken(progress, "harness"))
         if options.measure_speed and "speed" not in report:
+            _expect_dense(job)
             with progress.phase("speed", measurements(job.directory, RUNS), unit="run") as step:
                 speed = measure_speed(job.output, job.directory, job.device, dtype, step=step)
             store(job.output, report, "speed", speed, _taken(progress, "speed"))
@@ -59,6 +65,13 @@ def afterwards(job: Job, report: dict[str, Any], progress: Progress) -> dict[str
                 url = push(job.output, options.push_to_hub, options.private, options.overwrite)
             progress.say(f"published as {url}")
     return report
+
+
+def _expect_dense(job: Job) -> None:
+    """Raise `CheckpointError` if the model has other weights than those that were pruned, perhaps hours ago."""
+    known = recall(job.output).get("read", {}).get(WEIGHTS_READ)
+    if known is not None and known != digest(*(job.directory / name for name in weight_files(job.directory))):
+        raise CheckpointError(f"{job.directory} has other weights than when {job.output} was made of it")
 
 
 def _taken(progress: Progress, phase: str) -> float:

@@ -22,7 +22,7 @@ from llm_snp.dense.tokenizer import load_tokenizer
 from llm_snp.documents.card import model_card
 from llm_snp.documents.page import html_page
 from llm_snp.documents.plots import PLOTS
-from llm_snp.documents.schema import fault
+from llm_snp.documents.schema import MOST, fault
 from llm_snp.documents.writing import read_report
 from llm_snp.errors import NumericalError, OptionError, OutputError
 from llm_snp.evaluation.perplexity import Perplexity
@@ -37,7 +37,7 @@ from llm_snp.healing.text import material
 from llm_snp.healing.training import Watch, adapted
 from llm_snp.result.rewriting import Rewriting
 from llm_snp.system.files import digest_of_bytes
-from llm_snp.system.manifest import changed, manifest, recall, remember
+from llm_snp.system.manifest import changed, manifest, recall, remember, sealed
 
 pytestmark = [pytest.mark.cpu]
 
@@ -117,7 +117,8 @@ def test_what_a_result_was_calibrated_on_is_what_it_is_healed_on(heal: Healer, d
     assert shell.prune(dense, "--sparsity", "0.5", "--attention", "dims", "--target", "none", *pruning)[0] == 0
     asked = ["--batch", str(BATCH), "--sequence-length", str(LENGTH), "--learning-rate", "1e-3", "--device", "cpu"]
     asked.append("--quiet")
-    assert shell.run("heal", "out", *asked)[0] == 0
+    code, _, err = shell.run("heal", "out", *asked)
+    assert code == 0, err
     [section] = report_of(Path("out-healed"))["healing"]
     assert section["options"]["text"] == [text.name, "other.txt:2"]
     assert section["options"]["tokens"] == SAMPLES * LENGTH
@@ -520,6 +521,34 @@ def test_what_is_wrong_with_tokens_and_text_costs_no_unfinished_training(
     for wrong in (("--tokens", "10"), ("--text", str(tmp_path / "short.txt")), ("--batch", "10000")):
         assert heal(pruned, "--no-evaluate", "--overwrite", *wrong)[0] == 2
     assert sorted(Path("healed.partial/.llm_snp/training").iterdir()) == states
+
+
+def test_what_its_documents_cannot_hold_is_told_before_the_training(
+    heal: Healer, pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A report may be a stranger's: with as many healings as one may have, and with numbers that no plot can show."""
+    assert heal(pruned, "--no-evaluate", "--output", "once")[0] == 0
+    report = report_of(Path("once"))
+    report["healing"] *= MOST
+    (Path("once") / "report.json").write_bytes(sealed(report))
+    monkeypatch.setattr(training.Heal, "train", None)
+    teacher = report["healing"][0]["options"]["teacher"] or recall(pruned)["model"]
+    message = heal.refused(Path("once"), "--teacher", teacher, "--no-evaluate")
+    assert f"would get a report that cannot be read again (healing: list should have at most {MOST} items" in message
+    assert not Path("healed.partial").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr("llm_snp.documents.writing.plot_images", lambda report: 1 / 0)
+        assert "the documents of" in heal.refused(pruned, "--no-evaluate")
+
+
+@pytest.mark.parametrize("flag", [("--lora", "100000"), ("--lora", str(2**63)), ("--learning-rate", "1e38")])
+def test_numbers_that_torch_cannot_take(heal: Healer, pruned: Path, flag: tuple[str, str]) -> None:
+    assert heal.refused(pruned, *flag).startswith(f"{flag[0]} is ")
+
+
+def test_a_home_of_nobody(heal: Healer, pruned: Path) -> None:
+    assert "does not exist" in heal.refused("~nobody-here/x")
+    assert "~nobody-here/x" in heal.refused(pruned, "--teacher", "~nobody-here/x")
 
 
 def test_a_text_is_not_called_as_one_of_the_hub(heal: Healer, pruned: Path) -> None:

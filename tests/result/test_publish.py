@@ -240,6 +240,16 @@ def test_what_goes_up_as_it_is_is_told(hub: HubServer, result: Path, capsys: pyt
         assert evil == ("edited   README.md went up as it is" in capsys.readouterr().out) == bool(number)
 
 
+def test_a_tokenizer_that_leads_to_code_is_not_published(hub: HubServer, result: Path) -> None:
+    """A stranger's result: whoever loads it from the user's repository would get another package's settings."""
+    path, report = result / "tokenizer_config.json", json.loads((result / "report.json").read_text())
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"sudachi_kwargs": {"sudachi_config_path": "s.json"}}))
+    report["files"][path.name] = digest(path)
+    (result / "report.json").write_bytes(sealed(report))
+    assert "'sudachi_kwargs', settings for another package" in refusal(CheckpointError, REPO, directory=result)
+    assert REPO not in hub.repositories
+
+
 def test_names_that_stay_are_on_one_line(hub: HubServer, result: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (result / "x\nload it  evil").touch()
     assert main(["push", str(result), REPO]) == 0
