@@ -169,6 +169,16 @@ def test_in_a_process_of_its_own(dense: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_working_directory_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers ends with a traceback there, as it is imported."""
+    (tmp_path / "gone").mkdir()
+    line = f"cd gone && rmdir ../gone && exec {sys.executable} -m llm_snp report {tmp_path}"
+    environment = os.environ | {"PYTHONPATH": str(Path(llm_snp.__file__).parent.parent)}
+    done = subprocess.run(["sh", "-c", line], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    said = "llm_snp: the working directory has been removed; change to another one\n"
+    assert (done.returncode, done.stderr) == (2, said)
+
+
 def test_from_python(dense: Path, text: Path, tmp_path: Path) -> None:
     short = {"samples": SAMPLES, "sequence_length": LENGTH, "calibration": str(text), "evaluate": (), "quiet": True}
     report = llm_snp.prune(str(dense), 0.2, output=str(tmp_path / "out"), **short)

@@ -80,6 +80,7 @@ def store(directory: Path, report: dict[str, Any], section: str, measured: Any, 
     report: that of the result when it was measured, which gets it as well. Another process may have added to the result
     meanwhile, or be about to. Raises what `write_documents` does.
     """
+    check_there(directory, report)  # there may be none
     with alone(directory):
         check_there(directory, report)
         now = read_report(directory)

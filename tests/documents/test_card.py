@@ -174,6 +174,22 @@ def test_perplexity_of_both(report: dict[str, Any]) -> None:
     assert row[:4] == ["evaluation.txt", f"{dense:.2f}", f"{pruned:.2f}", f"{pruned / dense - 1:+.1%}"]
 
 
+def test_texts_that_a_card_would_call_alike(report: dict[str, Any]) -> None:
+    (result,) = report["evaluation"].values()
+    names = ("a b.txt", "a  b.txt", "a`b.txt", "a'b.txt")
+    report["evaluation"] = {
+        name: {which: one | {"perplexity": 100.0 + number} for which, one in result.items()}
+        for number, name in enumerate(names)
+    }
+    (rows,) = [section(model_card(report), "Perplexity")]
+    assert [row[:2] for row in rows] == [
+        ["a b.txt", "100.00"],
+        ["a b.txt (2)", "101.00"],
+        ["a'b.txt", "102.00"],
+        ["a'b.txt (2)", "103.00"],
+    ]
+
+
 def test_tasks_with_their_errors(report: dict[str, Any]) -> None:
     figures = {"dense": {"value": 0.4312, "stderr": 0.0123}, "pruned": {"value": 0.4, "stderr": None}}
     report["harness"] = {

@@ -328,6 +328,13 @@ def test_a_metric_of_the_working_directory_is_not_run_though_data_is_there(
     assert not (tmp_path / "mark").exists()
 
 
+def test_no_fewer_examples_than_none(dense: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(TASKS, tmp_path / "own"))
+    with (folder / "small_choice.yaml").open("a") as file:
+        file.write("\nnum_fewshot: -1\n")
+    assert evaluate(dense, folder / "small_choice.yaml", limit=2)["small_choice"]["num_fewshot"] == 0
+
+
 def test_what_a_task_says_in_words_does_not_get_into_a_report(dense: Path, task: Callable[..., Path]) -> None:
     """Its YAML is a person's, and a report with that could not be read again."""
     found = evaluate(dense, task(higher_is_better='"yes"'), limit=4)["small_choice"]
@@ -434,6 +441,16 @@ def test_paths_that_are_no_task(tmp_path: Path, task: Callable[..., Path]) -> No
     said = f"task small_choice is defined in {first} and in {second}; rename one"
     assert refused(OptionError, lambda: check_tasks([str(first), str(second.parent)])) == said
     check_tasks([str(first), str(first.parent)])
+    os.mkfifo(tmp_path / "first" / "pipe.yaml")  # which would never end
+    assert "it is a pipe, a device or a directory" in refused(OptionError, lambda: check_tasks([str(first.parent)]))
+
+
+def test_a_question_that_cannot_be_asked_is_told_before_the_work(task: Callable[..., Path]) -> None:
+    """The last of them, too: requests are made once."""
+    file = task(doc_to_text='"{{context.upper()}}"')
+    with (file.parent / "small_choice.jsonl").open("a") as lines:
+        lines.write(json.dumps(rows("choice")[0] | {"context": None}) + "\n")
+    assert f"task {file} cannot be asked (" in refused(OptionError, lambda: check_tasks([str(file)]))
 
 
 def test_a_task_that_the_model_cannot_do(dense: Path, task: Callable[..., Path]) -> None:

@@ -383,6 +383,24 @@ def test_bench_says_at_once_that_a_page_is_in_the_way(result: Path, monkeypatch:
         run_bench(result)
 
 
+def test_bench_says_at_once_what_else_is_in_the_way(result: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plots that go elsewhere, or nowhere, and a report of which there can be no documents."""
+    monkeypatch.setattr("llm_snp.evaluation.speed.measure_speed", pytest.fail)
+    (result.parent / "plots").mkdir()
+    shutil.rmtree(result / "plots", ignore_errors=True)
+    (result / "plots").symlink_to(result.parent / "plots")
+    with pytest.raises(OutputError, match="plots is a link to another place"):
+        run_bench(result)
+    (result / "plots").unlink()
+    (result / "plots").touch()
+    with pytest.raises(OutputError, match="plots is none that a run of llm_snp wrote, and in its way; move it"):
+        run_bench(result)
+    (result / "plots").unlink()
+    monkeypatch.setattr("llm_snp.documents.writing.plot_images", lambda report: 1 / 0)
+    with pytest.raises(OutputError, match=r"the documents of .* cannot be made"):
+        run_bench(result)
+
+
 def test_bench_against_another_model_keeps_nothing(
     result: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

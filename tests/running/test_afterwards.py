@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import LENGTH, SAMPLES, Prune, Shell, save, tiny_opt, weight_files
+from conftest import LENGTH, SAMPLES, Prune, Shell, copied, save, tiny_opt, weight_files
 from hub_server import USER, HubServer
 
 from llm_snp.documents.page import html_page
@@ -16,6 +16,7 @@ from llm_snp.documents.report import Report
 from llm_snp.documents.writing import read_report
 from llm_snp.errors import DiskFullError
 from llm_snp.evaluation import speed
+from llm_snp.running import afterwards
 from llm_snp.system.manifest import changed, strays
 
 TASK = f"harness:{Path(__file__).parent.parent / 'harness_tasks' / 'small_choice.yaml'}"
@@ -55,6 +56,26 @@ def test_all_of_it(shell: Shell, dense: Path, hub: HubServer) -> None:
     assert len(repository.commits) == 2  # the Hub's own, and one with everything
     assert json.loads(repository.files["report.json"])["speed"] == found["speed"]
     assert f'from_pretrained("{name}"' in repository.files["README.md"].decode()
+
+
+def test_another_model_by_then_is_not_taken_for_the_dense_one(
+    shell: Shell, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its directory was updated while the run went on: tasks and speed would be told of a model that was not pruned."""
+    model = copied(dense, tmp_path / "model")
+    before, seeds = afterwards.afterwards, iter((5, 6))
+
+    def updated(*arguments: Any) -> Any:
+        save(tiny_opt(seed=next(seeds)), model)
+        return before(*arguments)
+
+    monkeypatch.setattr("llm_snp.running.run.afterwards", updated)
+    short = ("--samples", SAMPLES, "--sequence-length", LENGTH, "--calibration", shell.text, "--output", shell.output)
+    for flag in (("--evaluate", TASK), ("--measure-speed", "--no-evaluate")):
+        code, _, err = shell.run(model, *short, *flag, "--quiet", "--overwrite")
+        assert code == 2
+        assert f"{model} has other weights than when {shell.output} was made of it; the pruned model is finished" in err
+        assert "harness" not in report(shell)
 
 
 @pytest.mark.parametrize(
