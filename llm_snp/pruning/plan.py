@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from ..config import PruneConfig
+from ..config import ORDERS, PruneConfig
 from ..core.allocation import ALLOCATIONS, SiteCurve, allocate, allocate_alike
 from ..core.orders import NEEDS_NONNEGATIVE
 from ..errors import OptionError
@@ -113,8 +113,16 @@ class Plan:
 
 def check_order(family: Family, config: Any, options: PruneConfig) -> None:
     """Raise `OptionError` if the order cannot rank the units of some site, before anything is loaded."""
-    sites = {site for index in _blocks(config) for site in sites_of(family, config, options, index)}
+    sites = {site for index in _blocks(family, config) for site in sites_of(family, config, options, index)}
     for site in sorted(sites, key=lambda site: site.name):
+        if options.order not in ORDERS and site.unit != EXPERTS:
+            where = (
+                "the MLP beside the experts" if site.name == SHARED else f"the {site.name} of blocks without experts"
+            )
+            raise OptionError(
+                f"--order {options.order} ranks whole experts only, and {where} of this model would lose neurons, too; "
+                "give another order, such as greedy"
+            )
         by_direction = site.name == ATTENTION and site.unit == "heads" and options.attention == "dims"
         if options.order in NEEDS_NONNEGATIVE and not (site.nonnegative or by_direction):
             directions = site.name == ATTENTION and family.attention(config) is not None
@@ -125,9 +133,10 @@ def check_order(family: Family, config: Any, options: PruneConfig) -> None:
             )
 
 
-def _blocks(config: Any) -> range:
-    """The blocks that have to be looked at to see all that differ: of a dense model one."""
-    return range(1 if getattr(config, "block_widths", None) is None else config.num_hidden_layers)
+def _blocks(family: Family, config: Any) -> range:
+    """The blocks that have to be looked at to see all that differ: of a dense model one, if it is no mixture."""
+    alike = family.mixture is None and getattr(config, "block_widths", None) is None
+    return range(1 if alike else config.num_hidden_layers)
 
 
 def empty_curves(family: Family, config: Any, blocks: Sequence[nn.Module], options: PruneConfig) -> list[SiteCurve]:
