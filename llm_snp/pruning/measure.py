@@ -24,7 +24,7 @@ from .calibrate import calibrate_block
 from .experts import removal_of
 from .kinds import cheapest_kind
 from .order import damping_of, order_scores, order_units, order_values
-from .plan import direction_curves, unit_curve
+from .plan import direction_curves, due_of_attentions, unit_curve
 from .score_costs import Sample, score_costs
 from .sensitivity import read_sensitivity
 from .session import Session
@@ -47,6 +47,7 @@ def measured_curves(session: Session) -> list[SiteCurve]:
         session.progress.say("curves: measured by the interrupted run")
         return [curve for i in range(blocks) for curve in known[i]]
     upto = missing[-1] + 1
+    due = due_of_attentions(session.family, session.config, skeleton.blocks, session.options)
     with session.progress.phase("measure", upto) as step:
         stream = session.stream()
         mine: list[SiteCurve] = []
@@ -62,7 +63,7 @@ def measured_curves(session: Session) -> list[SiteCurve]:
             mine += [seen.experts] if seen.experts and processes.main else []
             for site in session.sites(i):
                 if site.name == ATTENTION:
-                    mine += _order_attention(session, seen, site)
+                    mine += _order_attention(session, seen, site, due[i])
                 elif site.unit != EXPERTS and processes.index == len(together):
                     waiting.append(_order_later(session, seen, site))
             together.append(i)
@@ -127,8 +128,11 @@ def _attention(session: Session, index: int) -> Attention | None:
     return session.family.attention(session.config, index) if session.options.directions else None
 
 
-def _order_attention(session: Session, seen: _Seen, site: Site) -> list[SiteCurve]:
-    """Curves of what can go of an attention, on the main process: of the cheapest kind, where there are several."""
+def _order_attention(session: Session, seen: _Seen, site: Site, due: float) -> list[SiteCurve]:
+    """Curves of what can go of an attention, on the main process: of the cheapest kind, where there are several.
+
+    due: parameters that it must be able to give.
+    """
     options, processes, family = session.options, session.processes, session.family
     attention, g = _attention(session, seen.index), seen.sensitivity.get(site.name)
     dense = session.skeleton.blocks[seen.index]
@@ -147,7 +151,7 @@ def _order_attention(session: Session, seen: _Seen, site: Site) -> list[SiteCurv
         whole = direction_curves(family, seen.index, dense, site, attention, options)
         values = seen.moments[site.name].covariance
         choices.append(_direction_curves(whole, weight, attention, values, options, g, scores, costs))
-    return cheapest_kind(choices, options.sparsity)
+    return cheapest_kind(choices, options.sparsity, due)
 
 
 def _order_later(session: Session, seen: _Seen, site: Site) -> Callable[[], SiteCurve]:

@@ -14,7 +14,7 @@ from ..config import ORDERS, PruneConfig
 from ..core.allocation import ALLOCATIONS, SiteCurve, allocate, allocate_alike
 from ..core.orders import NEEDS_NONNEGATIVE
 from ..errors import OptionError
-from ..families import ATTENTION, EXPERTS, MLP, SHARED, Attention, Family, Site, dropped
+from ..families import ATTENTION, EXPERTS, MLP, SCORES, SHARED, Attention, Family, Site, dropped
 from .kinds import allocate_mixed, sites_of
 from .layers import allocate_both, allocate_layers, layer_curves, removable
 from .steps import Step, why_steps
@@ -156,6 +156,31 @@ def block_curves(family: Family, config: Any, index: int, block: nn.Module, opti
     return curves
 
 
+def block_choices(
+    family: Family, config: Any, index: int, block: nn.Module, options: PruneConfig
+) -> list[list[SiteCurve]]:
+    """The curves of one block, for each kind of what `both` chooses from, or the one kind of other modes."""
+    modes = ("heads", "dims", "queries") if options.attention == "both" else (options.attention,)
+    chosen = (dataclasses.replace(options, attention=mode) for mode in modes)
+    return [block_curves(family, config, index, block, kind) for kind in chosen]
+
+
+def due_of_attentions(family: Family, config: Any, blocks: Sequence[nn.Module], options: PruneConfig) -> list[float]:
+    """How many parameters the attention of each block must be able to give, or the budget cannot be met.
+
+    All else gives what it can; what is missing is due of the attentions, in proportion to what each can give at most.
+    """
+    most, others = [], 0
+    for index, block in enumerate(blocks):
+        choices = block_choices(family, config, index, block, options)
+        able = [[curve for curve in curves if curve.site in (ATTENTION, SCORES)] for curves in choices]
+        most.append(max(_removable(curves) for curves in able))
+        others += _removable(choices[0]) - _removable(able[0])
+    asked = options.sparsity * sum(family.linear_parameters(block, config) for block in blocks)
+    share = max(0.0, asked - others) / max(1, sum(most))
+    return [share * each for each in most]
+
+
 def unit_curve(
     family: Family, config: Any, index: int, block: nn.Module, site: Site, options: PruneConfig
 ) -> SiteCurve:
@@ -191,19 +216,19 @@ def check_budget(family: Family, config: Any, blocks: Sequence[nn.Module], optio
     """Raise `OptionError` if no plan can meet the budget, before anything is measured."""
     if options.round_to > 1:  # first whether it is --sparsity alone
         check_budget(family, config, blocks, dataclasses.replace(options, round_to=1))
-    modes = ("heads", "dims") if options.attention == "both" else (options.attention,)
-    most = 0
     if options.structures == "layers":
         layers = layer_curves(family, config, blocks, options, {})
         base = sum(family.linear_parameters(block, config) for block in blocks)
         _check_removable(options, removable(layers, options.whole_blocks), base)
         return
-    for index, block in enumerate(blocks):
-        choices = (
-            block_curves(family, config, index, block, dataclasses.replace(options, attention=mode)) for mode in modes
-        )
-        most += max(sum(curve.removable for curve in curves) for curves in choices)
+    choices = (block_choices(family, config, index, block, options) for index, block in enumerate(blocks))
+    most = sum(max(map(_removable, kinds)) for kinds in choices)
     _check_removable(options, most, sum(family.linear_parameters(block, config) for block in blocks))
+
+
+def _removable(curves: Sequence[SiteCurve]) -> int:
+    """Parameters that can go at most."""
+    return sum(curve.removable for curve in curves)
 
 
 def _check_removable(options: PruneConfig, most: int, base: int) -> None:
@@ -254,7 +279,7 @@ def make_plan(
     elif any(curve.site == EXPERTS for curve in curves):
         curves, counts = allocate_mixed(curves, asked, options.alike)
     else:
-        _check_removable(options, sum(curve.removable for curve in curves), base)
+        _check_removable(options, _removable(curves), base)
         counts = (allocate_alike if options.alike else allocate)(by, curves, asked)
     return planned(family, config, blocks, options, curves, counts, by)
 
@@ -292,15 +317,14 @@ def planned(
 def trial_plan(family: Family, config: Any, blocks: Sequence[nn.Module], options: PruneConfig) -> Plan:
     """A plan of the size asked for, before anything is measured: the same share everywhere.
 
-    `both` counts heads if they can give as much, else directions. Raises `OptionError` if nothing can.
+    `both` counts heads if they can give as much, else directions, else query heads, else in each block what can give
+    most. Raises `OptionError` if nothing can.
     """
     base = sum(family.linear_parameters(block, config) for block in blocks)
-    modes = (
-        ("heads", "dims") if options.attention == "both" and options.structures != "layers" else (options.attention,)
-    )
-    for mode in modes:
-        curves = empty_curves(family, config, blocks, dataclasses.replace(options, attention=mode))
-        if sum(curve.removable for curve in curves) >= options.sparsity * base:
+    choices = [block_choices(family, config, index, block, options) for index, block in enumerate(blocks)]
+    for kinds in (*zip(*choices, strict=True), [max(kinds, key=_removable) for kinds in choices]):
+        curves = [curve for block in kinds for curve in block]
+        if _removable(curves) >= options.sparsity * base:
             break
     return make_plan(family, config, blocks, options, curves, "uniform")
 

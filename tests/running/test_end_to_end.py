@@ -312,12 +312,12 @@ def test_whole_heads_by_one_kind_of_text_are_pointed_out(
 
     other = tmp_path / "other.txt"
     other.write_text(text.read_text()[::-1])
-    monkeypatch.setattr("llm_snp.pruning.measure.cheapest_kind", lambda choices, share: choices[0])  # the heads
+    monkeypatch.setattr("llm_snp.pruning.measure.cheapest_kind", lambda choices, *_: choices[0])  # the heads
     assert said(attention="both")
     assert not said(attention="both", calibration=(str(text), str(other)))
     assert not said(attention="both", calibration="self")
     assert not said(attention="heads")
-    monkeypatch.setattr("llm_snp.pruning.measure.cheapest_kind", lambda choices, share: choices[-1])
+    monkeypatch.setattr("llm_snp.pruning.measure.cheapest_kind", lambda choices, *_: choices[-1])
     assert not said(attention="both")
 
 
