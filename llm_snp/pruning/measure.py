@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from ..config import PruneConfig
 from ..core.allocation import SiteCurve
-from ..core.linalg import tail_sums
+from ..core.linalg import all_finite, tail_sums
 from ..core.moments import Moments
 from ..core.scores import FreeScores, RotaryPairs
 from ..dense.stream import Stream
+from ..errors import NumericalError
 from ..families import ATTENTION, EXPERTS, MLP, SCORES, SHARED, WHOLE, Attention, Site
 from .calibrate import calibrate_block
 from .experts import removal_of
@@ -131,7 +132,7 @@ def _attention(session: Session, index: int) -> Attention | None:
 def _order_attention(session: Session, seen: _Seen, site: Site, due: float) -> list[SiteCurve]:
     """Curves of what can go of an attention, on the main process: of the cheapest kind, where there are several.
 
-    due: parameters that it must be able to give.
+    due: parameters that it must be able to give. Raises `NumericalError` where scores overflow.
     """
     options, processes, family = session.options, session.processes, session.family
     attention, g = _attention(session, seen.index), seen.sensitivity.get(site.name)
@@ -141,6 +142,11 @@ def _order_attention(session: Session, seen: _Seen, site: Site, due: float) -> l
     if seen.sample is not None and attention is not None:
         scores = order_scores(attention, seen.moments, options.curve_damping)
         costs = score_costs(seen.block, weight, site, attention, scores, g, seen.sample, processes)
+        if not all_finite(costs):
+            raise NumericalError(
+                f"with fewer directions between query and key the attention of block {seen.index} overflows the type "
+                "it is computed in; use --dtype float32 or bfloat16"
+            )
     if not processes.main:
         return []
     choices = []

@@ -12,6 +12,7 @@ from tiny_models import save_tiny
 
 from llm_snp.core.allocation import SiteCurve
 from llm_snp.dense import stream
+from llm_snp.errors import NumericalError
 from llm_snp.families import ATTENTION, SCORES
 from llm_snp.pruning import kinds, measure, score_costs
 from llm_snp.pruning.score_costs import Sample
@@ -49,6 +50,14 @@ def test_scores_are_measured_on_the_input_of_their_own_block(
     assert len(seen) == BLOCKS
     for found, wanted in zip(seen, hidden[:BLOCKS], strict=True):
         torch.testing.assert_close(found, wanted.flatten(0, 1), rtol=1e-5, atol=1e-5)
+
+
+def test_scores_that_overflow_are_named(
+    prune: Prune, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "score_costs", lambda *arguments: torch.tensor([0.0, torch.nan]))
+    with pytest.raises(NumericalError, match="between query and key the attention of block 0 overflows"):
+        prune(dense, tmp_path / "out", attention="dims")
 
 
 def curve(unit: str, losses: list[float], cost: int, site: str = ATTENTION, least: int = 1) -> SiteCurve:
