@@ -119,6 +119,7 @@ def plain(prune: Prune, dense: Path, tmp_path_factory: pytest.TempPathFactory) -
         {"return_dict": False},
         {"_attn_implementation": "flash_attention_2"},
         {"use_cache": False},
+        {"num_labels": 2**40},
     ],
 )
 def test_configs_that_are_only_unusual(

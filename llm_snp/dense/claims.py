@@ -53,6 +53,7 @@ def checked_config(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """
     fields = dict(content)
     fields.pop("configuration_files", None)  # other files, for versions of transformers that there are not
+    fields.pop("num_labels", None)  # a language model has none, and transformers would name each
     if fields.get("per_layer_config") and "block_widths" not in fields:  # a result of ours has both
         raise UnsupportedModelError(
             f"{path} has a per_layer_config, so that the model's blocks differ already; llm_snp prunes models whose "

@@ -14,6 +14,9 @@ from .hub import load_config
 # Transformers takes what is in the second for settings, too.
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
 HANDED_ON = ("sp_model_kwargs",)  # to sentencepiece, which reads data
+# Tokens that some classes make up beside those of the vocabulary: so many they may be asked for at most.
+MADE_UP, MOST_MADE_UP = ("extra_ids", "offset"), 10_000
+MOST_TOKENS = 2**22  # for each number below the highest there is a token, and some classes make up those that miss
 
 
 def load_tokenizer(directory: Path) -> Any:
@@ -71,7 +74,8 @@ def _without_chance(tokenizer: Any) -> None:
 
 
 def _check_settings(directory: Path) -> None:
-    """Raise `CheckpointError` for settings that transformers hands on to a package of its own for the language.
+    """Raise `CheckpointError` for settings that transformers hands on to a package of its own for the language, and for
+    those by which it would make up more tokens than there can be.
 
     Such a package may follow them to a library that it loads (`sudachi_kwargs`). What is not JSON others refuse.
     """
@@ -82,6 +86,16 @@ def _check_settings(directory: Path) -> None:
         except (OSError, ValueError):
             continue
         for field, value in fields.items() if isinstance(fields, dict) else ():
+            if field in MADE_UP and isinstance(value, int) and value > MOST_MADE_UP:
+                raise CheckpointError(
+                    f"{field} is {shown(value)} in {path}, tokens to make up beside the vocabulary; it must be at most "
+                    f"{MOST_MADE_UP}"
+                )
+            numbers = value if field == "added_tokens_decoder" and isinstance(value, dict) else ()
+            if highest := next((number for number in numbers if _beyond(number)), None):
+                raise CheckpointError(
+                    f"{path} has a token of number {shown(highest)}; numbers must be below {MOST_TOKENS}"
+                )
             by_chance = isinstance(value, dict) and value.get("enable_sampling")  # sentencepiece would draw the tokens
             handed_on = field in HANDED_ON and not by_chance
             if value and not handed_on and (field == "init_inputs" or field.endswith("_kwargs")):
@@ -89,6 +103,11 @@ def _check_settings(directory: Path) -> None:
                     f"{path} has {shown(field)}, settings for another package, which may follow them to code; llm_snp "
                     "reads tokenizers whose files say all: take it out, or save the tokenizer as a tokenizer.json"
                 )
+
+
+def _beyond(number: str) -> bool:
+    """Whether a token's number, as JSON has it, is one that no vocabulary reaches."""
+    return number.isdecimal() and (len(number) > len(str(MOST_TOKENS)) or int(number) >= MOST_TOKENS)
 
 
 def _check_single(directory: Path, config: Any) -> None:

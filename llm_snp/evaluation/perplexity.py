@@ -21,6 +21,10 @@ from ..dense.stream import Stream
 from ..errors import NumericalError
 from ..system.processes import Processes
 
+# Nats per token: exp(700) is about as far as a float, and JSON, goes; what is worse has no perplexity worth telling
+# apart.
+WORST = 700.0
+
 
 @dataclass(frozen=True)
 class Perplexity:
@@ -36,11 +40,8 @@ class Perplexity:
 
 
 def perplexity_of(mean: float) -> float:
-    """Of a mean negative log-likelihood in nats.
-
-    exp(700) is about as far as a float, and JSON, goes: a model that bad has no perplexity worth telling apart.
-    """
-    return math.exp(min(mean, 700.0))
+    """Of a mean negative log-likelihood in nats."""
+    return math.exp(min(mean, WORST))
 
 
 def labels_nll(logits: Tensor, labels: Tensor) -> Tensor:
@@ -55,6 +56,11 @@ def summed(nll: float, windows: Windows) -> Perplexity:
     count, length = windows.tokens.shape
     tokens = count * (length - 1)
     return Perplexity(perplexity_of(nll / tokens), nll, tokens, count, length, windows.source, windows.sha256)
+
+
+def worst(windows: Windows) -> Perplexity:
+    """The perplexity of a model that predicts nothing: its logits are not finite."""
+    return summed(WORST * windows.tokens[:, 1:].numel(), windows)
 
 
 @torch.no_grad()

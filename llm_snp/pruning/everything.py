@@ -28,6 +28,7 @@ from ..core.allocation import SiteCurve, allocate
 from ..core.moments import Moments
 from ..core.similarity import linear_cka
 from ..dense.stream import Stream
+from ..errors import NumericalError
 from ..families import ATTENTION, SCORES
 from .executor import BlockLoss, prune_blocks
 from .layers import layer_curves
@@ -202,7 +203,10 @@ def _left(plan: Plan) -> list[SiteCurve]:
 
 @torch.no_grad()
 def similarity(some: Stream, others: Stream) -> float:
-    """Linear CKA of what two models of one skeleton have behind their final norm; streams behind the last block."""
+    """Linear CKA of what two models of one skeleton have behind their final norm; streams behind the last block.
+
+    Raises `NumericalError` where that is not finite.
+    """
     skeleton, moments = some.skeleton, None
     with skeleton.outer_weights():
         for (rows, hidden), (_, other) in zip(some.parts(), others.parts(), strict=True):
@@ -214,4 +218,9 @@ def similarity(some: Stream, others: Stream) -> float:
             moments.add(both)
     assert moments is not None
     moments.reduce(some.processes.sum)
+    if not moments.finite:
+        raise NumericalError(
+            "hidden states behind the final norm overflow the type they are computed in; use --dtype float32 or "
+            "bfloat16"
+        )
     return some.processes.from_main(partial(linear_cka, moments.covariance))

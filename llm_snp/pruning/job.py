@@ -109,6 +109,12 @@ def check_structures(options: PruneConfig, config: Any) -> None:
             f"{given}: this transformers tells from a block's number whether it has a window, and blocks would get "
             "other numbers; install a newer one"
         )
+    if getattr(config, "scale_attn_by_inverse_layer_idx", None):
+        raise OptionError(
+            f"{given} is not possible where an attention's scores are divided by its block's number "
+            "(scale_attn_by_inverse_layer_idx), because blocks would get other numbers; leave it out: units of all "
+            "blocks go"
+        )
 
 
 def fit_for_experts(options: PruneConfig, family: Family) -> PruneConfig:

@@ -28,12 +28,13 @@ def sites_of(family: Family, config: Any, options: PruneConfig, index: int) -> t
     return family.prunable(config, options.attention, index, options.experts)
 
 
-def cheapest_kind(choices: list[list[SiteCurve]], share: float) -> list[SiteCurve]:
-    """Of heads, query heads and directions those that lose least where a share of the attention's parameters goes.
+def cheapest_kind(choices: list[list[SiteCurve]], share: float, due: float = 0.0) -> list[SiteCurve]:
+    """Of heads, query heads and directions those that lose least where a share of the attention's parameters goes, or
+    as many as are `due` (`plan.due_of_attentions`) where that is more.
 
     Some of them may be unable; where all are, the one that gives most.
     """
-    amount = share * max(sum(curve.units * curve.cost for curve in curves) for curves in choices)
+    amount = max(due, share * max(sum(curve.units * curve.cost for curve in curves) for curves in choices))
     able = [curves for curves in choices if sum(curve.removable for curve in curves) >= amount]
     if not able:
         return max(choices, key=lambda curves: sum(curve.removable for curve in curves))

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.linalg import strips
+from ..core.linalg import all_finite, strips
 from ..dense.skeleton import HEAD_TOKENS, run_block
 from ..dense.stream import Stream
 from ..dense.taps import Taps
+from ..errors import NumericalError
 from ..families import ATTENTION, Site, first_attentions, linear
 from .session import Session
 
@@ -33,7 +34,8 @@ Losses = dict[tuple[int, str], float]
 def losses_without(session: Session) -> Losses:
     """KL divergence in nats per token of the model's predictions without each site that may go.
 
-    All processes take part. A site is left out as if it were gone: its bias keeps the mean of its output.
+    All processes take part. A site is left out as if it were gone: its bias keeps the mean of its output. Raises
+    `NumericalError` where logits overflow without one.
     """
     skeleton, journal = session.skeleton, session.journal
     known = journal.read(NAME)
@@ -61,6 +63,7 @@ class LeftOut:
         self.session, self.stream = session, session.stream(windows)
         self.branches: list[Stream] = []
         self.keys: list[tuple[int, str]] = []
+        self.left_out: list[str] = []  # of each branch, in words
 
     @torch.no_grad()
     def block(self, index: int, block: nn.Module, able: Sequence[Site | None]) -> None:
@@ -70,6 +73,7 @@ class LeftOut:
         means = _means(self.session, self.stream, index, block, [site for site in able if site is not None])
         for site in able:
             self.branches.append(self.stream.copy())
+            self.left_out.append(f"block {index}" if site is None else f"the {site.name} of block {index}")
             if site is not None:
                 self.keys.append((index, site.name))
                 with _without(block, site, means[site.name]):
@@ -78,9 +82,18 @@ class LeftOut:
 
     @torch.no_grad()
     def divergences(self) -> list[float]:
-        """KL divergence in nats per token of each branch, after the last block."""
+        """KL divergence in nats per token of each branch, after the last block.
+
+        Raises `NumericalError` naming what was left out where logits overflow without it.
+        """
         divergence = _divergence(self.stream, self.branches)
         self.session.processes.sum(divergence)
+        if not all_finite(divergence):
+            first = self.left_out[int(divergence.isfinite().int().argmin())]
+            raise NumericalError(
+                f"without {first} the model's logits overflow the type they are computed in; use --dtype float32 or "
+                "bfloat16"
+            )
         return self.session.processes.from_main((divergence / self.stream.windows.numel()).tolist)
 
     def losses(self) -> Losses:

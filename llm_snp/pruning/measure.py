@@ -15,16 +15,17 @@ from torch import Tensor, nn
 
 from ..config import PruneConfig
 from ..core.allocation import SiteCurve
-from ..core.linalg import tail_sums
+from ..core.linalg import all_finite, tail_sums
 from ..core.moments import Moments
 from ..core.scores import FreeScores, RotaryPairs
 from ..dense.stream import Stream
+from ..errors import NumericalError
 from ..families import ATTENTION, EXPERTS, MLP, SCORES, SHARED, WHOLE, Attention, Site
 from .calibrate import calibrate_block
 from .experts import removal_of
 from .kinds import cheapest_kind
 from .order import damping_of, order_scores, order_units, order_values
-from .plan import direction_curves, unit_curve
+from .plan import direction_curves, due_of_attentions, unit_curve
 from .score_costs import Sample, score_costs
 from .sensitivity import read_sensitivity
 from .session import Session
@@ -47,6 +48,7 @@ def measured_curves(session: Session) -> list[SiteCurve]:
         session.progress.say("curves: measured by the interrupted run")
         return [curve for i in range(blocks) for curve in known[i]]
     upto = missing[-1] + 1
+    due = due_of_attentions(session.family, session.config, skeleton.blocks, session.options)
     with session.progress.phase("measure", upto) as step:
         stream = session.stream()
         mine: list[SiteCurve] = []
@@ -62,7 +64,7 @@ def measured_curves(session: Session) -> list[SiteCurve]:
             mine += [seen.experts] if seen.experts and processes.main else []
             for site in session.sites(i):
                 if site.name == ATTENTION:
-                    mine += _order_attention(session, seen, site)
+                    mine += _order_attention(session, seen, site, due[i])
                 elif site.unit != EXPERTS and processes.index == len(together):
                     waiting.append(_order_later(session, seen, site))
             together.append(i)
@@ -127,8 +129,11 @@ def _attention(session: Session, index: int) -> Attention | None:
     return session.family.attention(session.config, index) if session.options.directions else None
 
 
-def _order_attention(session: Session, seen: _Seen, site: Site) -> list[SiteCurve]:
-    """Curves of what can go of an attention, on the main process: of the cheapest kind, where there are several."""
+def _order_attention(session: Session, seen: _Seen, site: Site, due: float) -> list[SiteCurve]:
+    """Curves of what can go of an attention, on the main process: of the cheapest kind, where there are several.
+
+    due: parameters that it must be able to give. Raises `NumericalError` where scores overflow.
+    """
     options, processes, family = session.options, session.processes, session.family
     attention, g = _attention(session, seen.index), seen.sensitivity.get(site.name)
     dense = session.skeleton.blocks[seen.index]
@@ -137,6 +142,11 @@ def _order_attention(session: Session, seen: _Seen, site: Site) -> list[SiteCurv
     if seen.sample is not None and attention is not None:
         scores = order_scores(attention, seen.moments, options.curve_damping)
         costs = score_costs(seen.block, weight, site, attention, scores, g, seen.sample, processes)
+        if not all_finite(costs):
+            raise NumericalError(
+                f"with fewer directions between query and key the attention of block {seen.index} overflows the type "
+                "it is computed in; use --dtype float32 or bfloat16"
+            )
     if not processes.main:
         return []
     choices = []
@@ -147,7 +157,7 @@ def _order_attention(session: Session, seen: _Seen, site: Site) -> list[SiteCurv
         whole = direction_curves(family, seen.index, dense, site, attention, options)
         values = seen.moments[site.name].covariance
         choices.append(_direction_curves(whole, weight, attention, values, options, g, scores, costs))
-    return cheapest_kind(choices, options.sparsity)
+    return cheapest_kind(choices, options.sparsity, due)
 
 
 def _order_later(session: Session, seen: _Seen, site: Site) -> Callable[[], SiteCurve]:

@@ -10,11 +10,11 @@ from typing import Any
 
 from torch import nn
 
-from ..config import PruneConfig
+from ..config import ORDERS, PruneConfig
 from ..core.allocation import ALLOCATIONS, SiteCurve, allocate, allocate_alike
 from ..core.orders import NEEDS_NONNEGATIVE
 from ..errors import OptionError
-from ..families import ATTENTION, EXPERTS, MLP, SHARED, Attention, Family, Site, dropped
+from ..families import ATTENTION, EXPERTS, MLP, SCORES, SHARED, Attention, Family, Site, dropped
 from .kinds import allocate_mixed, sites_of
 from .layers import allocate_both, allocate_layers, layer_curves, removable
 from .steps import Step, why_steps
@@ -113,8 +113,16 @@ class Plan:
 
 def check_order(family: Family, config: Any, options: PruneConfig) -> None:
     """Raise `OptionError` if the order cannot rank the units of some site, before anything is loaded."""
-    sites = {site for index in _blocks(config) for site in sites_of(family, config, options, index)}
+    sites = {site for index in _blocks(family, config) for site in sites_of(family, config, options, index)}
     for site in sorted(sites, key=lambda site: site.name):
+        if options.order not in ORDERS and site.unit != EXPERTS:
+            where = (
+                "the MLP beside the experts" if site.name == SHARED else f"the {site.name} of blocks without experts"
+            )
+            raise OptionError(
+                f"--order {options.order} ranks whole experts only, and {where} of this model would lose neurons, too; "
+                "give another order, such as greedy"
+            )
         by_direction = site.name == ATTENTION and site.unit == "heads" and options.attention == "dims"
         if options.order in NEEDS_NONNEGATIVE and not (site.nonnegative or by_direction):
             directions = site.name == ATTENTION and family.attention(config) is not None
@@ -125,9 +133,10 @@ def check_order(family: Family, config: Any, options: PruneConfig) -> None:
             )
 
 
-def _blocks(config: Any) -> range:
-    """The blocks that have to be looked at to see all that differ: of a dense model one."""
-    return range(1 if getattr(config, "block_widths", None) is None else config.num_hidden_layers)
+def _blocks(family: Family, config: Any) -> range:
+    """The blocks that have to be looked at to see all that differ: of a dense model one, if it is no mixture."""
+    alike = family.mixture is None and getattr(config, "block_widths", None) is None
+    return range(1 if alike else config.num_hidden_layers)
 
 
 def empty_curves(family: Family, config: Any, blocks: Sequence[nn.Module], options: PruneConfig) -> list[SiteCurve]:
@@ -145,6 +154,31 @@ def block_curves(family: Family, config: Any, index: int, block: nn.Module, opti
             continue
         curves.append(unit_curve(family, config, index, block, site, options))
     return curves
+
+
+def block_choices(
+    family: Family, config: Any, index: int, block: nn.Module, options: PruneConfig
+) -> list[list[SiteCurve]]:
+    """The curves of one block, for each kind of what `both` chooses from, or the one kind of other modes."""
+    modes = ("heads", "dims", "queries") if options.attention == "both" else (options.attention,)
+    chosen = (dataclasses.replace(options, attention=mode) for mode in modes)
+    return [block_curves(family, config, index, block, kind) for kind in chosen]
+
+
+def due_of_attentions(family: Family, config: Any, blocks: Sequence[nn.Module], options: PruneConfig) -> list[float]:
+    """How many parameters the attention of each block must be able to give, or the budget cannot be met.
+
+    All else gives what it can; what is missing is due of the attentions, in proportion to what each can give at most.
+    """
+    most, others = [], 0
+    for index, block in enumerate(blocks):
+        choices = block_choices(family, config, index, block, options)
+        able = [[curve for curve in curves if curve.site in (ATTENTION, SCORES)] for curves in choices]
+        most.append(max(_removable(curves) for curves in able))
+        others += _removable(choices[0]) - _removable(able[0])
+    asked = options.sparsity * sum(family.linear_parameters(block, config) for block in blocks)
+    share = max(0.0, asked - others) / max(1, sum(most))
+    return [share * each for each in most]
 
 
 def unit_curve(
@@ -182,19 +216,19 @@ def check_budget(family: Family, config: Any, blocks: Sequence[nn.Module], optio
     """Raise `OptionError` if no plan can meet the budget, before anything is measured."""
     if options.round_to > 1:  # first whether it is --sparsity alone
         check_budget(family, config, blocks, dataclasses.replace(options, round_to=1))
-    modes = ("heads", "dims") if options.attention == "both" else (options.attention,)
-    most = 0
     if options.structures == "layers":
         layers = layer_curves(family, config, blocks, options, {})
         base = sum(family.linear_parameters(block, config) for block in blocks)
         _check_removable(options, removable(layers, options.whole_blocks), base)
         return
-    for index, block in enumerate(blocks):
-        choices = (
-            block_curves(family, config, index, block, dataclasses.replace(options, attention=mode)) for mode in modes
-        )
-        most += max(sum(curve.removable for curve in curves) for curves in choices)
+    choices = (block_choices(family, config, index, block, options) for index, block in enumerate(blocks))
+    most = sum(max(map(_removable, kinds)) for kinds in choices)
     _check_removable(options, most, sum(family.linear_parameters(block, config) for block in blocks))
+
+
+def _removable(curves: Sequence[SiteCurve]) -> int:
+    """Parameters that can go at most."""
+    return sum(curve.removable for curve in curves)
 
 
 def _check_removable(options: PruneConfig, most: int, base: int) -> None:
@@ -245,7 +279,7 @@ def make_plan(
     elif any(curve.site == EXPERTS for curve in curves):
         curves, counts = allocate_mixed(curves, asked, options.alike)
     else:
-        _check_removable(options, sum(curve.removable for curve in curves), base)
+        _check_removable(options, _removable(curves), base)
         counts = (allocate_alike if options.alike else allocate)(by, curves, asked)
     return planned(family, config, blocks, options, curves, counts, by)
 
@@ -283,15 +317,14 @@ def planned(
 def trial_plan(family: Family, config: Any, blocks: Sequence[nn.Module], options: PruneConfig) -> Plan:
     """A plan of the size asked for, before anything is measured: the same share everywhere.
 
-    `both` counts heads if they can give as much, else directions. Raises `OptionError` if nothing can.
+    `both` counts heads if they can give as much, else directions, else query heads, else in each block what can give
+    most. Raises `OptionError` if nothing can.
     """
     base = sum(family.linear_parameters(block, config) for block in blocks)
-    modes = (
-        ("heads", "dims") if options.attention == "both" and options.structures != "layers" else (options.attention,)
-    )
-    for mode in modes:
-        curves = empty_curves(family, config, blocks, dataclasses.replace(options, attention=mode))
-        if sum(curve.removable for curve in curves) >= options.sparsity * base:
+    choices = [block_choices(family, config, index, block, options) for index, block in enumerate(blocks)]
+    for kinds in (*zip(*choices, strict=True), [max(kinds, key=_removable) for kinds in choices]):
+        curves = [curve for block in kinds for curve in block]
+        if _removable(curves) >= options.sparsity * base:
             break
     return make_plan(family, config, blocks, options, curves, "uniform")
 

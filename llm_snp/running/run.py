@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,9 @@ from ..dense.text import Text
 from ..dense.tokenizer import load_tokenizer
 from ..documents.card import model_card
 from ..documents.report import Report
-from ..errors import OptionError
+from ..errors import NumericalError, OptionError
 from ..evaluation.harness import texts_of
-from ..evaluation.perplexity import Perplexity, perplexity_streamed
+from ..evaluation.perplexity import Perplexity, perplexity_streamed, worst
 from ..families import linear
 from ..pruning.decide import decide
 from ..pruning.executor import prune_blocks
@@ -33,7 +34,7 @@ from ..result.carried import Carried
 from ..result.finishing import finish
 from ..result.repository import check_card
 from ..result.writer import Writer
-from ..system.device import as_at_start, resolve_dtype
+from ..system.device import as_at_start, dtype_name, resolve_dtype
 from ..system.journal import Journal
 from ..system.output import check_space
 from ..system.processes import Processes
@@ -205,10 +206,10 @@ class _Run:
         self._write(writer, plan)
         pruned = open_result(self.directory, job, self.dtype)  # it must load, also where nothing is evaluated
         for source, windows in self.evaluation.items():
-            report.evaluated(source, "pruned", self._evaluate(pruned, windows, "pruned"))
+            report.evaluated(source, "pruned", self._pruned_perplexity(pruned, windows, report))
         if overfit is not None:
             for windows, dense in overfit:
-                report.overfit(dense, self._evaluate(pruned, windows, "pruned"))
+                report.overfit(dense, self._pruned_perplexity(pruned, windows, report))
         for rescue in self.journal.rescued:
             report.note(rescue)
         report.finished(job.output, writer.weight_bytes, progress.seconds)
@@ -234,6 +235,23 @@ class _Run:
             known = dataclasses.asdict(self._evaluate(self.skeleton, windows, "dense"))
             self.journal.write(name, known)
         return Perplexity(**known | {"source": windows.source})  # the same text may have another name by now
+
+    def _pruned_perplexity(self, pruned: Skeleton, windows: Windows, report: Report) -> Perplexity:
+        """Perplexity of the result, which is written by now: logits that overflow cost a number, not the result."""
+        with suppress(NumericalError):
+            return self._evaluate(pruned, windows, "pruned")
+        found, note = worst(windows), "the pruned model's logits are not finite: its perplexity has no number"
+        if self.dtype != torch.float32:
+            with suppress(NumericalError):
+                wider = open_result(self.directory, self.job, torch.float32)
+                found = self._evaluate(wider, windows, "pruned in float32")
+                note = (
+                    f"the pruned model's logits are not finite in {dtype_name(self.dtype)}: perplexity was measured in "
+                    "float32; load it in float32 or bfloat16"
+                )
+        if note not in report.data["notes"]:
+            report.note(note)
+        return found
 
     def _evaluate(self, skeleton: Skeleton, windows: Windows, which: str) -> Perplexity:
         title = f"perplexity, {which}, {Path(windows.source).name}"

@@ -319,6 +319,18 @@ def test_what_is_refused(prune: Prune, shell: Shell, dense: Path, tmp_path: Path
     assert said.startswith("--experts whole is for mixtures of experts, and models of type 'opt' are none")
 
 
+def test_an_order_of_experts_alone_where_other_neurons_would_go(shell: Shell, tmp_path: Path) -> None:
+    """Those of an MLP beside the experts, or of a block without any, which need not be the first."""
+    for name, fields, where in (
+        ("qwen2_moe", {"mlp_only_layers": []}, "the MLP beside the experts"),
+        ("qwen3_moe", {"mlp_only_layers": [1]}, "the mlp of blocks without experts"),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, "the mlp of blocks without experts"),
+    ):
+        directory = save_tiny(name, tmp_path / where.replace(" ", "-"), **fields)
+        said = shell.refused(directory, "--order", "reap", "--experts", "whole", "--attention", "none")
+        assert said.startswith(f"--order reap ranks whole experts only, and {where} of this model would lose neurons")
+
+
 def test_a_loss_that_balances_experts_is_not_asked_for(prune: Prune, tmp_path: Path, ids: torch.Tensor) -> None:
     """It sums over the blocks of one number of experts; with a stock result that is the number there is."""
     directory = save_changed("mixtral", tmp_path / "dense", lambda mlp: None, output_router_logits=True)

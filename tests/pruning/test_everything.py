@@ -14,6 +14,7 @@ from tiny_models import save_tiny
 
 from llm_snp.config import HELD_OUT
 from llm_snp.core.similarity import linear_cka
+from llm_snp.errors import NumericalError
 from llm_snp.families import first_attentions
 from llm_snp.pruning import everything as loop
 from llm_snp.pruning.everything import everything, similarity
@@ -59,6 +60,10 @@ def test_similarity_is_that_of_what_the_head_reads(name: str, tmp_path: Path) ->
             features.append(model.base_model(input_ids=TOKENS[:5]).last_hidden_state.flatten(0, 1))
     expected = linear_cka(torch.cov(torch.cat(features, 1).double().T))
     assert similarity(*streams) == pytest.approx(expected, rel=1e-4)
+    for rows, hidden in streams[1].parts():
+        streams[1].put(rows, hidden * torch.inf)
+    with pytest.raises(NumericalError, match="hidden states behind the final norm overflow"):
+        similarity(*streams)
     assert expected < 0.99
 
 

@@ -12,6 +12,7 @@ from test_sensitivity import session_of
 from tiny_models import save_tiny
 from torch import nn
 
+from llm_snp.errors import NumericalError
 from llm_snp.pruning import left_out
 from llm_snp.pruning.left_out import losses_without
 
@@ -63,3 +64,15 @@ def test_every_layer_once(name: str, whole_blocks: bool, tmp_path: Path, monkeyp
     assert found == pytest.approx(expected, rel=1e-3, abs=1e-6)
     monkeypatch.setattr(left_out, "_divergence", None)  # what is in the journal is not measured again
     assert losses_without(session) == found
+
+
+@pytest.mark.parametrize("options", [{}, {"format": "stock"}])
+def test_what_overflows_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, str]) -> None:
+    """An infinite loss says nothing of which layers to take."""
+    found = torch.tensor([1.0, torch.nan, 2.0, torch.inf, 0.0], dtype=torch.float64)
+    monkeypatch.setattr(left_out, "_divergence", lambda stream, branches: found[: len(branches)])
+    tokens = torch.randint(4, 2048, (2, 16), generator=torch.Generator().manual_seed(3))
+    session = session_of(save_tiny("llama", tmp_path / "dense"), tokens, tmp_path, structures="layers", **options)
+    named = "block 2" if options else "the attention of block 1"
+    with pytest.raises(NumericalError, match=f"^without {named} the model's logits overflow the type they are"):
+        losses_without(session)

@@ -90,6 +90,17 @@ def test_windows_that_go_by_the_number_of_a_block() -> None:
             check_structures(PruneConfig(**given).resolved(), config)
 
 
+def test_scores_that_go_by_the_number_of_a_block() -> None:
+    config = tiny_config("gpt2")
+    for given in ({"structures": "layers"}, {"structures": "both"}, {"method": "everything"}):
+        config.scale_attn_by_inverse_layer_idx = False
+        check_structures(PruneConfig(**given).resolved(), config)
+        config.scale_attn_by_inverse_layer_idx = True
+        with pytest.raises(OptionError, match=r"^--\w+ \w+ is not possible where an attention's scores are divided by"):
+            check_structures(PruneConfig(**given).resolved(), config)
+    check_structures(PruneConfig().resolved(), config)
+
+
 def test_layers_of_experts() -> None:
     config = tiny_config("mixtral")
     for given in ({"structures": "layers"}, {"method": "everything"}):

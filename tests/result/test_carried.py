@@ -344,6 +344,23 @@ def test_a_tokenizer_that_hands_its_settings_on_is_refused(
         load_tokenizer(directory)
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"tokenizer_class": "T5Tokenizer", "extra_ids": 10**12}, "extra_ids is 1000000000000 in "),
+        ({"tokenizer_class": "PegasusTokenizer", "offset": 10**400}, "offset is a number of 1329 bits in "),
+        ({"added_tokens_decoder": {"9" * 5000: {"content": "x"}}}, "has a token of number '999999"),
+        ({"added_tokens_decoder": {"4194304": {"content": "x"}}}, "has a token of number '4194304'; numbers must be"),
+    ],
+)
+def test_a_tokenizer_that_makes_up_more_tokens_than_there_can_be_is_refused(
+    shell: Shell, dense: Path, tmp_path: Path, settings: dict[str, Any], said: str
+) -> None:
+    directory = Path(shutil.copytree(dense, tmp_path / "model"))
+    change(directory / "tokenizer_config.json", **settings)
+    assert said in shell.refused(directory)
+
+
 @pytest.mark.parametrize("where", ["tokenizer_config.json", "config.json"])
 def test_a_tokenizer_made_of_others_is_refused_before_they_are_loaded(
     shell: Shell, dense: Path, tmp_path: Path, where: str

@@ -35,14 +35,16 @@ from llm_snp.core.allocation import ALLOCATIONS
 from llm_snp.core.orders import ORDERS
 from llm_snp.dense import stream
 from llm_snp.dense.checkpoint import Checkpoint
-from llm_snp.dense.data import calibration_windows
+from llm_snp.dense.data import calibration_windows, evaluation_windows
 from llm_snp.dense.hub import load_config
 from llm_snp.dense.mixture import fitted_and_unseen
 from llm_snp.dense.skeleton import Skeleton
 from llm_snp.dense.stream import Stream
 from llm_snp.documents.report import summary
+from llm_snp.errors import NumericalError
 from llm_snp.families import FAMILIES
 from llm_snp.modeling.opt import SnpOPTForCausalLM
+from llm_snp.running import run as run_module
 from llm_snp.system.workspace import JOURNAL
 
 HEAD_DIM = HIDDEN // HEADS
@@ -312,12 +314,12 @@ def test_whole_heads_by_one_kind_of_text_are_pointed_out(
 
     other = tmp_path / "other.txt"
     other.write_text(text.read_text()[::-1])
-    monkeypatch.setattr("llm_snp.pruning.measure.cheapest_kind", lambda choices, share: choices[0])  # the heads
+    monkeypatch.setattr("llm_snp.pruning.measure.cheapest_kind", lambda choices, *_: choices[0])  # the heads
     assert said(attention="both")
     assert not said(attention="both", calibration=(str(text), str(other)))
     assert not said(attention="both", calibration="self")
     assert not said(attention="heads")
-    monkeypatch.setattr("llm_snp.pruning.measure.cheapest_kind", lambda choices, share: choices[-1])
+    monkeypatch.setattr("llm_snp.pruning.measure.cheapest_kind", lambda choices, *_: choices[-1])
     assert not said(attention="both")
 
 
@@ -391,6 +393,42 @@ def test_report_says_how_closely_the_calibration_was_fitted(
         assert bool(measured["loss"]) == bool(sparsity)
     fitted, unseen = (measured["loss"] for measured in report["overfit"])
     assert f"over-fit {unseen - fitted:+.3f} nats a token" in summary(report)
+
+
+def test_logits_that_overflow_cost_no_result(
+    prune: Prune, held_out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two neurons cancel each other in the dense model, and each alone is beyond float16."""
+    model = tiny_opt(dtype=torch.float16)
+    with torch.no_grad():
+        last = model.model.decoder.layers[-1]
+        last.fc1.weight[:2], last.fc1.bias[:2] = 0.0, 2.0
+        last.fc2.weight[:, 0], last.fc2.weight[:, 1] = 50_000.0, -50_000.0
+    options: dict[str, Any] = {"order": "random", "allocation": "uniform", "target": "none", "attention": "none"}
+    options |= {"evaluate": (str(held_out),), "dtype": "float16", "device": "cpu"}
+    dense, noted = save(model, tmp_path / "dense"), []
+    for seed in range(20):
+        report = prune(dense, tmp_path / "out", 0.3, **options, seed=seed, overwrite=True)
+        noted = [note for note in report["notes"] if "not finite" in note]
+        if noted:
+            break
+    said = "the pruned model's logits are not finite in float16: perplexity was measured in float32; load it in float32"
+    assert [note.startswith(said) for note in noted] == [True]
+    windows = evaluation_windows(str(held_out), AutoTokenizer.from_pretrained(dense), LENGTH)
+    measured = report["evaluation"][str(held_out)]["pruned"]["nll"] / windows.tokens[:, 1:].numel()
+    assert measured == pytest.approx(_loss(load(tmp_path / "out"), windows.tokens), rel=1e-4)
+
+    streamed = run_module.perplexity_streamed
+
+    def broken(skeleton: Any, *rest: Any) -> Any:
+        if skeleton.checkpoint.directory != dense:
+            raise NumericalError("the model's logits are not finite")
+        return streamed(skeleton, *rest)
+
+    monkeypatch.setattr(run_module, "perplexity_streamed", broken)
+    report = prune(dense, tmp_path / "out", 0.3, **options, overwrite=True)
+    assert report["evaluation"][str(held_out)]["pruned"]["perplexity"] == pytest.approx(math.exp(700))
+    assert [note for note in report["notes"] if "perplexity has no number" in note]
 
 
 def _loss(model: Any, ids: torch.Tensor) -> float:
