@@ -70,7 +70,9 @@ def heal(options: HealConfig) -> list[str]:
                 )
             )
         workspace = processes.on_main(
-            lambda: Workspace(output, options.overwrite, options.resume, inputs_of(options, pair))
+            lambda: Workspace(
+                output, options.overwrite, options.resume, inputs_of(options, pair), like=pair.student.directory
+            )
         )
         again = command_line(dataclasses.asdict(options) | {"resume": False}, processes.count, nodes()) + " --resume"
         with kept_for_later(workspace, lambda there: left(there, again), SMALLER):

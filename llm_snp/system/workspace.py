@@ -32,11 +32,18 @@ class Workspace:
     """The partial directory of `output`, held by this run until `finish`, `discard` or `keep`.
 
     inputs: what the run reads, see `check_harmless`; resume: go on with what an interrupted run left; without it,
-    and without `overwrite`, what such a run has finished or measured is not thrown away but refused. Raises
-    `OutputError`, also if another run holds the directory.
+    and without `overwrite`, what such a run has finished or measured is not thrown away but refused; like: whose
+    permissions a new output gets. Raises `OutputError`, also if another run holds the directory.
     """
 
-    def __init__(self, output: Path, overwrite: bool, resume: bool, inputs: Mapping[Path, bool] | None = None):
+    def __init__(
+        self,
+        output: Path,
+        overwrite: bool,
+        resume: bool,
+        inputs: Mapping[Path, bool] | None = None,
+        like: Path | None = None,
+    ):
         # A symbolic link stays one: what it points to is replaced.
         self.output = output.resolve()
         self.directory = partial_of(self.output)
@@ -56,7 +63,7 @@ class Workspace:
                 self._acquire()
                 self._take_over(resume)
                 self._try_to_replace()
-                self._share_as_before()
+                self._share_as(self.output if self.output.exists() else like)
             except BaseException:
                 # What was there before stays.
                 if self.directory in self._made:
@@ -122,10 +129,10 @@ class Workspace:
                 "another directory"
             ) from error
 
-    def _share_as_before(self) -> None:
-        """Let those read and write who can in what is replaced: a person may have made that for himself alone."""
-        if self.output.exists():
-            found = self.output.stat()
+    def _share_as(self, other: Path | None) -> None:
+        """Let those read and write who can in what is replaced or read: a person may have made it for himself alone."""
+        if other is not None:
+            found = other.stat()
             with suppress(OSError):  # of a group that one is not in
                 os.chown(self.directory, -1, found.st_gid)
             with suppress(OSError):  # not every file system has modes

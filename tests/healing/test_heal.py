@@ -546,6 +546,13 @@ def test_numbers_that_torch_cannot_take(heal: Healer, pruned: Path, flag: tuple[
     assert heal.refused(pruned, *flag).startswith(f"{flag[0]} is ")
 
 
+def test_what_is_private_stays_private(heal: Healer, pruned: Path, tmp_path: Path) -> None:
+    result = copied(pruned, tmp_path / "result")
+    result.chmod(0o700)
+    assert heal(result, "--no-evaluate", "--teacher", recall(pruned)["model"])[0] == 0
+    assert Path("healed").stat().st_mode & 0o777 == 0o700
+
+
 def test_a_home_of_nobody(heal: Healer, pruned: Path) -> None:
     assert "does not exist" in heal.refused("~nobody-here/x")
     assert "~nobody-here/x" in heal.refused(pruned, "--teacher", "~nobody-here/x")
