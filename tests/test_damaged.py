@@ -355,6 +355,18 @@ def test_a_card_with_what_no_document_can_hold(prune: Prune, dense: Path, tmp_pa
     assert "- good" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_of_a_long_card_what_is_carried_is_read(tmp_path: Path) -> None:
+    """A model may list what it has in a hundred benchmarks, and YAML takes a minute for a number with many colons."""
+    file, long = tmp_path / "README.md", ":1" * 200_000
+    for head, found in (
+        (f"license: mit\nx: 1{long}\ntags:\n- good\n# note\n- fine\nlanguage:\n  - en", True),
+        (f"license: mit\ntags:\n- good\n- fine\nlanguage: en\nlicense_name: 1{long}", False),
+    ):
+        file.write_text(f"---\n{head}\n---\n# Text\n---\nlicense: gpl\n---\n", newline="\r\n")
+        carried = {"license": "mit", "tags": ["good", "fine"], "language": ["en"]}
+        assert card_metadata(tmp_path) == (carried if found else {})
+
+
 @pytest.mark.documents
 def test_what_the_documents_cannot_hold_shows_before_the_work(
     shell: Shell, dense: Path, monkeypatch: pytest.MonkeyPatch

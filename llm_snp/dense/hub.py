@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from contextlib import nullcontext, suppress
 from fnmatch import fnmatch
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import CheckpointError, HubError
 from ..system.files import scratch, write_text
 from ..system.libraries import explained, parse_json, reason
-from ..system.private import HUB_ID, carried_words, within
+from ..system.private import CARRIED, HUB_ID, carried_words, within
 from .claims import checked_config
 from .terms import called_terms
 
@@ -181,6 +182,7 @@ def config_dtype(config: Any) -> torch.dtype:
 
 
 CARD_BYTES = 1_000_000
+FRONT_MATTER = 1 << 16  # characters: YAML's time grows with the square of the length of some values
 
 
 def card_metadata(directory: Path) -> dict[str, Any]:
@@ -196,6 +198,20 @@ def card_metadata(directory: Path) -> dict[str, Any]:
     found: Any = None
     # A card is for people: one that cannot be read takes nothing from the model.
     with suppress(CheckpointError), explained(CheckpointError):
-        small = path.is_file() and path.stat().st_size <= CARD_BYTES
-        found = metadata_load(path) if small and within(path, directory) else None
+        if path.is_file() and path.stat().st_size <= CARD_BYTES and within(path, directory):
+            with scratch() as folder:  # it is read from files only
+                write_text(folder / path.name, _front_matter(path.read_text(encoding="utf-8-sig")))
+                found = metadata_load(folder / path.name)
     return carried_words(found) if isinstance(found, dict) else {}
+
+
+def _front_matter(card: str) -> str:
+    """A card without its text. Of a long one, which may list what the model has in a hundred benchmarks, the sections
+    that are carried, and nothing if they are too long as well.
+    """
+    head = re.match(r"\s*---\n(.*?)\n---[ \t]*(?:\n|$)", card, re.DOTALL)
+    matter = "" if head is None else head[1]
+    if len(matter) > FRONT_MATTER:
+        sections = re.split(r"^(?=[^\s#-])", matter, flags=re.MULTILINE)
+        matter = "".join(section for section in sections if section.partition(":")[0] in CARRIED)
+    return f"---\n{matter}\n---\n" if len(matter) <= FRONT_MATTER else ""
