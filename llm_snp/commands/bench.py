@@ -12,6 +12,7 @@ from ..dense.hub import config_dtype, find, load_config, locate
 from ..errors import OptionError, SnpError, at_least, choose
 from ..result.origin import COPIED, find_dense, is_dense_of
 from ..system.manifest import check_weights, has_report, is_result
+from ..system.private import in_cache
 
 HELP = "time a pruned model beside the dense one, and count their memory"
 
@@ -67,7 +68,7 @@ def main(args: argparse.Namespace) -> None:
         check_weights(directory, report)
     dense, its_own = _against(args.against, directory, report)
     # A repository's files in the cache of the Hub are not ours to change.
-    own = report if its_own and os.path.isdir(os.path.expanduser(args.directory)) else None
+    own = report if its_own and not in_cache(directory) else None
     if own is not None and not os.access(directory, os.W_OK):
         print(f"kept     the report of {directory}, which is not writable, as it is")
         own = None

@@ -14,6 +14,7 @@ from ..errors import CheckpointError, OptionError, OutputError, ReplacedError
 from ..system.files import alone, digest, digest_of_bytes, disk, inside, write_bytes, write_together
 from ..system.libraries import explained
 from ..system.manifest import FILES, REPLACING, REPORT, announced, changed, expect_result, is_result, manifest, sealed
+from ..system.private import in_cache
 from .card import model_card
 from .page import html_page, is_page
 from .plots import FOLDER, PLOTS, plot_images, plot_path
@@ -132,7 +133,14 @@ def _in_the_way(path: Path) -> OutputError:
 
 
 def check_there(directory: Path, report: dict[str, Any]) -> None:
-    """Raise `ReplacedError` unless `directory` has the result that `report` is of: measuring it may take hours."""
+    """Raise `ReplacedError` unless `directory` has the result that `report` is of: measuring it may take hours; and
+    `OutputError` for one whose files are not to be changed.
+    """
+    if in_cache(directory):
+        raise OutputError(
+            f"{directory} is in the cache of the Hub, where nothing is changed; download it with --local-dir, or give "
+            "`report` an --output FILE.html"
+        )
     documents = {CARD, PAGE, *map(plot_path, PLOTS)}
     there, expected = (
         {name: found for name, found in files.items() if name not in documents}

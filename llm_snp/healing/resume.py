@@ -156,8 +156,9 @@ def memory_of(options: HealConfig, pair: Pair, read: Mapping[str, str]) -> dict[
     read: hashes of both models and the texts.
     """
     places = {"DIR": pair.student.directory, "--teacher": pair.teacher.directory}
-    asked = {name: str(directory.resolve()) for name, directory in places.items()}
-    return pair.memory | {"healing": {"llm_snp": __version__, **asked, **options.settings(), **read}}
+    asked: dict[str, Any] = {name: str(directory.resolve()) for name, directory in places.items()}
+    asked |= options.settings() | {"--evaluate": None if options.evaluate is None else list(options.evaluate)}
+    return pair.memory | {"healing": {"llm_snp": __version__, **asked, **read}}
 
 
 def finished_before(options: HealConfig, pair: Pair) -> bool:

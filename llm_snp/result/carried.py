@@ -278,8 +278,10 @@ def _written(fields: Mapping[str, Any]) -> bytes:
 
 
 def content_of(path: Path) -> bytes:
-    """A file as it is. Raises `CheckpointError` if it cannot be read."""
+    """A file as it is. Raises `CheckpointError` if it cannot be read, or never ends."""
     try:
+        if path.exists() and not path.is_file():
+            raise CheckpointError(f"{path} is no regular file; put the file itself there")
         return path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error

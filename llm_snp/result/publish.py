@@ -131,9 +131,9 @@ def _files(directory: Path, report: dict[str, Any]) -> dict[str, Path | bytes]:
     files = {name: found for name, found in manifest(directory, report).items() if name != CARD}
     index = directory / SAFE_WEIGHTS_INDEX_NAME
     try:
-        shards = set(json.loads(index.read_bytes())["weight_map"].values()) if index.exists() else set()
-        config = json.loads((directory / "config.json").read_bytes()) if (directory / "config.json").exists() else {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        shards = set(json.loads(content_of(index))["weight_map"].values()) if index.exists() else set()
+        config = json.loads(content_of(directory / "config.json")) if (directory / "config.json").exists() else {}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{directory} is damaged: its config or index cannot be read; prune again") from error
     needed = {"config.json", index.name, *map(str, shards)} | ({MODELING} if config.get("auto_map") else set())
     if unknown := sorted(needed - set(files)):

@@ -8,6 +8,7 @@ nor protobuf need be installed; every other byte stays.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 
 # Field of ModelProto -> fields of the message in it that are paths.
 PLACES = {
@@ -15,13 +16,19 @@ PLACES = {
     3: (6,),  # normalizer_spec: normalization_rule_tsv
     5: (6,),  # denormalizer_spec
 }
-VARINT, FIXED64, LENGTH, FIXED32 = 0, 1, 2, 5  # wire types
+VARINT, FIXED64, LENGTH, BEGIN, END, FIXED32 = range(6)  # wire types; between two of them is a group
+BEGINNINGS = tuple(bytes([number << 3 | LENGTH]) for number in (1, *PLACES))  # with a piece, or settings
 
 
 def without_places(content: bytes) -> bytes:
-    """`content` without the paths of the training; as it is where it is no protocol buffer or has none of them."""
+    """`content` without the paths of the training; as it is where it does not begin as such a file.
+
+    Where it is none from some field on, it ends there: nothing could read it as a whole, or what follows.
+    """
+    if content[:1] not in BEGINNINGS:
+        return content
     kept = []
-    try:
+    with suppress(IndexError, ValueError):
         for number, start, value, end in _fields(content):
             if number in PLACES and content[start] & 7 == LENGTH:
                 inner = content[value:end]
@@ -30,8 +37,6 @@ def without_places(content: bytes) -> bytes:
                 kept.append(_varint(number << 3 | LENGTH) + _varint(len(rest)) + rest)
             else:
                 kept.append(content[start:end])
-    except (IndexError, ValueError):
-        return content
     return b"".join(kept)
 
 
@@ -42,19 +47,31 @@ def _fields(message: bytes) -> Iterator[tuple[int, int, int, int]]:
         start = position
         key, position = _read_varint(message, position)
         number, kind = key >> 3, key & 7
-        value = position
-        if kind == VARINT:
-            _, position = _read_varint(message, position)
-        elif kind == LENGTH:
-            size, value = _read_varint(message, position)
-            position = value + size
-        elif kind in (FIXED64, FIXED32):
-            position += 8 if kind == FIXED64 else 4
-        else:
-            raise ValueError(f"wire type {kind}")
+        value, position = _value(message, position, kind)
+        groups = [number] if kind == BEGIN else []
+        while groups:  # one of unknown fields, which parsers pass over, with others in it
+            inner, position = _read_varint(message, position)
+            if inner & 7 == BEGIN:
+                groups.append(inner >> 3)
+            elif inner & 7 != END:
+                _, position = _value(message, position, inner & 7)
+            elif groups.pop() != inner >> 3:
+                raise ValueError(f"group {inner >> 3} ends")
         if not number or position > len(message):
             raise ValueError(f"field {number} at {start}")
         yield number, start, value, position
+
+
+def _value(message: bytes, position: int, kind: int) -> tuple[int, int]:
+    """Where the value of a field and what follows begin. A group has neither."""
+    if kind == VARINT:
+        return position, _read_varint(message, position)[1]
+    if kind == LENGTH:
+        size, value = _read_varint(message, position)
+        return value, value + size
+    if kind not in (FIXED64, FIXED32, BEGIN):
+        raise ValueError(f"wire type {kind}")
+    return position, position + {FIXED64: 8, FIXED32: 4, BEGIN: 0}[kind]
 
 
 def _read_varint(message: bytes, position: int) -> tuple[int, int]:

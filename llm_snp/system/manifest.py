@@ -16,6 +16,7 @@ from typing import Any
 from ..errors import CheckpointError
 from .files import MEANWHILE, digest, digest_of_json, disk, temporary, whole, write_json, write_together
 from .plain import encodable
+from .private import in_cache, within
 from .progress import one_line
 
 REPORT = "report.json"
@@ -183,9 +184,13 @@ def strays(directory: Path) -> list[str]:
 
 
 def _is_own(path: Path, directory: Path, expected: str) -> bool:
-    """Whether a file is no link or device, nor in a linked folder, and has the hash that was kept."""
+    """Whether a file is no link or device, nor in a linked folder, and has the hash that was kept.
+
+    In a snapshot of the Hub's cache files are links to its blobs.
+    """
     try:
-        if not path.is_file() or path.resolve() != directory.resolve() / path.relative_to(directory):
+        itself = path.resolve() == directory.resolve() / path.relative_to(directory)
+        if not path.is_file() or not (itself or (in_cache(directory) and within(path, directory))):
             return False
         return digest(path) == expected
     except OSError:

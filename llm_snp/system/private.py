@@ -103,6 +103,12 @@ def public_words(text: str, kept: Collection[str] = ()) -> str:
     return public(text) if PLACE.fullmatch(text) else re.sub(r"\S+", lambda word: public(word[0]), text)
 
 
+def in_cache(directory: Path) -> bool:
+    """Whether a directory is a snapshot in the Hub's cache, whose files lead to blobs that others share."""
+    place = directory.resolve().parent
+    return place.name == "snapshots" and (place.parent / "blobs").is_dir()
+
+
 def within(path: Path, directory: Path) -> bool:
     """Whether a file is in a directory when links are followed; those of the Hub's cache lead to its blobs."""
     target = path.resolve()

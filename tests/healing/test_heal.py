@@ -375,6 +375,8 @@ def test_an_interruption_changes_nothing(
     assert not Path("healed.partial").exists()
     assert heal(pruned, *flags, "--no-evaluate", "--resume")[1] == "healed is finished already\n"
     assert "and --seed is 1 now and was 0 there" in heal.refused(pruned, *flags, "--resume", "--seed", "1")
+    # What would be measured otherwise is not there.
+    assert "and --evaluate is None now and was [] there" in heal.refused(pruned, *flags, "--resume")
 
 
 def test_no_state_goes_before_the_next_one_is_noted(

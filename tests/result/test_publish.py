@@ -18,7 +18,7 @@ import pytest
 import torch
 from conftest import Prune, load, logits, new_connections
 from hub_server import FINE, ORGANISATION, READ, USER, WRITE, Commit, HubServer, Repository
-from huggingface_hub import constants
+from huggingface_hub import constants, snapshot_download
 
 from llm_snp.cli import main
 from llm_snp.commands import push as command
@@ -621,3 +621,31 @@ def test_anyone_can_load_it_from_the_hub(hub: HubServer, pruned: Path, ids: torc
     )
     assert done.returncode == 0, done.stderr
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), logits(load(pruned), ids), rtol=0, atol=0)
+
+
+def test_a_copy_in_the_cache_of_the_hub_is_read_and_not_written(
+    hub: HubServer,
+    pruned: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Its files are links to blobs, which other snapshots share."""
+    push(pruned, REPO)
+    snapshot = Path(snapshot_download(REPO, cache_dir=tmp_path / "cache"))
+    assert any(path.is_symlink() for path in snapshot.iterdir())
+    before = {path: (path.is_symlink(), path.read_bytes()) for path in snapshot.rglob("*") if path.is_file()}
+    assert set(strays(snapshot)) <= {INITIAL}
+    assert changed(snapshot, manifest(snapshot)) == ([], [])
+    assert main(["report", str(snapshot), "--output", str(tmp_path / "x.html")]) == 0
+    capsys.readouterr()
+    assert main(["report", str(snapshot)]) == 2
+    assert "is in the cache of the Hub, where nothing is changed; download it with" in capsys.readouterr().err
+    assert main(["bench", str(snapshot), "--runs", "1", "--new", "2", "--prompt", "4", "--device", "cpu"]) == 0
+    assert {path: (path.is_symlink(), path.read_bytes()) for path in snapshot.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+def test_a_pipe_is_not_read(result: Path, name: str) -> None:
+    (result / name).unlink()
+    os.mkfifo(result / name)
+    assert "is no regular file" in refusal(CheckpointError, REPO, directory=result)

@@ -40,9 +40,25 @@ def test_paths_of_the_training_are_taken_out_and_nothing_else() -> None:
     assert without_places(found) == found
 
 
-@pytest.mark.parametrize("content", [b"", b"IQ== 0\nIg== 1\n", b"\xff" * 40, b"\x12\x80", text(2, b"\x0a\x7f/home")])
+@pytest.mark.parametrize("content", [b"", b"IQ== 0\nIg== 1\n", b"\xff" * 40])
 def test_what_is_no_such_file_stays(content: bytes) -> None:
     assert without_places(content) == content
+
+
+# Of wire types that nobody uses any more: with a field of each kind in it, and one in one.
+GROUP = b"\xa3\x06" + whole(1, 300) + text(2, b"/x") + b"\x1d1234" + b"\x2b" + whole(1, 1) + b"\x2c" + b"\xa4\x06"
+
+
+def test_what_follows_a_group_is_read() -> None:
+    trainer = text(1, b"/home/ann/corpus.txt")
+    assert without_places(PIECE + GROUP + text(2, trainer + KEPT)) == PIECE + GROUP + text(2, KEPT)
+
+
+@pytest.mark.parametrize("broken", [b"\x00", b"\xa3\x06", b"\xa3\x06\xac\x06", b"\x12\x80", text(2, b"\x0a\x7f/home")])
+def test_a_file_ends_where_it_is_none_any_more(broken: bytes) -> None:
+    """No parser takes it, and what follows may have any place in it."""
+    places = text(2, text(1, b"/home/ann/corpus.txt"))
+    assert without_places(PIECE + places + broken + places) == PIECE + text(2, b"")
 
 
 def test_any_bytes_are_read() -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, RopeScalingType
 from torch import Tensor
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from ...config import GGUF_TYPES
 from ...dense.checkpoint import Checkpoint
@@ -105,10 +106,11 @@ def _family(directory: Path, config: Any, reported: bool) -> Family:
 
 
 def _check_files(directory: Path, report: dict[str, Any]) -> None:
-    """Raise `CheckpointError` if weights or config are not as they were written."""
+    """Raise `CheckpointError` if weights, their index or the config are not as they were written."""
     check_weights(directory, report)
     files = manifest(directory, report)
-    read = [name for name in files if name.endswith(".safetensors") or name == "config.json"]
+    settings = ("config.json", SAFE_WEIGHTS_INDEX_NAME)
+    read = [name for name in files if name.endswith(".safetensors") or name in settings]
     missing, other = changed(directory, {name: files[name] for name in read})
     if wrong := faults(missing, other):
         raise CheckpointError(
