@@ -19,6 +19,7 @@ from ..errors import CorpusError, HubError
 from ..system.files import digest
 from ..system.libraries import explained, parse_json
 from ..system.plain import encodable
+from ..system.private import within
 from .claims import is_beside
 
 # A line is read in pieces of so many characters at most, and of JSON it may have so many in all.
@@ -240,12 +241,17 @@ def _dataset_directory(path: Path) -> Iterator[str]:
 def _check_data_files(path: Path) -> None:
     """Raise `CorpusError` if a saved dataset names files that are not beside its state, which datasets would read.
 
-    They would be of the choice of whoever made it. A file may be a symbolic link, as weights may; a pipe, or a link to
-    a device, does not end. Nor is a dataset of several splits, which lie where it says, more than their names.
+    They would be of the choice of whoever made it, and so would be what a link in it leads to. A pipe, or a link to a
+    device, does not end. Nor is a dataset of several splits, which lie where it says, more than their names.
     """
     for place in (path, *path.rglob("*")):
         if not (place.is_file() or place.is_dir()):
             raise CorpusError(f"{place} is no file that ends, but a pipe, a device or a broken link; remove it")
+        if not within(place, path):
+            raise CorpusError(
+                f"{place} is a link to {place.resolve()}, outside of the dataset; copy it there, or give the directory "
+                "that has it"
+            )
     if (path / "dataset_dict.json").is_file():
         names = sorted(place.name for place in path.iterdir() if place.is_dir())
         raise CorpusError(f"{path} has the splits {', '.join(names)}; name the directory of one of them")

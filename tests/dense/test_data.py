@@ -108,6 +108,15 @@ def test_a_dataset_reads_no_file_but_its_own(tmp_path: Path, where: str, key: st
         next(documents(str(tmp_path / "strange"), "calibration"))
 
 
+def test_a_dataset_with_a_link_out_of_it_is_not_read(tmp_path: Path) -> None:
+    datasets.Dataset.from_dict({"text": DOCUMENTS}).save_to_disk(str(tmp_path / "strange"))
+    [file] = (tmp_path / "strange").glob("*.arrow")
+    file.rename(tmp_path / "private.arrow")
+    file.symlink_to(tmp_path / "private.arrow")
+    with pytest.raises(CorpusError, match=rf"is a link to {tmp_path}/private\.arrow, outside of the dataset; copy it"):
+        next(documents(str(tmp_path / "strange"), "calibration"))
+
+
 def test_an_empty_dataset_has_no_text(tmp_path: Path) -> None:
     datasets.Dataset.from_dict({"text": []}).save_to_disk(str(tmp_path / "empty"))
     with pytest.raises(CorpusError, match="empty has no text"):
