@@ -158,6 +158,10 @@ class Checkpoint:
         """One tensor, as `tensors` gives it."""
         return next(self.tensors([name]))[1]
 
+    def tables(self) -> dict[str, Tensor]:
+        """The tables of numbers that a pruned model has beside its weights."""
+        return dict(self.tensors(name for name in self._where if self._facts[name][1] == TABLE_TYPE))
+
     def block(self, prefix: str) -> dict[str, Tensor]:
         """All tensors under `prefix` + '.', by their name relative to it."""
         start = prefix + "."
