@@ -60,6 +60,8 @@ def checked_config(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
             f"{path} has a per_layer_config, so that the model's blocks differ already; llm_snp prunes models whose "
             "blocks are alike: give the model that it was made of"
         )
+    if fields.get("per_layer_config"):
+        fields["allow_global_per_layer_attribute_access"] = True  # ours describes the dense model beside it
     kind = fields.get("model_type")
     if fields.get("block_widths") is not None and not (isinstance(kind, str) and kind.startswith(PRUNED)):
         raise UnsupportedModelError(

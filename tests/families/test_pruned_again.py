@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -126,3 +127,18 @@ def test_tables_with_numbers_they_cannot_have(
         assert said.startswith(f"{family.blocks}.2.self_attn.{ending} in the weights has other numbers than those of 4")
     with pytest.raises(CheckpointError, match="in the weights has other numbers"):
         whole_model(directory, load_config(directory), None, CheckpointError)
+
+
+@pytest.mark.parametrize("value", [False, None])
+def test_the_dense_model_s_fields_beside_those_of_each_block(
+    prune: Prune, dense: Path, tmp_path: Path, value: Any
+) -> None:
+    """Some transformers refuse to tell them unless that is allowed, and a stranger's config need not allow it."""
+    prune(dense, tmp_path / "parent", 0.3, attention="dims")
+    file = tmp_path / "parent" / "config.json"
+    fields = json.loads(file.read_text())
+    assert fields["per_layer_config"]
+    file.write_text(json.dumps(fields | {"allow_global_per_layer_attribute_access": value}))
+    prune(tmp_path / "parent", tmp_path / "out", 0.2)
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["allow_global_per_layer_attribute_access"] is True
