@@ -150,15 +150,35 @@ def test_weights_are_beside_their_index(shell: Shell, copy: Path, name: Any) -> 
     assert "beside" in message
 
 
-def test_weights_may_be_links(prune: Prune, dense: Path, tmp_path: Path) -> None:
-    """As all files in the cache of the Hub are."""
-    (tmp_path / "model").mkdir()
-    for file in dense.iterdir():
-        if file.suffix == ".safetensors":
-            (tmp_path / "model" / file.name).symlink_to(file)
-        else:
-            shutil.copy(file, tmp_path / "model")
-    prune(tmp_path / "model", tmp_path / "out")
+def linked(model: Path, to: Path, content: Path) -> Path:
+    """A directory that has of `model` copies, but of its weights a link, to a copy of `content`."""
+    shutil.copytree(model, to, ignore=shutil.ignore_patterns("*.safetensors"), dirs_exist_ok=True)
+    content.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(model / "model.safetensors", content)
+    (to / "model.safetensors").symlink_to(content)
+    return to
+
+
+def test_weights_may_be_links_as_in_the_cache_of_the_hub(prune: Prune, dense: Path, tmp_path: Path) -> None:
+    blob = tmp_path / "cache" / "blobs" / "0123abcd"
+    prune(linked(dense, tmp_path / "cache" / "snapshots" / "main", blob), tmp_path / "cached")
+    within = tmp_path / "model" / "weights" / "model.safetensors"
+    prune(linked(dense, tmp_path / "model", within), tmp_path / "out", calibration="self")
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_weights_that_are_links_out_of_their_directory(shell: Shell, dense: Path, sharded: bool) -> None:
+    """Whoever unpacks a stranger's archive makes them, and has what they lead to pruned under the stranger's terms."""
+    private = shell.directory / "private" / "model.safetensors"
+    model = linked(dense, shell.directory / "model", private)
+    file = model / "model.safetensors"
+    if sharded:
+        index = {"weight_map": dict.fromkeys(load_file(private), "shard.safetensors")}
+        (model / "model.safetensors.index.json").write_text(json.dumps(index))
+        file = file.rename(model / "shard.safetensors")
+    said = f"{file} is a link to {private}, outside of {model}; copy it there, or give the directory that has it"
+    assert shell.refused(model) == said
+    assert shell.refused(model, "--calibration", "self") == said
 
 
 def test_an_index_that_is_nested_too_deeply(shell: Shell, copy: Path) -> None:

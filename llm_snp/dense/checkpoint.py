@@ -24,7 +24,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 from ..core.linalg import all_finite
 from ..errors import CheckpointError
 from ..system.libraries import ONE_AT_A_TIME, explained, parse_json
-from .claims import check_archive, check_pickled, check_weight_name
+from .claims import check_archive, check_pickled, check_weight_name, check_within
 
 LISTED = 5  # at most so many keys are named in an error
 WEIGHT_TYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
@@ -158,6 +158,10 @@ class Checkpoint:
         """One tensor, as `tensors` gives it."""
         return next(self.tensors([name]))[1]
 
+    def tables(self) -> dict[str, Tensor]:
+        """The tables of numbers that a pruned model has beside its weights."""
+        return dict(self.tensors(name for name in self._where if self._facts[name][1] == TABLE_TYPE))
+
     def block(self, prefix: str) -> dict[str, Tensor]:
         """All tensors under `prefix` + '.', by their name relative to it."""
         start = prefix + "."
@@ -222,13 +226,16 @@ def respelled(name: str, pairs: Iterable[tuple[str, str]]) -> str:
 def weight_files(directory: Path) -> dict[str, list[str] | None]:
     """Weight files and the keys the index expects in each (None: no index, whatever the file holds).
 
-    Of several the same one is taken that transformers would load. Raises `CheckpointError` if there are none.
+    Of several the same one is taken that transformers would load. Raises `CheckpointError` if there are none, and for a
+    link out of the directory.
     """
     for index_name, single in ((SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME), (WEIGHTS_INDEX_NAME, WEIGHTS_NAME)):
         if os.path.isfile(directory / single):
+            check_within(directory / single, directory)
             return {single: None}
         index = directory / index_name
         if os.path.isfile(index):
+            check_within(index, directory)
             files: dict[str, list[str] | None] = {**_read_index(index)}
             absent = [file for file in files if not os.path.isfile(directory / file)]
             if absent:
@@ -236,6 +243,8 @@ def weight_files(directory: Path) -> dict[str, list[str] | None]:
                 raise CheckpointError(
                     f"{index} lists {len(files)} weight files, but {_some(absent)} {are} missing; download again"
                 )
+            for file in files:
+                check_within(directory / file, directory)
             return files
     raise CheckpointError(
         f"{directory} has no weights: expected {SAFE_WEIGHTS_NAME} or {WEIGHTS_NAME}, or the index of one"

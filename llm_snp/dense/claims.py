@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, UnsupportedModelError
 from ..system.files import size
+from ..system.private import within
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -59,6 +60,8 @@ def checked_config(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
             f"{path} has a per_layer_config, so that the model's blocks differ already; llm_snp prunes models whose "
             "blocks are alike: give the model that it was made of"
         )
+    if fields.get("per_layer_config"):
+        fields["allow_global_per_layer_attribute_access"] = True  # ours describes the dense model beside it
     kind = fields.get("model_type")
     if fields.get("block_widths") is not None and not (isinstance(kind, str) and kind.startswith(PRUNED)):
         raise UnsupportedModelError(
@@ -128,11 +131,7 @@ def is_beside(name: str) -> bool:
 
 
 def check_weight_name(file: Any, index: Path) -> str:
-    """The name of a weight file in an index: a plain one, of a file beside it. Raises `CheckpointError` for a path.
-
-    The file itself may be a symbolic link, as all files in the cache of the Hub are: who can make one on this machine
-    can read what it points to.
-    """
+    """The name of a weight file in an index: a plain one, of a file beside it. Raises `CheckpointError` for a path."""
     if not isinstance(file, str) or "\0" in file or file in ("", ".", ".."):
         raise CheckpointError(f"{index} names {shown(file)} as a weight file; expected the name of one beside it")
     if not is_beside(file):
@@ -140,6 +139,19 @@ def check_weight_name(file: Any, index: Path) -> str:
             f"{index} names {shown(file)} as a weight file, which is a path; only files beside the index are read"
         )
     return file
+
+
+def check_within(path: Path, directory: Path) -> None:
+    """Raise `CheckpointError` for a weight file that is a link out of its directory, other than to the Hub's cache.
+
+    Who unpacks a stranger's archive makes the links in it, and what they lead to would go into a result under the
+    stranger's name and terms.
+    """
+    if not within(path, directory):
+        raise CheckpointError(
+            f"{path} is a link to {path.resolve()}, outside of {directory}; copy it there, or give the directory that "
+            "has it"
+        )
 
 
 def check_archive(path: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import lzma
+import math
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -18,10 +19,14 @@ from ..errors import CorpusError, HubError
 from ..system.files import digest
 from ..system.libraries import explained, parse_json
 from ..system.plain import encodable
+from ..system.private import within
 from .claims import is_beside
 
 # A line is read in pieces of so many characters at most, and of JSON it may have so many in all.
 PIECE, LONGEST_LINE = 1 << 20, 1 << 28
+# Of a text to learn from a paragraph ends after so many characters, or a file without blank lines would be one and be
+# read as a whole; more than calibration reads (`data.CALIBRATION_CHARACTERS`).
+LONGEST_PARAGRAPH = 1 << 25
 # Text shrinks to a third or a quarter. What unpacks to more characters than this, and than so many times its bytes, is
 # made to fill memories.
 UNPACKED, UNPACKED_TIMES = 1 << 24, 100
@@ -31,7 +36,9 @@ COMPRESSED: dict[str, Callable[..., IO[str]]] = {".gz": gzip.open, ".xz": lzma.o
 
 
 def documents(source: str, purpose: str) -> Iterator[str]:
-    """The texts of a corpus, to be joined by blank lines. `purpose` (calibration, evaluation) selects the split."""
+    """The texts of a corpus, to be joined by blank lines. `purpose` (calibration, evaluation) selects the split; what
+    is read for calibration has its parts in bounded sizes.
+    """
     if source in HUB_CORPORA:
         return HUB_CORPORA[source](purpose)
     path = Path(os.path.expanduser(source))
@@ -52,6 +59,8 @@ def documents(source: str, purpose: str) -> Iterator[str]:
         raise CorpusError(f"{source} is no file that ends, but a pipe or a device; write the text into a file")
     if path.stat().st_size == 0:
         raise CorpusError(f"{source} is empty")
+    if READERS[ending] is _plain and purpose == "calibration":
+        return _plain(path, LONGEST_PARAGRAPH)
     return READERS[ending](path)
 
 
@@ -123,16 +132,19 @@ def _lines(path: Path) -> Iterator[str]:
         yield "".join(line)
 
 
-def _plain(path: Path) -> Iterator[str]:
-    """One text, in parts that joined by blank lines give the file again."""
+def _plain(path: Path, longest: float = math.inf) -> Iterator[str]:
+    """One text, in parts that joined by blank lines give the file again, if no paragraph is longer than `longest`."""
     # A file's own line breaks must survive, so paragraphs (which a blank line separates) are the parts.
     paragraph: list[str] = []
+    size = 0
     for piece in _pieces(path):
-        if piece == "\n" and paragraph and paragraph[-1].endswith("\n"):
-            yield "".join(paragraph)[:-1]
-            paragraph = []
-        else:
+        blank = piece == "\n" and bool(paragraph) and paragraph[-1].endswith("\n")
+        if not blank:
             paragraph.append(piece)
+            size += len(piece)
+        if blank or size >= longest:
+            yield "".join(paragraph).removesuffix("\n")
+            paragraph, size = [], 0
     yield "".join(paragraph)
 
 
@@ -229,12 +241,17 @@ def _dataset_directory(path: Path) -> Iterator[str]:
 def _check_data_files(path: Path) -> None:
     """Raise `CorpusError` if a saved dataset names files that are not beside its state, which datasets would read.
 
-    They would be of the choice of whoever made it. A file may be a symbolic link, as weights may; a pipe, or a link to
-    a device, does not end. Nor is a dataset of several splits, which lie where it says, more than their names.
+    They would be of the choice of whoever made it, and so would be what a link in it leads to. A pipe, or a link to a
+    device, does not end. Nor is a dataset of several splits, which lie where it says, more than their names.
     """
     for place in (path, *path.rglob("*")):
         if not (place.is_file() or place.is_dir()):
             raise CorpusError(f"{place} is no file that ends, but a pipe, a device or a broken link; remove it")
+        if not within(place, path):
+            raise CorpusError(
+                f"{place} is a link to {place.resolve()}, outside of the dataset; copy it there, or give the directory "
+                "that has it"
+            )
     if (path / "dataset_dict.json").is_file():
         names = sorted(place.name for place in path.iterdir() if place.is_dir())
         raise CorpusError(f"{path} has the splits {', '.join(names)}; name the directory of one of them")

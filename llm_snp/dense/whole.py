@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME
 
 from ..errors import SnpError
-from ..families import known_family
+from ..families import check_tables, known_family
 from ..system.files import scratch
 from ..system.libraries import ONE_AT_A_TIME, explained
 from .checkpoint import Checkpoint, weight_files
@@ -31,7 +31,7 @@ def whole_model(directory: Path, config: Any, dtype: torch.dtype | None, sentenc
     transformers looks for more in a model's directory: adapters, which it would add to the model (and import what they
     name), weights under other names, code. So it sees a directory with links to the weights only. Classes that llm_snp
     registers are known. dtype: to load in; None for the type of the file. Raises `CheckpointError` if there are no
-    weights, and `sentence` of the reason if they do not load.
+    weights, or tables with numbers they cannot have, and `sentence` of the reason if they do not load.
     """
     config = computing(config)
     for name in ELSEWHERE:
@@ -47,6 +47,8 @@ def whole_model(directory: Path, config: Any, dtype: torch.dtype | None, sentenc
             folder, config=config, trust_remote_code=False, output_loading_info=True, **options
         )
         _fill(model, loaded["missing_keys"], directory, sentence)
+    if (family := known_family(config)) is not None:
+        check_tables(family, config, dict(model.named_buffers()))
     return model
 
 

@@ -18,7 +18,7 @@ from ..modeling.rotary import turn
 from .attention import ATTENTION, FREE, PAIRS, SCORES, WHOLE, Attention, Heads, heads_of
 from .base import OF_PRUNED, Family
 from .gguf import GGUF, Gguf, Positions, positions_of
-from .left import check_widths, dropped, fewer_blocks, first_attentions
+from .left import check_tables, check_widths, dropped, fewer_blocks, first_attentions
 from .llama_like import LLAMA_LIKE
 from .mixture import expert_of
 from .sites import EXPERTS, MLP, SHARED, Rows, Site, linear, parameters_of
@@ -42,6 +42,7 @@ __all__ = [
     "Positions",
     "Rows",
     "Site",
+    "check_tables",
     "dropped",
     "expert_of",
     "family_of",

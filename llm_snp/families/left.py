@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from ..errors import CheckpointError
 from .sites import EXPERTS
 
@@ -69,3 +71,28 @@ def check_widths(family: Any, config: Any) -> None:
                 f"block_widths of block {index} in config.json has {alone} queries for {shape.keys} heads, "
                 f"expected {shape.keys} to {shape.keys * shape.queries}; is it {advice}"
             )
+
+
+def check_tables(family: Any, config: Any, tables: Mapping[str, Tensor]) -> None:
+    """Raise `CheckpointError` for a table of a pruned model (see `modeling.rotary`) with numbers it cannot have.
+
+    tables: by their name in the model; their shapes are right.
+    """
+    for index in range(config.num_hidden_layers):
+        shape = family.shape(config, index)
+        attention = family.inside(config, shape)
+        if attention is None:
+            continue
+        pairs, readers = attention.pair_table, f"{attention.module}.readers"
+        for name, count, each in ((pairs, family.dense_shape(config, index).scores // 2, 1), (readers, shape.keys, 0)):
+            table = tables.get(f"{family.blocks}.{index}.{name}")
+            if table is None or not table.numel():
+                continue
+            sound = bool((table.diff() >= each).all()) and table.min() >= 0 and table.max() < count
+            if not sound or (
+                name == readers and len(set(table.tolist())) != count
+            ):  # none of the heads is read by nobody
+                raise CheckpointError(
+                    f"{family.blocks}.{index}.{name} in the weights has other numbers than those of "
+                    f"{count} {'rotary pairs' if name == pairs else 'heads'}, ascending; the file is damaged"
+                )

@@ -23,7 +23,7 @@ from ..documents.report import Report
 from ..errors import NumericalError, OptionError
 from ..evaluation.harness import texts_of
 from ..evaluation.perplexity import Perplexity, perplexity_streamed, worst
-from ..families import linear
+from ..families import check_tables, linear
 from ..pruning.decide import decide
 from ..pruning.executor import prune_blocks
 from ..pruning.job import Job, open_job
@@ -140,6 +140,7 @@ class _Run:
             processes.on_main(lambda: carried.check(self.tokenizer, job.family.pruned_model_type))
             whole = None if job.whole is job.config else job.whole
             self.skeleton = Skeleton(job.config, job.family.blocks, self.checkpoint, job.device, self.dtype, whole)
+            check_tables(job.family, job.config, self.checkpoint.tables())
             # Nothing is measured yet, but whether the budget can be met at all is known already.
             check_budget(job.family, job.config, self.skeleton.blocks, job.options)
             processes.on_main(self._check_space)

@@ -19,7 +19,7 @@ from conftest import LENGTH, load, paragraphs
 from pyarrow import parquet
 from transformers import AutoTokenizer
 
-from llm_snp.dense import data
+from llm_snp.dense import data, readers
 from llm_snp.dense.checkpoint import Checkpoint
 from llm_snp.dense.data import calibration_windows, documents, evaluation_windows, self_written
 from llm_snp.dense.hub import load_config
@@ -105,6 +105,15 @@ def test_a_dataset_reads_no_file_but_its_own(tmp_path: Path, where: str, key: st
     name = where.format(tmp_path) + "private.arrow"
     state.write_text(json.dumps(json.loads(state.read_text()) | {key: [{"filename": name}]}))
     with pytest.raises(CorpusError, match=r"private\.arrow' as a file of the dataset; only files beside it are read"):
+        next(documents(str(tmp_path / "strange"), "calibration"))
+
+
+def test_a_dataset_with_a_link_out_of_it_is_not_read(tmp_path: Path) -> None:
+    datasets.Dataset.from_dict({"text": DOCUMENTS}).save_to_disk(str(tmp_path / "strange"))
+    [file] = (tmp_path / "strange").glob("*.arrow")
+    file.rename(tmp_path / "private.arrow")
+    file.symlink_to(tmp_path / "private.arrow")
+    with pytest.raises(CorpusError, match=rf"is a link to {tmp_path}/private\.arrow, outside of the dataset; copy it"):
         next(documents(str(tmp_path / "strange"), "calibration"))
 
 
@@ -227,6 +236,26 @@ def test_calibration_reads_only_the_beginning_of_a_long_text(
     assert calibration_windows(str(text), tokenizer, 5, LENGTH, seed=0).text_tokens == len(ids)
     whole = tokenizer(text.read_text())["input_ids"]
     assert evaluation_windows(str(text), tokenizer, LENGTH).text_tokens == len(whole)
+
+
+def test_a_text_without_blank_lines_is_not_read_as_a_whole(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For calibration. What perplexity is measured on is the file to the character."""
+    assert readers.LONGEST_PARAGRAPH > data.CALIBRATION_CHARACTERS
+    path, lines = tmp_path / "lines.txt", [f"Line {i} of the file.\n" for i in range(1000)]
+    path.write_text("".join(lines))
+    windows = []
+    for longest, parts in ((1 << 25, 1), (2100, 10)):
+        monkeypatch.setattr(readers, "LONGEST_PARAGRAPH", longest)
+        monkeypatch.setattr(data, "CALIBRATION_CHARACTERS", 2000)
+        found = list(documents(str(path), "calibration"))
+        assert len(found) >= parts
+        assert max(map(len, found)) < longest + len(lines[-1])
+        assert "\n".join(found).strip() == "".join(lines).strip()
+        assert list(documents(str(path), "evaluation")) == ["".join(lines)]
+        windows.append(calibration_windows(str(path), tokenizer, 5, LENGTH, seed=1).sha256)
+    assert windows[0] == windows[1]
 
 
 def test_perplexity_is_that_of_the_protocol(dense: Path, held_out: Path, tokenizer: Any) -> None:

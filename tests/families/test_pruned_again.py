@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import Prune, load, logits
+from conftest import Prune, Shell, load, logits
 from pruned_models import save_pruned
 from test_families import DIRECTIONS, QUERIES, WHOLE_HEADS, duplicated, half_of_no_use
 from tiny_models import KNOWN, tiny_config
 from torch import nn
 
+from llm_snp.dense.hub import load_config
 from llm_snp.dense.skeleton import empty_model, linear_blocks
+from llm_snp.dense.whole import whole_model
+from llm_snp.errors import CheckpointError
 from llm_snp.families import ATTENTION, FAMILIES, Family, family_of
 
 EXACT = {"target": "self", "allocation": "uniform", "damping": 1e-8, "samples": 48}
@@ -94,3 +99,46 @@ def test_what_is_of_no_use_goes_without_loss(
     before, after = logits(load(tmp_path / "parent"), ids), logits(load(tmp_path / "out"), ids)
     assert (after - before).square().mean() < 1e-6 * before.square().mean()
     assert report["model"]["type"] in FAMILIES
+
+
+@pytest.mark.parametrize(
+    ("ending", "change"),
+    [
+        ("pair_table", lambda table: table + 1000),
+        ("pair_table", lambda table: table - 1),
+        ("pair_table", lambda table: table.flip(1)),
+        ("readers", lambda table: table + 1000),
+        ("readers", lambda table: table.flip(0)),
+        ("readers", lambda table: table * 0),
+    ],
+)
+def test_tables_with_numbers_they_cannot_have(
+    shell: Shell, tmp_path: Path, ending: str, change: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    """A stranger's: on a GPU an index out of range ends all that the process can do."""
+    directory = tmp_path / "parent"
+    model, family = parent("llama-tied", directory, queries=ending == "readers")
+    for buffer, table in model.named_buffers():
+        if buffer.endswith(ending):
+            table.copy_(change(table.clone()))
+    model.save_pretrained(directory)
+    for given in ((), ("--calibration", "self")):
+        said = shell.refused(directory, *given)
+        assert said.startswith(f"{family.blocks}.2.self_attn.{ending} in the weights has other numbers than those of 4")
+    with pytest.raises(CheckpointError, match="in the weights has other numbers"):
+        whole_model(directory, load_config(directory), None, CheckpointError)
+
+
+@pytest.mark.parametrize("value", [False, None])
+def test_the_dense_model_s_fields_beside_those_of_each_block(
+    prune: Prune, dense: Path, tmp_path: Path, value: Any
+) -> None:
+    """Some transformers refuse to tell them unless that is allowed, and a stranger's config need not allow it."""
+    prune(dense, tmp_path / "parent", 0.3, attention="dims")
+    file = tmp_path / "parent" / "config.json"
+    fields = json.loads(file.read_text())
+    assert fields["per_layer_config"]
+    file.write_text(json.dumps(fields | {"allow_global_per_layer_attribute_access": value}))
+    prune(tmp_path / "parent", tmp_path / "out", 0.2)
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["allow_global_per_layer_attribute_access"] is True
