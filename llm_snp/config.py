@@ -6,7 +6,6 @@ Needs no torch: what can be refused is refused at once.
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from .system import plain
 
 # On the deeper small OPT 0.1 to 0.4 points better than 1e-3 at 30 and 50 % (perplexity over dense), elsewhere equal.
 DAMPING = 2e-2
+MOST_SHARE = 1e12  # of a text, relative to the others': sums and products of two must be numbers
 # A ridge so many times the mean variance leaves nothing of what is fitted, and far beyond it numbers overflow.
 MOST_DAMPING = 1e6
 # The names of what `core.orders.ORDERS` and `core.allocation.ALLOCATIONS` do.
@@ -113,20 +113,33 @@ PLAIN: dict[str, Callable[[Any, str], Any]] = {
 def shares(texts: tuple[str, ...], flag: str = "--calibration") -> dict[str, float]:
     """Text -> its share of the windows, relative to the others', of texts given by `flag` as TEXT or TEXT:SHARE.
 
-    Raises `OptionError` for a share that is none, and for a text that is given twice: its windows would be, too.
+    Raises `OptionError` for a share that is none, and for a text that is given twice, under whatever names: its windows
+    would be, too, and one kind of text would look like several.
     """
     found: dict[str, float] = {}
+    seen: dict[Any, str] = {}
     for given in texts:
         text, number = plain.text_and_share(given)
         share = 1.0 if number is None else float(number)
         if os.path.exists(os.path.expanduser(given)):  # a name with a colon in it
             text, share = given, 1.0
-        if not 0.0 < share < math.inf:
-            raise OptionError(f"{flag} {given}: the share after the colon must be above 0 and finite")
-        if text in found:
-            raise OptionError(f"{flag} {text} is given twice; give it once, as {text}:2 for twice the windows")
+        if not 0.0 < share <= MOST_SHARE:
+            raise OptionError(f"{flag} {given}: the share after the colon must be above 0 and at most {MOST_SHARE:g}")
+        same = seen.setdefault(_identity(text), text)
+        if text in found or same != text:
+            twice = "is given twice" if same == text else f"is {same}, which is given, too"
+            raise OptionError(f"{flag} {text} {twice}; give it once, as {same}:2 for twice the windows")
         found[text] = share
     return found
+
+
+def _identity(text: str) -> Any:
+    """What is the same for all names of a text: of a file or a directory its number."""
+    try:
+        found = os.stat(os.path.expanduser(text))
+    except (OSError, ValueError):  # ValueError: a zero byte
+        return text
+    return text if text in CALIBRATION else (found.st_dev, found.st_ino)
 
 
 @dataclass(frozen=True)

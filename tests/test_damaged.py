@@ -66,6 +66,14 @@ def configured(model: Path, **fields: Any) -> Path:
         ({"head_dim": -64}, "head_dim is -64 in "),
         ({"sliding_window": "x"}, "sliding_window is 'x' in "),
         ({"num_attention_heads": "4"}, "expected int, got str"),
+        (
+            {"ffn_dim": 2**30},
+            "describes a model whose blocks have 3,221,225,508 neurons, heads and",
+        ),
+        (
+            {"num_hidden_layers": 10_000, "ffn_dim": 2**20},
+            "no model has more than 33,554,432; are its widths right?",
+        ),
         ({"dtype": "int8"}, "dtype is 'int8' in "),
         ({"dtype": 16}, "dtype is 16 in "),
         ({"torch_dtype": {"a": 1}}, "torch_dtype is {'a': 1} in "),
@@ -93,10 +101,10 @@ def test_a_config_that_is_nested_too_deeply(shell: Shell, copy: Path) -> None:
 def test_more_blocks_or_larger_ones_than_there_are_weights(shell: Shell, copy: Path) -> None:
     message = shell.refused(configured(copy, num_hidden_layers=9000))
     assert message.endswith("says 9000 blocks, but the weights are 52 tensors; they belong to different models")
-    # 16 TB, of which nothing may be allocated
+    # 400 GB, of which nothing may be allocated
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     message = shell.refused(
-        configured(copy, num_hidden_layers=3, ffn_dim=2**30, hidden_size=2**12, word_embed_proj_dim=2**12)
+        configured(copy, num_hidden_layers=3, ffn_dim=2**22, hidden_size=2**12, word_embed_proj_dim=2**12)
     )
     assert "has shape" in message
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < 1 << 28

@@ -12,13 +12,16 @@ import torch
 
 from ..config import EXPERT_ORDERS, METHODS, ORDERS, PruneConfig, judged_attention
 from ..dense.hub import EMBEDDED, load_config, locate
-from ..errors import OptionError, OutputError, first_line
+from ..errors import CheckpointError, OptionError, OutputError, first_line
 from ..families import EXPERTS, SHARED, Family, Site, family_of
 from ..system.device import resolve_device
 from ..system.plain import encodable
 from ..system.private import public_name
 from .kinds import sites_of
 from .plan import check_order
+
+# Of all blocks together. The largest models there are have a fifth of that.
+MOST_UNITS = 2**25
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ def open_job(options: PruneConfig, weights: bool, local_index: int = 0) -> Job:
     directory = locate(options.model, options.revision, weights)
     config = load_config(directory)
     family = family_of(config)
+    check_units(family, config)
     pruned = getattr(config, "block_widths", None) is not None
     whole = family.dense_config(config) if pruned else config
     options = fit_for_format(options, family)
@@ -66,6 +70,23 @@ def open_job(options: PruneConfig, weights: bool, local_index: int = 0) -> Job:
     output = output_of(options)
     device = resolve_device(options.device, local_index)
     return Job(options, directory, config, whole, family, output, device, window_length(options, config))
+
+
+def check_units(family: Family, config: Any) -> None:
+    """Raise `CheckpointError` for more units than any model has: a plan has a few numbers of each.
+
+    A run holds the config against the weights, but --dry-run has none.
+    """
+    count = 0
+    for index in range(config.num_hidden_layers):
+        attention = family.attention(config, index)
+        count += sum(site.units for site in family.sites(config, index))
+        count += sum(units for _, units in attention.directions.values()) if attention is not None else 0
+    if count > MOST_UNITS:
+        raise CheckpointError(
+            f"config.json describes a model whose blocks have {count:,} neurons, heads and directions in these, and "
+            f"no model has more than {MOST_UNITS:,}; are its widths right?"
+        )
 
 
 def fitted(options: PruneConfig, family: Family, config: Any) -> PruneConfig:

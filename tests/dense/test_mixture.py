@@ -58,11 +58,25 @@ def test_shares_stand_behind_a_colon(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(tmp_path)
     Path("notes:2").write_text("a text whose name ends like a share")
     assert shares(("notes:2", "other:2")) == {"notes:2": 1.0, "other": 2.0}
-    for bad in ("c4:0", "c4:-1", "c4:nan", "c4:inf"):
+    for bad in ("c4:0", "c4:-1", "c4:nan", "c4:inf", "c4:1e308"):
         with pytest.raises(OptionError, match="must be above 0"):
             shares((bad,))
     with pytest.raises(OptionError, match=r"c4 is given twice; give it once, as c4:2"):
         shares(("c4", "wikitext2", "c4:3"))
+
+
+def test_a_text_is_the_same_under_all_its_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text("a text")
+    Path("b.txt").write_text("a text")
+    Path("link.txt").symlink_to("a.txt")
+    for other in ("./a.txt", str(tmp_path / "a.txt"), "link.txt:3"):
+        name = other.removesuffix(":3")
+        with pytest.raises(
+            OptionError, match=f"^--calibration {name} is a.txt, which is given, too; give it once, as a"
+        ):
+            shares(("a.txt", "c4", other))
+    assert list(shares(("a.txt", "b.txt", "c.txt", "c4"))) == ["a.txt", "b.txt", "c.txt", "c4"]
 
 
 def test_one_text_or_several() -> None:
