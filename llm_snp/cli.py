@@ -15,6 +15,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
+from logging import CRITICAL
 from types import ModuleType
 from typing import NoReturn
 
@@ -120,7 +121,7 @@ def _printed() -> Iterator[None]:
 
 def _calm_libraries(quiet: bool) -> None:
     """No log lines of the libraries between ours; their bars only for downloads, and only in a terminal."""
-    os.environ.setdefault("DATASETS_VERBOSITY", "error")
+    os.environ.setdefault("DATASETS_VERBOSITY", "critical")
     _own_plots()
     from huggingface_hub import utils as hub
     from transformers.utils import logging
@@ -129,8 +130,9 @@ def _calm_libraries(quiet: bool) -> None:
         warnings.simplefilter("ignore")
     bars = not (quiet or hub.are_progress_bars_disabled()) and in_terminal(sys.stderr)  # type: ignore[attr-defined]
     logging.disable_progress_bar()  # from transformers 5 on, those of the Hub as well
-    logging.set_verbosity_error()
-    hub.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    # Their errors, too, which they raise as well: one quotes what a stranger's config says, ends of lines and all.
+    logging.set_verbosity(CRITICAL)
+    hub.logging.set_verbosity(CRITICAL)  # type: ignore[no-untyped-call]
     if bars:
         hub.enable_progress_bars()  # type: ignore[attr-defined]
     else:

@@ -169,6 +169,17 @@ def test_in_a_process_of_its_own(dense: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_no_library_tells_what_a_config_says(dense: Path, tmp_path: Path) -> None:
+    """transformers logs a value that it cannot set, with what a terminal obeys in it."""
+    shutil.copytree(dense, tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"use_return_dict": "\x1b[2J\nllm_snp: run this"}))
+    command = [sys.executable, "-m", "llm_snp", "model", "--dry-run", "--no-evaluate", "--calibration", "self"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert "\x1b" not in done.stderr + done.stdout
+    assert "run this" not in done.stderr + done.stdout
+
+
 def test_a_working_directory_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers ends with a traceback there, as it is imported."""
     (tmp_path / "gone").mkdir()

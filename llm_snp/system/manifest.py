@@ -26,7 +26,7 @@ SEAL = "seal"  # of a report: hash of the rest of it, by which it is told whethe
 JOURNAL = ".llm_snp"  # folder of a run that goes on; in a result only until it has tidied up
 PRIVATE = ".cache/huggingface"
 MEMORY = f"{PRIVATE}/llm_snp.json"
-PLACE = "inode"  # in the memory: of the directory that it is of
+PLACE, RESULT = "inode", "result"  # in the memory: of the directory that it is of, and of the result's weights
 IGNORE = f"{PRIVATE}/.gitignore"
 WRITTEN = "written"  # in the journal: the names of what else a run has begun to write beside its shards
 ADVICE = "give the directory that a run of llm_snp has written"
@@ -259,7 +259,8 @@ def faults(missing: Sequence[str], other: Sequence[str]) -> str:
 def remember(directory: Path, facts: Mapping[str, Any]) -> None:
     """Keep what only this machine needs to know of a result: where its dense model is, and the options as given."""
     with disk(directory):
-        content = json.dumps({**facts, PLACE: directory.stat().st_ino}, indent=2) + "\n"
+        itself = {PLACE: directory.stat().st_ino, RESULT: _weights(directory)}
+        content = json.dumps({**facts, **itself}, indent=2) + "\n"
     write_together(directory, {IGNORE: b"*\n", MEMORY: content.encode()})
 
 
@@ -269,16 +270,22 @@ def recall(directory: Path) -> dict[str, Any]:
     It names places and texts that are read, and those of a stranger's directory would be of his choice. So it is
     believed only in the directory in which it was written, by the number that this has in its file system, which
     nobody can know beforehand: renamed, it keeps that. And only of whoever runs this: another user of the machine knows
-    the number.
+    the number. Nor of another result that git, say, has put there since, which leaves the memory alone.
     """
     memory = _object(directory / MEMORY)
     try:
         mine = (directory / MEMORY).stat().st_uid == os.geteuid()
-        if memory.pop(PLACE, None) != directory.stat().st_ino or not mine:
+        itself = (memory.pop(PLACE, None), memory.pop(RESULT, None)) == (directory.stat().st_ino, _weights(directory))
+        if not (mine and itself):
             return {}
     except OSError:
         return {}
     return {name: found for name, found in memory.items() if _KINDS.get(name, lambda _: False)(found)}
+
+
+def _weights(directory: Path) -> str:
+    """One hash of those that a result's report has of its weights."""
+    return digest_of_json({name: found for name, found in manifest(directory).items() if name.endswith(".safetensors")})
 
 
 def _is_name(value: Any) -> bool:

@@ -116,6 +116,20 @@ def test_elsewhere_a_result_does_not_know_where_its_model_is(home: Path, tmp_pat
             dense_of(copy, read_report(copy))
 
 
+def test_the_memory_of_a_result_is_not_that_of_another_one(prune: Prune, dense: Path, tmp_path: Path) -> None:
+    """Which git or the Hub's tools have put into its directory: they leave the memory alone."""
+    other = save(tiny_opt(seed=5), tmp_path / "other")
+    prune(dense, tmp_path / "out")
+    prune(other, tmp_path / "theirs")
+    assert recall(tmp_path / "out")["model"] == str(dense)
+    for path in (tmp_path / "theirs").iterdir():
+        if path.is_file():
+            shutil.copy(path, tmp_path / "out")
+    assert recall(tmp_path / "out") == {}
+    with pytest.raises(CheckpointError, match="other was a directory on the machine that made"):
+        find_dense(tmp_path / "out", read_report(tmp_path / "out"))
+
+
 @pytest.mark.parametrize("revision", ["/etc/ref", "../ref", "~/ref", "./ref", "a/../ref", "a//b", "", "a b"])
 def test_a_revision_is_no_place(prune: Prune, dense: Path, tmp_path: Path, revision: str) -> None:
     """A stranger's report: without a connection the Hub's client would open a file of that name."""
