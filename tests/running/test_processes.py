@@ -550,7 +550,8 @@ def error_on_another(rank: int) -> None:
 def test_an_error_on_one_process_ends_all(group: Group, dense: Path, text: Path, tmp_path: Path) -> None:
     arguments = command(dense, tmp_path / "result", text, 4, quiet=True)
     main, other = group.run(2, numerical_error, *arguments)
-    assert main == Ended(2, "", "llm_snp: no damping helps\n")
+    removed = "what was measured or finished by then is removed: no other run could go on with it"
+    assert main == Ended(2, "", f"llm_snp: no damping helps; {removed}\n")
     assert other == Ended(2, "", "")  # the main one has said it
     lost = "another process of this run has ended or cannot be reached ("
     main, other = group.run(2, error_on_another, *arguments)
