@@ -5,13 +5,22 @@ from __future__ import annotations
 import re
 from pathlib import Path, PurePath
 
+# What may follow in such a name: more of it, a version, what it is for, a licence, a language. Any other word makes it
+# the name of something else, which may be a person's own (`license_server.txt`).
+_MORE = (
+    r"v?\d[\d.]*|agreements?|terms|conditions|notices?|polic(y|ies)|file|of|use|usage|for|and|the|third|party|models?|code|"
+    r"data|datasets?|weights|software|docs|documentation|commercial|non|noncommercial|research|community|lesser|"
+    r"apache\d?|mit|bsd|[al]?gpl(v?\d)?|mpl|isc|cc\d?|by|nc|nd|sa|openrail|rail|m|llama\d*|gemma\d*|qwen\d*|deepseek|mistral|"
+    r"meta|google|en|zh|cn|de|fr|es|it|ja|jp|ko|kr|ru"
+)
+_GAP = r"[ ._-]+"
 TERMS = re.compile(
-    r"(?=[\w. -]+$)(notice|copying|copyright|terms|third.?party|[\w-]*polic(y|ies)|.*licen[cs]e|"
-    r"(.*[^a-z])?(eula|terms.of.(use|service))(?![a-z]))",
+    rf"(?=[\w. -]+$)(notices?|copying|copyrights?|terms|third[ ._-]?party|([\w-]*[_-])?polic(y|ies)|"
+    rf"(.*[^a-z])?((un)?licen[cs]es?|eula|terms.of.(use|service)))({_GAP}({_MORE}))*(\.\w+)?",
     re.IGNORECASE | re.ASCII,
 )
 NO_TERMS = re.compile(r"key|token|secret|password", re.IGNORECASE)  # a licence's key is not for others
-TERMS_ENDINGS = ("", ".txt", ".md", ".rst", ".pdf")
+TERMS_ENDINGS = ("", ".txt", ".md", ".rst", ".pdf", ".lesser")
 # What stays behind and is told of: a browser runs what pages say, an office what documents say; and what is no text.
 PAGES = (".html", ".htm", ".xhtml", ".svg", ".doc", ".docx", ".odt", ".rtf")
 LARGEST_TERMS = 10_000_000  # bytes; what is larger is no text for people
@@ -37,4 +46,4 @@ def names_terms(path: PurePath) -> bool:
 
 def called_terms(path: PurePath) -> bool:
     """The same whatever kind of file it is."""
-    return TERMS.match(path.name) is not None and NO_TERMS.search(path.name) is None
+    return TERMS.fullmatch(path.name) is not None and NO_TERMS.search(path.name) is None

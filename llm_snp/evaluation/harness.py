@@ -25,10 +25,13 @@ from ..dense.whole import generate_plainly, whole_model
 from ..errors import CheckpointError, DeviceMemoryError, NumericalError, OptionError
 from ..system.libraries import explained
 from .harness_tasks import PREFIX, find_tasks
+from .speed import positions
 
 # Draws for standard errors without a formula, of perplexities, say: 2 % exact. The harness's 100,000 take minutes.
 BOOTSTRAP = 1000
 # Of a model's settings for `generate`, what others measure its tasks with, too.
+# What a task may call the number of tokens to write, and lm_eval's for one that does not say.
+NEW_TOKENS, USUALLY_WRITTEN = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"), 256
 PENALTIES = ("repetition_penalty", "no_repeat_ngram_size")
 
 
@@ -43,13 +46,14 @@ def texts_of(evaluate: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(entry for entry in evaluate if not entry.startswith(PREFIX)))
 
 
-def check_tasks(tasks: Sequence[str]) -> None:
+def check_tasks(tasks: Sequence[str]) -> dict[str, int]:
     """Load every task with its data, fetched from the Hub if need be, and make its questions, so that nothing is
-    missing or wrong hours later.
+    missing or wrong hours later. Returns how many tokens at most each task lets a model write, for `check_room`.
 
     Raises `OptionError` if lm_eval is not installed, or something is no task that it can load or whose data it does not
     fit, `HubError` or `CorpusError` if data cannot be had.
     """
+    written = {}
     with _quiet_log(), _own_random_numbers(torch.device("cpu")):
         for request in find_tasks(tasks):
             loaded = request.load()
@@ -57,6 +61,30 @@ def check_tasks(tasks: Sequence[str]) -> None:
                 _seeded(loaded, 0)
                 for task in loaded["tasks"].values():
                     task.build_all_requests(rank=0, world_size=1)
+            written[request.name] = max(
+                (_written(one) for task in loaded["tasks"].values() for one in task.instances), default=0
+            )
+    return written
+
+
+def check_room(written: Mapping[str, int], config: Any) -> None:
+    """Raise `OptionError` if a model has too few positions for what a task lets it write (`check_tasks`)."""
+    limit = positions(config)
+    for name, most in written.items():
+        if limit is not None and most >= limit:
+            raise OptionError(
+                f"task {name} lets a model write {most} tokens, but this one has {limit} positions, of which the "
+                "question needs some; leave it out"
+            )
+
+
+def _written(request: Any) -> int:
+    """How many tokens a model may write for one of the harness's requests."""
+    if request.request_type != "generate_until":
+        return 0
+    options = request.args[1]
+    asked = next((options[name] for name in NEW_TOKENS if options.get(name) is not None), USUALLY_WRITTEN)
+    return int(asked)
 
 
 def evaluate_harness(

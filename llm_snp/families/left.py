@@ -89,9 +89,8 @@ def check_tables(family: Any, config: Any, tables: Mapping[str, Tensor]) -> None
             if table is None or not table.numel():
                 continue
             sound = bool((table.diff() >= each).all()) and table.min() >= 0 and table.max() < count
-            if not sound or (
-                name == readers and len(set(table.tolist())) != count
-            ):  # none of the heads is read by nobody
+            unread = name == readers and len(set(table.tolist())) != count  # a head that no query head reads
+            if not sound or unread:
                 raise CheckpointError(
                     f"{family.blocks}.{index}.{name} in the weights has other numbers than those of "
                     f"{count} {'rotary pairs' if name == pairs else 'heads'}, ascending; the file is damaged"

@@ -93,7 +93,7 @@ def find_pair(options: HealConfig) -> Pair:
     check_weights(directory, report)
     if wrong := faults(*changed(directory, _needed(directory, report))):
         raise CheckpointError(f"{directory} is not as it was written: {wrong}; restore that, or prune again")
-    student = open_model(directory, public_name(directory))
+    student = open_model(directory, public_name(directory.resolve()))
     found, name, hub, its_own = _teacher(options.teacher, directory, report)
     teacher = open_model(found, name, hub)
     _check_vocabulary(student, teacher)
@@ -114,7 +114,7 @@ def _teacher(given: str | None, directory: Path, report: dict[str, Any]) -> tupl
     if given is not None:
         found = locate(given)
         here = Path(os.path.expanduser(given))
-        name = public_name(here) if found == here else given
+        name = public_name(here.resolve()) if found == here else given
         return found, name, found != here, is_dense_of(given, found, directory, report)
     its_own, seen = True, {directory.resolve()}
     try:

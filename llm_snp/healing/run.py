@@ -17,8 +17,8 @@ from ..dense.data import Windows, evaluation_windows
 from ..dense.readers import check_sources, digests
 from ..documents.report import nodes, summary
 from ..documents.writing import rehearse
-from ..errors import CorpusError, HubError, OutputError, first_line
-from ..evaluation.perplexity import Perplexity, perplexity_loaded, perplexity_of
+from ..errors import CorpusError, HubError, NumericalError, OutputError, first_line
+from ..evaluation.perplexity import Perplexity, perplexity_loaded, perplexity_of, worst
 from ..pruning.job import output_of
 from ..result.finishing import finish
 from ..result.rewriting import Rewriting
@@ -172,7 +172,7 @@ class _Healing:
                 f"{int(watch.curve[-1]['step'])} steps; a smaller --learning-rate or more --tokens may help"
             ]
         measured = {
-            source: {"teacher": teacher[source], "before": before[source], "after": self._measure("after", model, text)}
+            source: {"teacher": teacher[source], "before": before[source], "after": self._after(model, text)}
             for source, text in self.texts.items()
         }
         facts = {
@@ -240,6 +240,13 @@ class _Healing:
                 return perplexity_loaded(model.eval(), windows, step)
 
         return self.processes.from_main(measure)
+
+    def _after(self, model: Any, windows: Windows) -> Perplexity:
+        """Of the healed model: logits that overflow cost a number, not the training."""
+        try:
+            return self._measure("after", model, windows)
+        except NumericalError:
+            return worst(windows)
 
     def _write(self, tensors: dict[str, Tensor], report: dict[str, Any]) -> list[str]:
         workspace = known(self.workspace)

@@ -28,12 +28,16 @@ from ..system.manifest import recall
 from ..system.progress import Progress
 
 
-def check_afterwards(options: PruneConfig) -> None:
-    """Find out before the work begins what would fail after it. Raises `SnpError`."""
-    if tasks := tasks_of(options.evaluate or ()):
-        check_tasks(tasks)
+def check_afterwards(options: PruneConfig) -> dict[str, int]:
+    """Find out before the work begins what would fail after it. Raises `SnpError`.
+
+    Returns what tasks ask of a model, which is not looked at yet (`check_room`).
+    """
+    tasks = tasks_of(options.evaluate or ())
+    written = check_tasks(tasks) if tasks else {}
     if options.push_to_hub:
         check_push(options.push_to_hub, options.overwrite, options.private)
+    return written
 
 
 def afterwards(job: Job, report: dict[str, Any], progress: Progress) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from ..dense.tokenizer import load_tokenizer
 from ..documents.card import model_card
 from ..documents.report import Report
 from ..errors import NumericalError, OptionError
-from ..evaluation.harness import texts_of
+from ..evaluation.harness import check_room, texts_of
 from ..evaluation.perplexity import Perplexity, perplexity_streamed, worst
 from ..families import check_tables, linear
 from ..pruning.decide import decide
@@ -76,8 +76,9 @@ def _pruned(options: PruneConfig) -> tuple[Job, dict[str, Any], Progress, bool]:
         check_processes(options, processes.count)
         progress = Progress(options.quiet or not processes.main)
         with progress.phase("load", title=f"look for {options.model or 'the embedded OPT'}"):
-            processes.on_main(lambda: check_afterwards(options))
+            written = processes.from_main(lambda: check_afterwards(options))
             job = open_job(options, weights=True, local_index=processes.local_index)
+            check_room(written, job.config)
             carried = Carried(job.directory)
             earlier = processes.from_main(lambda: finished_before(job))
             if earlier is not None:

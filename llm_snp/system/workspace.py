@@ -32,8 +32,8 @@ class Workspace:
     """The partial directory of `output`, held by this run until `finish`, `discard` or `keep`.
 
     inputs: what the run reads, see `check_harmless`; resume: go on with what an interrupted run left; without it,
-    and without `overwrite`, what such a run has finished or measured is not thrown away but refused; like: whose
-    permissions a new output gets. Raises `OutputError`, also if another run holds the directory.
+    and without `overwrite`, what such a run has finished or measured is not thrown away but refused; like: what a
+    new output is no more open than. Raises `OutputError`, also if another run holds the directory.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Workspace:
                 self._acquire()
                 self._take_over(resume)
                 self._try_to_replace()
-                self._share_as(self.output if self.output.exists() else like)
+                self._share_as_before(like)
             except BaseException:
                 # What was there before stays.
                 if self.directory in self._made:
@@ -129,14 +129,20 @@ class Workspace:
                 "another directory"
             ) from error
 
-    def _share_as(self, other: Path | None) -> None:
-        """Let those read and write who can in what is replaced or read: a person may have made it for himself alone."""
-        if other is not None:
-            found = other.stat()
-            with suppress(OSError):  # of a group that one is not in
-                os.chown(self.directory, -1, found.st_gid)
-            with suppress(OSError):  # not every file system has modes
-                self.directory.chmod(stat.S_IMODE(found.st_mode) | stat.S_IRWXU)
+    def _share_as_before(self, like: Path | None) -> None:
+        """Let those read and write who can in what is replaced: a person may have made that for himself alone.
+
+        A new output is not open to more than `like` is, which may be a stranger's, and not to more than usual.
+        """
+        there = self.output.exists()
+        if not there and like is None:
+            return
+        found = (self.output if there else like).stat()  # type: ignore[union-attr]
+        most = 0o7777 if there else stat.S_IMODE(self.directory.stat().st_mode)
+        with suppress(OSError):  # of a group that one is not in
+            os.chown(self.directory, -1, found.st_gid)
+        with suppress(OSError):  # not every file system has modes
+            self.directory.chmod(stat.S_IMODE(found.st_mode) & most | stat.S_IRWXU)
 
     def _put_aside(self) -> None:
         """The earlier result, noted so that a run that is killed here is told from a person who has made the other."""

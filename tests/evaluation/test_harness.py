@@ -33,7 +33,15 @@ from llm_snp.errors import (
     SnpError,
 )
 from llm_snp.evaluation import harness, harness_tasks
-from llm_snp.evaluation.harness import check_tasks, compare, evaluate_harness, harness_rows, tasks_of, texts_of
+from llm_snp.evaluation.harness import (
+    check_room,
+    check_tasks,
+    compare,
+    evaluate_harness,
+    harness_rows,
+    tasks_of,
+    texts_of,
+)
 
 TASKS = Path(__file__).parent.parent / "harness_tasks"
 CHOICE, TEXT, WRITING = (str(TASKS / f"small_{name}.yaml") for name in ("choice", "text", "writing"))
@@ -326,6 +334,18 @@ def test_a_metric_of_the_working_directory_is_not_run_though_data_is_there(
     with suppress(SnpError):
         check_tasks([str(file)])
     assert not (tmp_path / "mark").exists()
+
+
+def test_room_for_what_a_task_lets_a_model_write(dense: Path, task: Callable[..., Path]) -> None:
+    """Known before the work: the harness asserts it after that."""
+    config = load(dense).config
+    assert check_tasks([CHOICE]) == {CHOICE: 0}
+    file = str(task("writing", max_gen_toks=str(POSITIONS)))
+    written = check_tasks([file])
+    assert written == {file: POSITIONS}
+    said = refused(OptionError, lambda: check_room(written, config))
+    assert said.startswith(f"task {file} lets a model write {POSITIONS} tokens, but this one has {POSITIONS} positions")
+    check_room({file: POSITIONS - 1}, config)
 
 
 def test_no_fewer_examples_than_none(dense: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -553,6 +554,24 @@ def test_what_is_private_stays_private(heal: Healer, pruned: Path, tmp_path: Pat
     result.chmod(0o700)
     assert heal(result, "--no-evaluate", "--teacher", recall(pruned)["model"])[0] == 0
     assert Path("healed").stat().st_mode & 0o777 == 0o700
+    result.chmod(0o777)  # as a stranger's archive may have it
+    usual = os.umask(0o022)
+    try:
+        assert heal(result, "--no-evaluate", "--teacher", recall(pruned)["model"], "--output", "other")[0] == 0
+    finally:
+        os.umask(usual)
+    assert Path("other").stat().st_mode & 0o777 == 0o755
+
+
+def test_a_teacher_in_the_working_directory_has_its_name(
+    heal: Healer, pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = copied(Path(recall(pruned)["model"]), tmp_path / "master")
+    monkeypatch.chdir(teacher)
+    options = HealConfig(str(pruned), ("x",), 1, teacher=".")
+    assert find_pair(options).teacher.name == "master"
+    monkeypatch.chdir(pruned)
+    assert find_pair(dataclasses.replace(options, directory=".", teacher=str(teacher))).student.name == pruned.name
 
 
 def test_a_home_of_nobody(heal: Healer, pruned: Path) -> None:

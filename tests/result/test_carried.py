@@ -414,7 +414,14 @@ def test_links_of_the_hubs_cache_are_followed(dense: Path, tmp_path: Path) -> No
 
 
 TERMS = ("LICENSE", "LICENCE.md", "Notice", "NOTICE.txt", "USE_POLICY.md", "COPYING", "LICENSE-2.0", "Terms of Use.pdf")
-TERMS += ("MODEL_LICENSE", "EULA.md", "Gemma_Terms_of_Use.txt", "UNLICENSE", "Community License for X.pdf")
+TERMS += ("MODEL_LICENSE", "EULA.md", "Gemma_Terms_of_Use.txt", "UNLICENSE", "Community License for Gemma 2.pdf")
+TERMS += ("Qwen LICENSE AGREEMENT", "LICENSE-MODEL", "LICENSE_zh.md", "THIRD_PARTY_NOTICES.txt", "COPYING.LESSER")
+TERMS += (
+    "Llama-3.1_LICENSE.txt",
+    "LICENSE-CC-BY-NC-4.0.md",
+    "acceptable_use_policy.md",
+    "licenses.txt",
+)
 
 
 def test_terms_and_templates_travel(prune: Prune, dense: Path, tmp_path: Path) -> None:
@@ -427,18 +434,26 @@ def test_terms_and_templates_travel(prune: Prune, dense: Path, tmp_path: Path) -
     for name in TERMS:
         (directory / name).write_text(f"as in {name}")
     others = {"license.py", "LICENSE.sh", "notes.txt", "policy.safetensors", "license_key.txt", "LICENSE.docx"}
-    others |= {"pay terms.txt", "neulation.txt"}
+    others |= {
+        "pay terms.txt",
+        "neulation.txt",
+        "license_server.txt",
+        "notice-of-termination-bob.txt",
+        "driver-license-ann.pdf",
+    }
+    others |= {"policy_gradient_notes.md", "unlicensed_books.txt", "thirdparty_customers.txt", "noticeboard.txt"}
+    others |= {"terms_with_client_acme.pdf", "policyholders.txt", "license_plates.txt", "copying_script.txt"}
     for name in others:
         (directory / name).write_text("no terms")
     (directory / "LICENSES").mkdir()
-    with (directory / "LICENSE-all.txt").open("wb") as file:
+    with (directory / "LICENSE-data.txt").open("wb") as file:
         file.truncate(10_000_001)
     output = tmp_path / "out"
     notes = prune(directory, output)["notes"]
-    for name in ("LICENSE.docx", "LICENSES", "LICENSE-all.txt"):
+    for name in ("LICENSE.docx", "LICENSES", "LICENSE-data.txt"):
         assert f"{name} of the dense model, which is more than text, is not in the result; its terms hold" in notes
     assert {name: (output / name).read_text() for name in TERMS} == {name: f"as in {name}" for name in TERMS}
-    assert not (others | {"LICENSES", "LICENSE-all.txt"}) & {path.name for path in output.iterdir()}
+    assert not (others | {"LICENSES", "LICENSE-data.txt"}) & {path.name for path in output.iterdir()}
     dense_templates = AutoTokenizer.from_pretrained(directory).chat_template
     assert set(dense_templates) == {"default", *templates}
     assert AutoTokenizer.from_pretrained(output).chat_template == dense_templates
@@ -634,7 +649,7 @@ def test_what_generate_begins_with_is_read_before_anything_is_pruned(shell: Shel
 def test_a_page_of_terms_stays_where_it_is_and_the_report_says_so(prune: Prune, dense: Path, tmp_path: Path) -> None:
     """A browser runs what is in it, and `push` would publish it beside our own page."""
     directory = Path(shutil.copytree(dense, tmp_path / "model"))
-    for name in ("LICENSE.html", "policy report.HTM", "LICENSE"):
+    for name in ("LICENSE.html", "usage-policy.HTM", "LICENSE"):
         (directory / name).write_text("<script>alert(1)</script>")
     report = prune(directory, tmp_path / "out")
     assert (tmp_path / "out" / "LICENSE").exists()
