@@ -1,11 +1,14 @@
-"""Where modules are looked for when llm_snp is run as `python -m llm_snp`: not in the working directory.
+"""Where modules are looked for when llm_snp is run as a command: not in the working directory.
 
-Python puts that first there, and once more for an empty entry of PYTHONPATH, as `$PYTHONPATH:/x` makes one where that
-was not set. It may be the directory of a stranger's model, with a `numpy.py` in it.
+Python puts that first for `python -m llm_snp`, and, for `llm-snp` as well, where PYTHONPATH has an empty entry, as
+`$PYTHONPATH:/x` makes one where that was not set. It may be the directory of a stranger's model, with a `numpy.py` in
+it.
 """
 
 import os
 import sys
+
+COMMAND = "llm-snp"  # as it is installed
 
 
 def leave_out_working_directory() -> None:
@@ -13,7 +16,8 @@ def leave_out_working_directory() -> None:
     home = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     safe = getattr(sys.flags, "safe_path", False)  # from Python 3.11 on: with it nothing was added
     # While Python looks for a module to run, and then only, "-m" is what the program is called.
-    if sys.argv[:1] != ["-m"]:
+    as_module = sys.argv[:1] == ["-m"]
+    if not (as_module or (sys.argv and os.path.basename(sys.argv[0]) == COMMAND)):
         return
     try:
         here = os.getcwd()
@@ -21,7 +25,7 @@ def leave_out_working_directory() -> None:
         return
     if os.path.samefile(home, here):
         return
-    if not safe and sys.path[:1] == [here]:
+    if as_module and not safe and sys.path[:1] == [here]:
         del sys.path[0]
     given = "" if sys.flags.ignore_environment else os.environ.get("PYTHONPATH", "")
     named = given.split(os.pathsep) if given else []

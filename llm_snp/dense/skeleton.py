@@ -257,9 +257,14 @@ def empty_model(config: Any, buffers: bool = False) -> Any:
 
 
 def computing(config: Any) -> Any:
-    """A copy without what its owner likes beside the logits, and with the attention that torch has."""
+    """A copy without what its owner likes beside the logits, and with the attention and experts that torch has.
+
+    Others are code of the Hub's.
+    """
     config = copy.deepcopy(config)
-    config._attn_implementation = None
+    for name in ("_attn_implementation", "_experts_implementation"):
+        if hasattr(config, name):
+            setattr(config, name, None)
     config.output_attentions = config.output_hidden_states = False
     if hasattr(config, "output_router_logits"):
         config.output_router_logits = False

@@ -95,7 +95,8 @@ class Progress:
         if in_terminal(sys.stderr):
             from tqdm import tqdm
 
-            tqdm.write(one_line(line), file=sys.stderr)
+            with suppress(OSError):  # the terminal is gone
+                tqdm.write(one_line(line), file=sys.stderr)
         else:
             say(line)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from llm_snp.dense.hub import load_config
 from llm_snp.dense.skeleton import Skeleton, empty_model
 from llm_snp.dense.stream import Stream
 from llm_snp.dense.taps import Taps
-from llm_snp.errors import OptionError, UnsupportedModelError
+from llm_snp.dense.whole import whole_model
+from llm_snp.errors import CheckpointError, OptionError, UnsupportedModelError
 from llm_snp.families import FAMILIES, family_of
 from llm_snp.healing.pair import open_model
 from llm_snp.pruning.calibrate import Reference, calibrate_block, calibrate_site
@@ -69,6 +71,19 @@ def other(name: str, fields: dict[str, Any]) -> Any:
 
 def keys(directory: Path) -> set[str]:
     return {key for file in directory.glob("*.safetensors") for key in load_file(file)}
+
+
+def test_a_config_names_no_kernels_of_the_hub(tmp_path: Path) -> None:
+    """transformers would fetch them, and run them where a whole model is loaded."""
+    directory = save_tiny("mixtral", tmp_path / "model")
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"experts_implementation": "deepgemm"}))
+    config = load_config(directory)
+    if not hasattr(config, "_experts_implementation"):
+        pytest.skip("this transformers knows no kernels of experts")
+    assert config._experts_implementation == "deepgemm"
+    model = whole_model(directory, config, None, CheckpointError)
+    assert model.config._experts_implementation != "deepgemm"
 
 
 def test_moments_are_weighted_by_the_squared_routing_weight(mixtral: Path, ids: torch.Tensor) -> None:

@@ -146,6 +146,22 @@ def test_modules_of_the_working_directory_are_not_imported(dense: Path, tmp_path
     assert not (tmp_path / "mark").exists()
 
 
+def test_modules_of_the_working_directory_are_not_imported_by_the_installed_command(tmp_path: Path) -> None:
+    """With an empty entry of PYTHONPATH they would be."""
+    (tmp_path / "bin").mkdir()
+    command = tmp_path / "bin" / "llm-snp"
+    command.write_text("import sys\nfrom llm_snp.cli import main\nsys.exit(main())\n")
+    (tmp_path / "stranger").mkdir()
+    (tmp_path / "stranger" / "difflib.py").write_text(EVIL.format(mark=tmp_path / "mark"))
+    sources = str(Path(llm_snp.__file__).parent.parent)
+    for path in (f"{os.pathsep}{sources}", f"{sources}{os.pathsep}"):
+        words = [sys.executable, str(command), "--version"]
+        environment = os.environ | {"PYTHONPATH": path}
+        done = subprocess.run(words, cwd=tmp_path / "stranger", env=environment, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
+    assert not (tmp_path / "mark").exists()
+
+
 ADAPTER = {"peft_type": "LORA", "r": 2, "lora_alpha": 64, "target_modules": ["fc1"], "megatron_config": {"a": 1}}
 
 

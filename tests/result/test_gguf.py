@@ -205,6 +205,13 @@ def test_experts_of_a_layer_from_several_files(tmp_path: Path) -> None:
     assert {part: one[f"blk.1.ffn_{part}.weight"].tensor_type.name for part in kinds} == kinds
 
 
+def test_a_number_that_no_gguf_holds(tmp_path: Path) -> None:
+    save_pruned("llama", same(neurons=40), tmp_path, rms_norm_eps=1e60)
+    with pytest.raises(CheckpointError, match=r"config\.json has a number that no GGUF file holds"):
+        export(tmp_path, tmp_path / "out.gguf", "f16", None, Progress(quiet=True))
+    assert not list(tmp_path.glob("*.gguf"))
+
+
 def refusal(name: str, kept: list[dict[str, int]], directory: Path, **fields: Any) -> str:
     save_pruned(name, kept, directory, **fields)
     with pytest.raises(UnsupportedModelError) as refused:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import struct
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -86,7 +87,10 @@ def export(
         progress.phase("export", len(arranged.outputs), unit="tensor") as step,
     ):
         writer.write_header_to_file(aside)
-        writer.write_kv_data_to_file()
+        try:
+            writer.write_kv_data_to_file()
+        except (OverflowError, struct.error) as error:
+            raise CheckpointError(f"{directory}/config.json has a number that no GGUF file holds ({error})") from error
         writer.write_ti_data_to_file()
         for output in arranged.outputs:
             writer.write_tensor_data(_data(output, skeleton.checkpoint, TYPES[kind]))
