@@ -30,7 +30,7 @@ LONGEST_PARAGRAPH = 1 << 25
 # Text shrinks to a third or a quarter. What unpacks to more characters than this, and than so many times its bytes, is
 # made to fill memories.
 UNPACKED, UNPACKED_TIMES = 1 << 24, 100
-ROWS = 1024  # of a table that are read at a time
+ROWS = 64  # of a table that are read at a time: some have texts of megabytes
 HUB_C4_DOCUMENTS = {"calibration": 4000, "evaluation": 1100}
 COMPRESSED: dict[str, Callable[..., IO[str]]] = {".gz": gzip.open, ".xz": lzma.open}  # type: ignore[dict-item]
 
