@@ -713,7 +713,7 @@ def test_a_result_beside_another_is_no_earlier_one(shell: Shell, dense: Path, jo
 def test_names_as_long_as_a_disk_has_them_travel(shell: Shell, dense: Path, tmp_path: Path) -> None:
     """They were too long for the name that a file has until it is whole, after all the work."""
     model = Path(shutil.copytree(dense, tmp_path / "model"))
-    licence, template = "LICENSE-" + "a" * 247, "b" * 249 + ".jinja"
+    licence, template = "a" * 247 + "-LICENSE", "b" * 249 + ".jinja"
     written(model, {licence: "terms", f"additional_chat_templates/{template}": "{{ messages }}"})
     assert shell.prune(model)[0] == 0
     assert (shell.output / licence).read_text() == "terms"

@@ -44,6 +44,8 @@ COMPUTED = 1 << 30
 # Older checkpoints have frequencies and causal masks of every layer, which are made anew today.
 BUFFERS = (r"\.rotary_emb\.inv_freq$", r"\.(attn|attention)\.(masked_)?bias$")
 SHOWN = 80  # characters at most that an error quotes
+# What no language model has: transformers would name each label, and fetch what a backbone is called.
+NOT_OF_LANGUAGE = ("num_labels", "backbone", "backbone_config")
 
 
 def checked_config(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
@@ -54,7 +56,8 @@ def checked_config(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """
     fields = dict(content)
     fields.pop("configuration_files", None)  # other files, for versions of transformers that there are not
-    fields.pop("num_labels", None)  # a language model has none, and transformers would name each
+    for name in NOT_OF_LANGUAGE:
+        fields.pop(name, None)
     if fields.get("per_layer_config") and "block_widths" not in fields:  # a result of ours has both
         raise UnsupportedModelError(
             f"{path} has a per_layer_config, so that the model's blocks differ already; llm_snp prunes models whose "
@@ -142,7 +145,7 @@ def check_weight_name(file: Any, index: Path) -> str:
 
 
 def check_within(path: Path, directory: Path) -> None:
-    """Raise `CheckpointError` for a weight file that is a link out of its directory, other than to the Hub's cache.
+    """Raise `CheckpointError` for weights or a config that are a link out of their directory, but to the Hub's cache.
 
     Who unpacks a stranger's archive makes the links in it, and what they lead to would go into a result under the
     stranger's name and terms.

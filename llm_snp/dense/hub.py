@@ -15,7 +15,7 @@ from ..errors import CheckpointError, HubError
 from ..system.files import scratch, write_text
 from ..system.libraries import explained, parse_json, reason
 from ..system.private import CARRIED, HUB_ID, carried_words, within
-from .claims import checked_config
+from .claims import check_within, checked_config
 from .terms import called_terms
 
 if TYPE_CHECKING:  # where a model is can be told without torch
@@ -150,6 +150,7 @@ def load_config(directory: Path) -> Any:
     from transformers import AutoConfig
 
     path = directory / "config.json"
+    check_within(path, directory)
     try:
         content = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -43,6 +43,8 @@ def whole_model(directory: Path, config: Any, dtype: torch.dtype | None, sentenc
         for name in names:
             if (directory / name).is_file():
                 (folder / name).symlink_to((directory / name).resolve())
+        if not (directory / SETTINGS).is_file():  # then transformers takes what the config has of them
+            config.to_json_file(folder / "config.json")
         model, loaded = AutoModelForCausalLM.from_pretrained(
             folder, config=config, trust_remote_code=False, output_loading_info=True, **options
         )

@@ -304,9 +304,9 @@ def _code(line: str) -> str:
 
 
 def _named(calibration: dict[str, Any]) -> str:
-    """`wikitext2`, or `wikitext2 (64) and c4 (64)` with the windows of each."""
+    """`wikitext2`, or `wikitext2 (64 windows) and c4 (64 windows)`."""
     texts = texts_of(calibration)
-    return " and ".join(one["source"] + (f" ({one['windows']})" if len(texts) > 1 else "") for one in texts)
+    return " and ".join(one["source"] + (f" ({one['windows']:,} windows)" if len(texts) > 1 else "") for one in texts)
 
 
 def _limits(report: dict[str, Any], metadata: ModelCardData) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import METHODS, PruneConfig, flag_of, judged_attention
+from ..system.plain import text_and_share
 from ..system.private import HUB_ID, carried_words, public_name, public_text, public_words
 
 CORPORA = {  # Hub id, config and split of the texts that have a name: what is evaluated on
@@ -55,8 +56,14 @@ def shareable(report: dict[str, Any]) -> dict[str, Any]:
 
     model["hub"] = hub_id(model) is not None
     model["name"], report["output"] = called(model["name"]), called(report["output"])
+
+    def asked(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [asked(one) for one in value]
+        return as_typed(called(value), value)
+
     told = options | {name: value for name, value in UNTOLD.items() if name in options}
-    report["options"] = {name: (called if name in PLACES else last)(value) for name, value in told.items()}
+    report["options"] = {name: (asked if name in PLACES else last)(value) for name, value in told.items()}
     if options.get("model") is not None:
         report["options"]["model"] = model["name"]
     if kept is not None and isinstance(revision := options.get("revision"), str) and not revision.startswith(ROOTS):
@@ -95,6 +102,12 @@ def shareable(report: dict[str, Any]) -> dict[str, Any]:
     return without
 
 
+def as_typed(public: Any, given: Any) -> Any:
+    """What a text is called as an option's value, where it was `given`: one's own is not the Hub's of that name."""
+    own = isinstance(public, str) and public != given and text_and_share(public)[0] in CORPORA
+    return f"./{public}" if own else public
+
+
 def told_apart(names: Iterable[str], given: Iterable[str] | None = None) -> list[str]:
     """Names of which no two are alike: the second of one gets "(2)", and so on.
 
@@ -129,11 +142,12 @@ def printable(content: Any) -> Any:
     """A copy of something JSON-ready without characters that a page, a plot or a card cannot have.
 
     Each text is one line: more would be headings and lists of their own in a card. Numbers are as large as a report may
-    have them at most: the perplexity of a model that was ruined, or of a task with long words, may be 1e100. What is
-    smaller than its inverse is zero.
+    have them at most: the perplexity of a model that was ruined, or of a task with long words, may be 1e100. Nor is one
+    that is not zero nearer to it than the inverse of that.
     """
     if isinstance(content, float) and math.isfinite(content):
-        return max(-FURTHEST, min(FURTHEST, content)) if abs(content) >= 1 / FURTHEST else 0.0
+        size = max(1 / FURTHEST, min(FURTHEST, abs(content)))
+        return math.copysign(size, content) if content else content
     if isinstance(content, str):
         return "".join(one if one.isprintable() else " " if one.isspace() else "\ufffd" for one in content)
     if isinstance(content, Mapping):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..documents.report import nodes, peak_host_bytes, versions
-from ..documents.shareable import told_apart
+from ..documents.shareable import as_typed, told_apart
 from ..evaluation.perplexity import Perplexity, perplexity_of
 from ..system.device import device_facts
 from ..system.private import public_name, public_text
@@ -122,4 +122,5 @@ def _public(options: HealConfig, pair: Pair) -> dict[str, Any]:
     names = {"directory": pair.student.name, "output": public_name(options.destination)}
     texts = {"text": options.text, "evaluate": options.evaluate}
     found = dataclasses.asdict(options) | names | {"teacher": options.teacher and pair.teacher.name}
-    return found | {name: value if value is None else [label(one) for one in value] for name, value in texts.items()}
+    typed = {name: value and [as_typed(label(one), one) for one in value] for name, value in texts.items()}
+    return found | typed

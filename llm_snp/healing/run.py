@@ -15,6 +15,7 @@ from torch import Tensor
 from ..config import PruneConfig, shares
 from ..dense.data import Windows, evaluation_windows
 from ..dense.readers import check_sources, digests
+from ..dense.whole import generate_plainly
 from ..documents.report import nodes, summary
 from ..documents.writing import rehearse
 from ..errors import CorpusError, HubError, NumericalError, OutputError, first_line
@@ -117,6 +118,7 @@ class _Healing:
             frozen = None if device.type == "cuda" else torch.float32
             self.teacher = teacher.load(frozen).to(device).requires_grad_(False)
             self.student = student.load(frozen if options.lora else torch.float32)
+            generate_plainly(self.student)  # the Trainer saves these settings, and checks them with each state
 
     def _check_space(self) -> None:
         """The result, and of the training the last state, the best one and the one that is being written."""

@@ -20,7 +20,7 @@ from ..errors import CheckpointError
 from ..system.files import digest_of_bytes, digest_of_json, disk, scratch
 from ..system.libraries import explained, parse_json, reason
 from ..system.plain import encodable
-from ..system.private import is_private, within
+from ..system.private import PLACE, is_private, within
 from .sentencepiece import without_places
 
 GENERATION = "generation_config.json"
@@ -44,7 +44,8 @@ TOKENIZER_FILES = (
 SENTENCEPIECE = ("tokenizer.model", "tokenizer.model.v3", "spiece.model", "sentencepiece.bpe.model")
 TEMPLATES = "additional_chat_templates"  # folder of transformers for templates with a name
 TOKENIZER = "tokenizer_config.json"
-SETTINGS = (TOKENIZER, "special_tokens_map.json", GENERATION)
+SPECIAL = "special_tokens_map.json"
+SETTINGS = (TOKENIZER, SPECIAL, GENERATION)
 # Fields that transformers follows to code: classes of a repository (`auto_map` in configs of models, tokenizers and
 # processors, `custom_pipelines` of `pipeline`, `custom_generate` of `generate`), and kernels of the Hub.
 CODE = frozenset(
@@ -86,7 +87,8 @@ SECRETS = re.compile(
     r"(access|auth|hub|hf|api|bearer|github|gitlab|session|refresh)_?token)(_|$)|[a-z0-9]_key$)|"
     r"^[A-Z0-9_]*_(TOKEN|PASS|PAT|PWD)$"  # as variables of an environment are called
 )
-WORDS = ("content", "chat_template", "template")  # what a tokenizer reads or writes, whatever it looks like
+TEMPLATE_FIELD = "chat_template"
+WORDS = ("content", TEMPLATE_FIELD, "template")  # what a tokenizer reads or writes, whatever it looks like
 # Text by which two tokenizers are told apart.
 PROBE = (
     " The 3 quick brown foxes\n\tran; 12.5 % over naïve 雪 in 1999 and 20235x.  <s>[INST]x</s> I'll DON'T we've  "
@@ -94,21 +96,27 @@ PROBE = (
 )
 
 
-def without_code(fields: Any) -> Any:
-    """A copy of parsed JSON without the fields that name code, a place on a machine or a token, at any depth."""
+def without_code(fields: Any, file: str = "config.json") -> Any:
+    """A copy of parsed JSON without the fields that name code, a place on a machine or a token, at any depth.
+
+    file: the name of the file that it is of.
+    """
     if isinstance(fields, Mapping):
-        return {name: without_code(value) for name, value in fields.items() if not _names_code(name, value)}
+        return {name: without_code(one, file) for name, one in fields.items() if not _names_code(name, one, file)}
     if isinstance(fields, (list, tuple)):
-        return [without_code(value) for value in fields if not _names_code(None, value)]
+        return [without_code(one, file) for one in fields if not _names_code(None, one, file)]
     return fields
 
 
-def _names_code(name: Any, value: Any) -> bool:
+def _names_code(name: Any, value: Any, file: str) -> bool:
     if name in CODE or name in PLACES:
         return True
     if isinstance(name, str) and (name.endswith(PLACE_ENDINGS) or SECRETS.search(name) or is_private(name)):
         return True
-    return isinstance(value, str) and name not in WORDS and is_private(value)
+    if not isinstance(value, str) or not is_private(value):
+        return False
+    words = name in WORDS and file in (TOKENIZER, SPECIAL)
+    return not words or (name == TEMPLATE_FIELD and PLACE.fullmatch(value) is not None)
 
 
 class Carried:
@@ -147,10 +155,10 @@ class Carried:
         if path.name not in SETTINGS:
             return content
         fields = read_object(path, content)
-        clean = without_code(fields)
+        clean = without_code(fields, path.name)
         if path.name == GENERATION:
             _check_generation(path, clean)
-        return content if clean == fields else _written(clean)
+        return content if clean == fields and not _repeats(content) else _written(clean)
 
     @property
     def digest(self) -> str:
@@ -269,6 +277,18 @@ def read_object(path: Path, content: bytes) -> dict[str, Any]:
     except RecursionError as error:
         raise CheckpointError(f"{path} is nested too deeply; download it again") from error
     return fields
+
+
+def _repeats(content: bytes) -> bool:
+    """Whether an object of JSON has a name twice, of which all readers see the last."""
+    found = False
+
+    def look(pairs: list[tuple[str, Any]]) -> None:
+        nonlocal found
+        found = found or len({name for name, _ in pairs}) < len(pairs)
+
+    json.loads(content, object_pairs_hook=look)
+    return found
 
 
 def _written(fields: Mapping[str, Any]) -> bytes:

@@ -51,25 +51,32 @@ def find_dense(directory: Path, report: dict[str, Any]) -> Path:
     Raises `SnpError` if it cannot be had, or is a directory that has other weights than when the result was made of it.
     """
     found = locate(dense_of(directory, report), _revision_of(directory, report))
-    memory = recall(directory)
-    if memory.get("model") != str(found):
-        return found
-    from ..dense.checkpoint import weight_files  # with torch, and the door is light
-
-    # Without a hash, too: a place that a stranger has chosen holds nothing that he knows.
-    if memory.get("read", {}).get(WEIGHTS_READ) != digest(*(found / name for name in weight_files(found))):
+    if not _as_pruned(found, directory):
         raise CheckpointError(f"{found} has other weights than when {directory} was made of it")
     return found
 
 
+def _as_pruned(found: Path, directory: Path) -> bool:
+    """Whether a model has the weights that a result was made of, as far as this machine knows those."""
+    from ..dense.checkpoint import weight_files  # with torch, and the door is light
+
+    memory = recall(directory)
+    known = memory.get("read", {}).get(WEIGHTS_READ)
+    # Without a hash, too: a place that a stranger has chosen holds nothing that he knows.
+    if known is None and memory.get("model") != str(found):
+        return True
+    return bool(known == digest(*(found / name for name in weight_files(found))))
+
+
 def is_dense_of(given: str, found: Path, directory: Path, report: dict[str, Any]) -> bool:
-    """Whether the model that was given, and found there, is the one that a result was made of."""
+    """Whether the model that was given, and found there, is the one that a result was made of, with those weights."""
     try:
         name, revision = dense_of(directory, report), report["options"].get("revision")
     except CheckpointError:
         return False
     local = EMBEDDED if name is None else Path(os.path.expanduser(name))
-    return (given == name and not revision) or (os.path.isdir(local) and found.samefile(local))
+    itself = (given == name and not revision) or (os.path.isdir(local) and found.samefile(local))
+    return itself and _as_pruned(found, directory)
 
 
 def ancestors(directory: Path, report: dict[str, Any]) -> list[Path]:

@@ -181,7 +181,7 @@ def _own_code(directory: Path, config: dict[str, Any], files: Iterable[str]) -> 
     for name in {"config.json", *SETTINGS}.intersection(files):
         fields = read_object(directory / name, (directory / name).read_bytes())
         ours = {"auto_map": own[0]} if own and name == "config.json" else {}
-        if fields != without_code(fields) | ours:
+        if fields != without_code(fields, name) | ours:
             raise CheckpointError(
                 f"{directory / name} names code, or a place, outside of the result, which no run of llm_snp writes; "
                 "prune again"

@@ -92,6 +92,9 @@ def finished_before(job: Job) -> dict[str, Any] | None:
         earlier = report["options"]
     now = {"llm_snp": __version__, **given}
     earlier = {"llm_snp": report["versions"]["llm_snp"], **earlier}
+    if "harness" not in report:  # tasks that were not run, as one of them cannot be, may be others
+        for asked in (now, earlier):
+            asked["evaluate"] = list(texts_of(asked.get("evaluate") or ()))
     for name in now:
         if name not in FREE and earlier.get(name) != now[name]:
             if options.overwrite:

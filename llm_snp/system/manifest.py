@@ -57,7 +57,8 @@ def announced(directory: Path, files: Mapping[str, str]) -> bytes:
 
     Whoever finds a part of them there, after a kill, knows them by it.
     """
-    return sealed(_report(directory) | {REPLACING: dict(files)})
+    report = _report(directory)
+    return sealed(report | {FILES: manifest(directory, report), REPLACING: dict(files)})
 
 
 def sealed(report: Mapping[str, Any]) -> bytes:

@@ -92,7 +92,7 @@ def test_several_calibration_texts_are_all_named(report: dict[str, Any]) -> None
     calibrated_on(report, "c4", "/data/notes.txt")
     windows = report["calibration"]["windows"] // 2
     card = model_card(report)
-    assert f"tokens of c4 ({windows}) and notes.txt ({windows}), seed" in card
+    assert f"tokens of c4 ({windows} windows) and notes.txt ({windows} windows), seed" in card
     assert "Calibrated on c4 and notes.txt" in card
     assert metadata(card)["datasets"] == ["allenai/c4"]
     calibrated_on(report, "c4", "/data/c4")  # a file of that name is not the text of that name
@@ -313,6 +313,13 @@ def test_no_local_path_gets_out(report: dict[str, Any]) -> None:
     calibrated_on(report, "/data/c4")
     shared = shareable(report)
     assert list(shared["evaluation"]) == ["c4", "c4 (2)"]
+    report["options"] |= {"calibration": ["/data/c4"], "evaluate": ["c4", "/data/c4", "/data/c4:2"]}
+    shared = shareable(report)
+    assert shared["options"]["calibration"] == ["./c4"]
+    assert shared["options"]["evaluate"] == ["c4", "./c4", "./c4:2"]
+    assert "--calibration ./c4 " in shared["command"]
+    assert "--evaluate c4 --evaluate ./c4 --evaluate ./c4:2" in shared["command"]
+    assert shareable(shared) == shared
     assert "datasets" not in metadata(model_card(report))  # a file of that name is not the text of that name
     assert model_card(shared) == model_card(report)
     report["model"] |= {"name": HUB_ID, "hub": True}

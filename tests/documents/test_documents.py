@@ -557,6 +557,12 @@ def test_documents_that_were_half_replaced_are_ours(
     assert "speed" not in read_report(result)
     assert "replacing" in read_report(result)
     assert strays(result) == []
+    done = iter(range(100))
+    with monkeypatch.context() as patch:  # and once more, with others
+        patch.setattr(files, "_settle", killed)
+        with pytest.raises(KeyboardInterrupt):
+            write_documents(result, read_report(result) | {"notes": ["another"]})
+    assert strays(result) == []
     written = write_documents(result, read_report(result))
     assert {path.name for path in written} >= {"README.md", "report.html", "change.png"}
     assert "replacing" not in read_report(result)

@@ -544,3 +544,11 @@ def test_on_a_gpu(pruned: Path, dense: Path) -> None:
         assert figures["peak_bytes"] >= figures["weight_bytes"] + figures["kv_cache_bytes"] + logits
         assert figures["prefill_range"][0] > 0
     assert any("flash attention" in note for note in speed["notes"])
+
+
+def test_a_model_without_settings_of_generate(dense: Path, tmp_path: Path) -> None:
+    """Many older ones have none: transformers takes what the config has of them."""
+    directory = copied(dense, tmp_path / "model")
+    (directory / "generation_config.json").unlink(missing_ok=True)
+    model = load_model(directory, torch.device("cpu"), torch.float32)
+    assert model.generation_config.eos_token_id == load(dense).config.eos_token_id

@@ -549,6 +549,18 @@ def test_numbers_that_torch_cannot_take(heal: Healer, pruned: Path, flag: tuple[
     assert heal.refused(pruned, *flag).startswith(f"{flag[0]} is ")
 
 
+def test_settings_of_generate_are_not_looked_at(heal: Healer, pruned: Path, tmp_path: Path) -> None:
+    """Older transformers refuse to save those of many models, with each state of a training."""
+    result = copied(pruned, tmp_path / "result")
+    path, report = result / "generation_config.json", report_of(result)
+    path.write_text(json.dumps({"temperature": 0.9, "top_p": 0.6, "do_sample": False}))
+    report["files"][path.name] = digest_of_bytes(path.read_bytes())
+    (result / "report.json").write_bytes(sealed(report))
+    code, _, err = heal(result, "--no-evaluate", "--teacher", recall(pruned)["model"])
+    assert code == 0, err
+    assert Path("healed/generation_config.json").read_bytes() == path.read_bytes()
+
+
 def test_what_is_private_stays_private(heal: Healer, pruned: Path, tmp_path: Path) -> None:
     result = copied(pruned, tmp_path / "result")
     result.chmod(0o700)
@@ -587,6 +599,8 @@ def test_a_text_is_not_called_as_one_of_the_hub(heal: Healer, pruned: Path) -> N
     assert code == 0, err
     (section,) = report_of(Path("healed"))["healing"]
     assert section["text"]["source"] == "c4 (2) and c4 (3)"
+    assert "--text ./c4 --text ./c4" in section["command"]
+    assert "--evaluate ./c4" in section["command"]
     assert list(section["evaluation"]) == ["c4 (2)"]
     assert list(report_of(Path("healed"))["evaluation"]) == ["c4 (2)"]
 

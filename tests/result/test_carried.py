@@ -487,7 +487,6 @@ def test_what_says_nothing_of_code_is_carried_to_the_byte(dense: Path) -> None:
 def test_fields_without_code() -> None:
     kept = {
         "a": [1, {"b": None}],
-        "chat_template": "{% if a %}/x/y{% endif %}",
         "think": "/no_think",
         "url": "https://a/b",
     }
@@ -558,7 +557,9 @@ def test_what_a_model_reads_is_no_secret() -> None:
 def test_places_people_and_tokens_do_not_travel(text: str, dense: Path, tmp_path: Path) -> None:
     """As a setting, in a list, as its name, and in the card's metadata; a vocabulary may have all of it."""
     assert without_code({"a": text, "b": [text], "c": {text: 1}}) == {"b": [], "c": {}}
-    assert without_code({"content": text, "chat_template": text}) == {"content": text, "chat_template": text}
+    words = {"content": text, "template": text}
+    assert without_code(words, "tokenizer_config.json") == words
+    assert without_code(words) == without_code(words, "generation_config.json") == {}
     directory = Path(shutil.copytree(dense, tmp_path / "model"))
     card = {"license": "other", "license_link": text, "tags": [text, "good"], "datasets": text}
     (directory / "README.md").write_text(f"---\n{json.dumps(card)}\n---\n")
@@ -650,7 +651,28 @@ def test_tags_of_an_adapter_are_not_those_of_the_pruned_model(tmp_path: Path) ->
 
 def test_named_templates_are_texts_whatever_they_speak_of() -> None:
     templates = {"chat_template": [{"name": "default", "template": "{{ '/home/ann/x' }}"}]}
-    assert without_code(templates) == templates
+    for text in ("{% if a %}/x/y{% endif %}", "{{ '/home/ann/x' }} and ~/x"):
+        assert without_code({"chat_template": text}, "tokenizer_config.json") == {"chat_template": text}
+    assert without_code(templates, "tokenizer_config.json") == templates
+    # A template is no place.
+    assert without_code({"chat_template": "/home/ann/x.jinja"}, "tokenizer_config.json") == {}
+
+
+def test_what_json_says_twice_does_not_travel(dense: Path, tmp_path: Path) -> None:
+    """All readers see the last of them, and a person who looks at the file the first."""
+    directory = Path(shutil.copytree(dense, tmp_path / "model"))
+    path = directory / "tokenizer_config.json"
+    path.write_text('{"note": "/home/ann/run7", ' + path.read_text().strip()[1:-1] + ', "note": "fine"}')
+    content = Carried(directory).files[path.name]
+    assert b"ann" not in content
+    assert json.loads(content)["note"] == "fine"
+
+
+def test_a_config_that_is_a_link_out_of_the_directory_is_refused(shell: Shell, dense: Path, tmp_path: Path) -> None:
+    directory = Path(shutil.copytree(dense, tmp_path / "model"))
+    (directory / "config.json").rename(tmp_path / "private.json")
+    (directory / "config.json").symlink_to(tmp_path / "private.json")
+    assert "config.json is a link to" in shell.refused(directory)
 
 
 def test_what_generate_begins_with_is_read_before_anything_is_pruned(shell: Shell, dense: Path, tmp_path: Path) -> None:

@@ -141,6 +141,25 @@ def test_a_revision_is_no_place(prune: Prune, dense: Path, tmp_path: Path, revis
         find_dense(tmp_path / "out", report)
 
 
+def test_a_model_of_the_hub_that_has_changed(
+    prune: Prune, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its main branch has other weights by now than those that were pruned."""
+    prune(dense, tmp_path / "out")
+    report = read_report(tmp_path / "out")
+    report["model"] |= {"name": "ann/tiny", "hub": True}
+    report["options"] |= {"model": "ann/tiny", "revision": None}
+    other = save(tiny_opt(seed=5), tmp_path / "other")
+    for there, same in ((dense, True), (other, False)):
+        monkeypatch.setattr("llm_snp.result.origin.locate", lambda *_, there=there: there)
+        assert is_dense_of("ann/tiny", there, tmp_path / "out", report) == same
+        if same:
+            assert find_dense(tmp_path / "out", report) == dense
+        else:
+            with pytest.raises(CheckpointError, match="other has other weights than when"):
+                find_dense(tmp_path / "out", report)
+
+
 def test_revisions_that_are_some() -> None:
     for revision in ("main", "refs/pr/3", "release/v1.0", "0123abc", "feature-x+1"):
         assert REVISION.fullmatch(revision)
@@ -156,6 +175,7 @@ def test_a_model_that_has_changed_is_not_what_a_result_was_made_of(prune: Prune,
     changed = pytest.raises(CheckpointError, match=f"{model} has other weights than when .* was made of it")
     with changed:
         find_dense(tmp_path / "out", report)
+    assert not is_dense_of(str(model), model, tmp_path / "out", report)
     # In a file system that a stranger has made he chooses its numbers, and with them who is believed.
     remember(tmp_path / "out", {name: known for name, known in recall(tmp_path / "out").items() if name != "read"})
     with changed:

@@ -14,7 +14,7 @@ from hub_server import USER, HubServer
 from llm_snp.documents.page import html_page
 from llm_snp.documents.report import Report
 from llm_snp.documents.writing import read_report
-from llm_snp.errors import DiskFullError
+from llm_snp.errors import DiskFullError, OptionError
 from llm_snp.evaluation import speed
 from llm_snp.running import afterwards
 from llm_snp.system.manifest import changed, strays
@@ -110,6 +110,30 @@ def test_a_report_that_could_not_be_read_is_known_before_the_work(
     assert (
         "would get a report that cannot be read (seconds.prune: input should be greater than or equal to 0" in message
     )
+
+
+def test_a_task_that_cannot_be_run_is_left_out_of_a_finished_result(
+    shell: Shell, dense: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With --resume: it costs no pruning anew. Tasks that were run are part of the result."""
+    short = ("--samples", SAMPLES, "--sequence-length", LENGTH, "--calibration", shell.text, "--output", shell.output)
+
+    def fails(*arguments: Any, **options: Any) -> None:
+        raise OptionError("task x cannot be run on this model; leave it out")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(afterwards, "evaluate_harness", fails)
+        assert shell.run(dense, *short, "--evaluate", f"{TASK},{TASK.removeprefix('harness:')}", "--quiet")[0] == 2
+    before = weight_files(shell.output)
+    code, _, err = shell.run(dense, *short, "--no-evaluate", "--resume", "--quiet")
+    assert code == 0, err
+    code, out, err = shell.run(dense, *short, "--evaluate", TASK, "--resume", "--quiet")
+    assert code == 0, err
+    assert "small_choice acc" in out
+    assert weight_files(shell.output) == before
+    code, _, err = shell.run(dense, *short, "--no-evaluate", "--resume", "--quiet")
+    assert code == 2
+    assert "is finished, and --evaluate is [] now" in err
 
 
 def test_a_task_that_is_not_there_is_known_before_the_work(
