@@ -61,7 +61,6 @@ def heal(options: HealConfig) -> list[str]:
             if processes.from_main(lambda: finished_before(options, pair)):
                 return [f"{output} is finished already"]
             processes.on_main(lambda: check_sources(texts_read(options)))
-        # Before the workspace: `--overwrite` throws an unfinished training away there.
         length = pair.length(options.sequence_length)
         schedule = schedule_of(options, length, processes.count)
         with progress.phase("text"):
@@ -98,7 +97,8 @@ class _Healing:
         self.schedule, self.material = schedule, train
         self.processes, self.progress, self.workspace = processes, progress, workspace
         student, teacher = pair.student, pair.teacher
-        self.journal = Journal(processes.from_main(lambda: known(workspace).journal), processes, progress)
+        folder, waiting = processes.from_main(lambda: (known(workspace).journal, known(workspace).earlier))
+        self.journal = Journal(folder, processes, progress, waiting)
         self.states = States(self.journal)
         with progress.phase("load"):
             self.rewriting = Rewriting(student.directory)
@@ -119,6 +119,8 @@ class _Healing:
             self.teacher = teacher.load(frozen).to(device).requires_grad_(False)
             self.student = student.load(frozen if options.lora else torch.float32)
             generate_plainly(self.student)  # the Trainer saves these settings, and checks them with each state
+        processes.on_main(lambda: known(workspace).begin())
+        self.journal.begin()
 
     def _check_space(self) -> None:
         """The result, and of the training the last state, the best one and the one that is being written."""

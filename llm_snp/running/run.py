@@ -129,7 +129,8 @@ class _Run:
         self.job, self.carried, self.storage = job, carried, storage
         self.processes, self.progress, self.workspace = processes, progress, workspace
         self.directory = processes.from_main(lambda: known(workspace).directory)
-        self.journal = Journal(processes.from_main(lambda: known(workspace).journal), processes, progress)
+        folder, waiting = processes.from_main(lambda: (known(workspace).journal, known(workspace).earlier))
+        self.journal = Journal(folder, processes, progress, waiting)
         with progress.phase("load"):
             self.checkpoint = Checkpoint(job.directory, job.family.renames)
             self.stored = stored_dtype(self.checkpoint)
@@ -181,6 +182,8 @@ class _Run:
         before = self.processes.from_main(lambda: report_of(job.directory))
         report = Report(job, self.checkpoint, self.calibration, self.dtype, self.stored, self.processes.count, before)
         self.processes.on_main(lambda: self._rehearse(report))
+        self.processes.on_main(lambda: known(self.workspace).begin())
+        self.journal.begin()
         for source, windows in self.evaluation.items():
             report.evaluated(source, "dense", self._dense_perplexity(windows))
         pair = fitted_and_unseen(self.calibration) if self.evaluation else None

@@ -25,12 +25,22 @@ RECORD = "record"
 
 
 class Journal:
-    """Records by name in `folder`, each there whole or not at all, and each with its hash."""
+    """Records by name in `folder`, each there whole or not at all, and each with its hash.
 
-    def __init__(self, folder: Path, processes: Processes, progress: Progress | None = None):
+    waiting: what is there is another run's until `begin`; what is expected is taken down then.
+    """
+
+    def __init__(self, folder: Path, processes: Processes, progress: Progress | None = None, waiting: bool = False):
         self.folder, self.processes, self.progress = folder, processes, progress or Progress(quiet=True)
         self.rescued: list[str] = []  # what was there, but damaged, and was made again
         self._expected: set[str] = set()
+        self._waiting: list[tuple[str, Mapping[str, Any]]] | None = [] if waiting else None
+
+    def begin(self) -> None:
+        """Take down what was expected so far, where that had to wait. A collective."""
+        waiting, self._waiting = self._waiting or [], None
+        for name, record in waiting:
+            self.expect(name, record)
 
     def rescue(self, what: str) -> None:
         """Say, and note for the report, that something of the interrupted run has to be made again, and why."""
@@ -111,6 +121,9 @@ class Journal:
         To be called before anything else is written. Raises `ResumeError` naming the first field that differs, or if
         there is nothing to compare with although there is more in the folder: it may be of another command.
         """
+        if self._waiting is not None:
+            self._waiting.append((what, fields))
+            return
         earlier, alone = self.processes.from_main(lambda: (self._read(what, required=True), self._alone(what)))
         self._expected.add(what)
         if earlier is None and alone:

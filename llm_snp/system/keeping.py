@@ -28,6 +28,14 @@ def kept_for_later(workspace: Workspace | None, left: Callable[[Workspace], str]
         )
         if full:
             error = DeviceMemoryError(f"the device ran out of memory ({first_line(error)}); {smaller}")
+        if workspace is not None and workspace.earlier:
+            workspace.keep()
+            stays = f"the unfinished run in {workspace.directory} stays"
+            if isinstance(error, KeyboardInterrupt):
+                raise Interrupted(f"interrupted; {stays}") from error
+            if isinstance(error, SnpError):
+                raise type(error)(f"{error}; {stays}") from error
+            raise error
         there, removed = "" if workspace is None else left(workspace), False
         # The same command can go on from here; after a ResumeError another one can, as its own sentence says.
         resumable = not isinstance(error, SnpError) or isinstance(error, RESUMABLE)

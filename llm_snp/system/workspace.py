@@ -32,7 +32,8 @@ class Workspace:
     """The partial directory of `output`, held by this run until `finish`, `discard` or `keep`.
 
     inputs: what the run reads, see `check_harmless`; resume: go on with what an interrupted run left; without it,
-    and without `overwrite`, what such a run has finished or measured is not thrown away but refused; like: what a
+    and without `overwrite`, what such a run has finished or measured is refused, and with that not thrown away before
+    `begin`; like: what a
     new output is no more open than. Raises `OutputError`, also if another run holds the directory.
     """
 
@@ -50,6 +51,7 @@ class Workspace:
         self.journal = self.directory / JOURNAL
         self.resumed = False  # whether there is something of an interrupted run to go on with
         self.finished = False  # whether the result has its name
+        self.earlier = False  # whether there is something that --overwrite throws away, until `begin`
         self._overwrite = overwrite
         check_output(output, overwrite)
         check_partial(output)
@@ -100,7 +102,8 @@ class Workspace:
             )
         self.resumed = resume and any(self.journal.glob("*.json"))
         write_text(self.journal / OWNER, f"process {os.getpid()} on {socket.gethostname()}")
-        if not resume:
+        self.earlier = bool(records) and not resume
+        if not (resume or self.earlier):
             self._empty()
 
     def _try_to_replace(self) -> None:
@@ -153,6 +156,13 @@ class Workspace:
         """Undo that, if it was done and nothing has taken the place."""
         if aside_of(self.output).exists() and not self.output.exists():
             os.rename(aside_of(self.output), self.output)
+
+    def begin(self) -> None:
+        """Throw away what --overwrite was meant for: all that this run could be refused for is known."""
+        if self.earlier:
+            with disk(self.directory):
+                self._empty()
+            self.earlier = False
 
     @property
     def finished_blocks(self) -> int:

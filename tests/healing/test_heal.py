@@ -264,7 +264,7 @@ def test_pruning_and_healing_alternate(
     assert f"then trained for {TOKENS:,} tokens): " in model_card(report)
     pair = find_pair(HealConfig(str(tmp_path / "again"), (), 1))
     assert (pair.teacher.name, pair.its_own) == ("tiny", False)
-    for there, teacher in (("nowhere", "healed"), ("healed", "healed"), ("again", "again")):
+    for there, teacher in (("nowhere", "healed"), ("healed", "healed"), ("again", "healed")):
         found = {"again": str(tmp_path / "healed"), "healed": str(tmp_path / there)}
         monkeypatch.setattr("llm_snp.result.origin.dense_of", lambda place, _, found=found: found[place.name])
         assert find_pair(HealConfig(str(tmp_path / "again"), (), 1)).teacher.directory.name == teacher

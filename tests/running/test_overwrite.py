@@ -469,7 +469,10 @@ def test_nothing_that_cost_time_is_thrown_away(tmp_path: Path, record: str, what
         with pytest.raises(OutputError, match=f"holds {what} of an interrupted run; add --resume"):
             Workspace(tmp_path / "out", overwrite=False, resume=False)
         assert path.exists()
-    Workspace(tmp_path / "out", overwrite=bool(what), resume=False).keep()
+    workspace = Workspace(tmp_path / "out", overwrite=bool(what), resume=False)
+    assert path.exists() == bool(what)
+    workspace.begin()
+    workspace.keep()
     assert not path.exists()
 
 

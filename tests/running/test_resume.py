@@ -243,6 +243,34 @@ def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     path.write_text(json.dumps(content))
 
 
+def test_overwrite_throws_nothing_away_before_the_new_run_can_begin(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever it is refused for, or interrupted in, the unfinished run stays, and goes on to the same bytes."""
+    runs.interrupted()
+    (tmp_path / "short.txt").write_text("Too little.")
+    before = state_of(runs.partial)
+
+    def stays(*more: str, code: int = 2) -> str:
+        found, out, err = runs("--overwrite", "--quiet", *more)
+        assert (found, out) == (code, "")
+        assert err.strip().endswith(f"; the unfinished run in {runs.partial} stays")
+        assert state_of(runs.partial) == before
+        return err
+
+    assert "short.txt has " in stays("--calibration", str(tmp_path / "short.txt"))
+    assert "can be removed from this model" in stays("--sparsity", "0.99")
+    for where, error, code in (
+        ("check_space", DiskFullError("the disk is full"), 2),
+        ("load_tokenizer", KeyboardInterrupt(), 130),
+        ("rehearse", KeyboardInterrupt(), 130),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"llm_snp.running.run.{where}", raiser(error))
+            stays(code=code)
+    runs.finishes(blocks=2)
+
+
 # Killed
 
 
