@@ -181,6 +181,8 @@ class _Run:
         job, skeleton, progress = self.job, self.skeleton, self.progress
         before = self.processes.from_main(lambda: report_of(job.directory))
         report = Report(job, self.checkpoint, self.calibration, self.dtype, self.stored, self.processes.count, before)
+        if self.processes.from_main(lambda: known(self.workspace).resumed):
+            report.note("the run was interrupted and gone on with: seconds, versions and device are of its last part")
         self.processes.on_main(lambda: self._rehearse(report))
         self.processes.on_main(lambda: known(self.workspace).begin())
         self.journal.begin()
