@@ -29,6 +29,7 @@ from ..system.manifest import JOURNAL, is_result, recall
 from ..system.workspace import Workspace, tidy
 from ..version import __version__
 
+GONE_ON_WITH = "the run was interrupted and gone on with: seconds, versions and device are of its last part"
 # Options that do not change the result.
 FREE = frozenset(
     ("output", "device", "overwrite", "resume", "offload", "quiet", "measure_speed", "push_to_hub", "private")

@@ -45,6 +45,7 @@ from .estimate import fisher_bytes
 from .inputs import inputs_of, memory_of, report_of
 from .rehearsal import rehearse
 from .resume import (
+    GONE_ON_WITH,
     again,
     calibration_identity,
     finished_before,
@@ -182,7 +183,7 @@ class _Run:
         before = self.processes.from_main(lambda: report_of(job.directory))
         report = Report(job, self.checkpoint, self.calibration, self.dtype, self.stored, self.processes.count, before)
         if self.processes.from_main(lambda: known(self.workspace).resumed):
-            report.note("the run was interrupted and gone on with: seconds, versions and device are of its last part")
+            report.note(GONE_ON_WITH)
         self.processes.on_main(lambda: self._rehearse(report))
         self.processes.on_main(lambda: known(self.workspace).begin())
         self.journal.begin()
