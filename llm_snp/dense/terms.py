@@ -5,20 +5,32 @@ from __future__ import annotations
 import re
 from pathlib import Path, PurePath
 
-# What may follow in such a name: more of it, a version, what it is for, a licence, a language. Any other word makes it
-# the name of something else, which may be a person's own (`license_server.txt`).
+# How such files are called, among others: the Hub is asked for all of these.
+CALLED = re.compile(
+    r"(?=[\w. -]+$)(notice|copying|copyright|terms|third.?party|[\w-]*polic(y|ies)|.*licen[cs]e|"
+    r"(.*[^a-z])?(eula|terms.of.(use|service))(?![a-z]))",
+    re.IGNORECASE | re.ASCII,
+)
+# What may follow in a name that is only that of terms: more of it, a version, what it is for, a licence, a language.
+# With any other word it may be a person's own (`license_server.txt`).
 _MORE = (
-    r"v?\d[\d.]*|agreements?|terms|conditions|notices?|polic(y|ies)|file|of|use|usage|for|and|the|third|party|models?|code|"
-    r"data|datasets?|weights|software|docs|documentation|commercial|non|noncommercial|research|community|lesser|"
-    r"apache\d?|mit|bsd|[al]?gpl(v?\d)?|mpl|isc|cc\d?|by|nc|nd|sa|openrail|rail|m|llama\d*|gemma\d*|qwen\d*|deepseek|mistral|"
-    r"meta|google|en|zh|cn|de|fr|es|it|ja|jp|ko|kr|ru"
+    r"v?\d[\d.]*|agreements?|terms|conditions|notices?|polic(y|ies)|file|of|use|usage|for|and|the|third|party|models?|"
+    r"code|data|datasets?|weights|software|docs|documentation|commercial|non|noncommercial|research|community|lesser|"
+    r"apache\d?|mit|bsd|[al]?gpl(v?\d)?|mpl|isc|cc\d?|by|nc|nd|sa|openrail|rail|m|llama\d*|gemma\d*|qwen\d*|deepseek|"
+    r"mistral|meta|google|en|zh|cn|de|fr|es|it|ja|jp|ko|kr|ru"
 )
 _GAP = r"[ ._-]+"
 TERMS = re.compile(
-    rf"(?=[\w. -]+$)(notices?|copying|copyrights?|terms|third[ ._-]?party|([\w-]*[_-])?polic(y|ies)|"
+    rf"(notices?|copying|copyrights?|terms|third[ ._-]?party|([\w-]*[_-])?polic(y|ies)|"
     rf"(.*[^a-z])?((un)?licen[cs]es?|eula|terms.of.(use|service)))({_GAP}({_MORE}))*(\.\w+)?",
     re.IGNORECASE | re.ASCII,
 )
+# Of such words a text of terms has two at least.
+LEGAL = (
+    *("copyright", "hereby", "warrant", "liabilit", "redistribut", "sublicens", "licensor", "licensee", "permission"),
+    *("license agreement", "terms and conditions", "terms of use", "acceptable use", "prohibited use"),
+)
+READ = 1 << 18  # characters of a text that are looked at
 NO_TERMS = re.compile(r"key|token|secret|password", re.IGNORECASE)  # a licence's key is not for others
 TERMS_ENDINGS = ("", ".txt", ".md", ".rst", ".pdf", ".lesser")
 # What stays behind and is told of: a browser runs what pages say, an office what documents say; and what is no text.
@@ -27,8 +39,23 @@ LARGEST_TERMS = 10_000_000  # bytes; what is larger is no text for people
 
 
 def is_terms(path: Path) -> bool:
-    """Whether a file has such terms, as text or PDF."""
-    return names_terms(path) and path.is_file() and path.stat().st_size <= LARGEST_TERMS
+    """Whether a file has such terms, as text or PDF: by its name alone, or by what it says as well."""
+    if not (names_terms(path) and path.is_file() and path.stat().st_size <= LARGEST_TERMS):
+        return False
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", path.name)  # LicenseAgreement.txt
+    return TERMS.fullmatch(words) is not None or _reads_as_terms(path)
+
+
+def unclear(path: Path) -> bool:
+    """Whether a file that is called like terms stays behind because it says nothing of the kind, or cannot be read."""
+    small = names_terms(path) and path.is_file() and path.stat().st_size <= LARGEST_TERMS
+    return small and not is_terms(path)
+
+
+def _reads_as_terms(path: Path) -> bool:
+    with path.open(encoding="utf-8", errors="replace") as file:
+        text = " ".join(file.read(READ).lower().split())
+    return sum(word in text for word in LEGAL) >= 2
 
 
 def stays(path: Path) -> bool:
@@ -46,4 +73,4 @@ def names_terms(path: PurePath) -> bool:
 
 def called_terms(path: PurePath) -> bool:
     """The same whatever kind of file it is."""
-    return TERMS.fullmatch(path.name) is not None and NO_TERMS.search(path.name) is None
+    return CALLED.match(path.name) is not None and NO_TERMS.search(path.name) is None

@@ -306,6 +306,7 @@ class Document(_Part):
     speed: Speed = MISSING
     files: Hashes
     replacing: Hashes = {}  # documents whose replacement was interrupted
+    edited: bool = False  # published with a card that a person had edited
 
     @model_validator(mode="after")
     def fits(self) -> Document:

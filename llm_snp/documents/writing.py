@@ -89,6 +89,7 @@ def store(directory: Path, report: dict[str, Any], section: str, measured: Any, 
             one[section] = measured
             if seconds is not None:
                 one["seconds"][section] = seconds
+        now["options"]["evaluate"] = report["options"]["evaluate"]  # of tasks, perhaps others than were asked for first
         write_documents(directory, now)
         report[FILES] = now[FILES]
 

@@ -61,9 +61,8 @@ def check_tasks(tasks: Sequence[str]) -> dict[str, int]:
                 _seeded(loaded, 0)
                 for task in loaded["tasks"].values():
                     task.build_all_requests(rank=0, world_size=1)
-            written[request.name] = max(
-                (_written(one) for task in loaded["tasks"].values() for one in task.instances), default=0
-            )
+                instances = (one for task in loaded["tasks"].values() for one in task.instances)
+                written[request.name] = max(map(_written, instances), default=0)
     return written
 
 
@@ -84,7 +83,9 @@ def _written(request: Any) -> int:
         return 0
     options = request.args[1]
     asked = next((options[name] for name in NEW_TOKENS if options.get(name) is not None), USUALLY_WRITTEN)
-    return int(asked)
+    if type(asked) is not int or asked < 1:
+        raise ValueError(f"{asked!r} tokens are to be written")
+    return asked
 
 
 def evaluate_harness(

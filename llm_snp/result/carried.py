@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
-from ..dense.terms import is_terms, names_terms, stays
+from ..dense.terms import is_terms, names_terms, stays, unclear
 from ..dense.tokenizer import load_tokenizer
 from ..errors import CheckpointError
 from ..system.files import digest_of_bytes, digest_of_json, disk, scratch
@@ -123,8 +123,9 @@ class Carried:
     """The files that travel, by their name in the result, read once.
 
     directory: of the dense model; left: names of terms of use that stay there, because they may have scripts, or are a
-    folder, or too large for text. Raises `CheckpointError` for what cannot be read or is not what it should be, links
-    that lead out of the directory, and a tokenizer whose class is code of the directory.
+    folder, or too large for text; unclear: of files that may be a person's own. Raises `CheckpointError` for what
+    cannot be read or is not what it should be, links that lead out of the directory, and a tokenizer whose class is
+    code of the directory.
     """
 
     def __init__(self, directory: Path):
@@ -135,6 +136,7 @@ class Carried:
         found += sorted(path for path in directory.iterdir() if is_terms(path))
         self.files = {path.relative_to(directory).as_posix(): self._read(path) for path in found}
         self.left = sorted(path.name for path in directory.iterdir() if stays(path))
+        self.unclear = sorted(path.name for path in directory.iterdir() if unclear(path))
 
     def _read(self, path: Path) -> bytes:
         if not (encodable(path.name) and path.name.isprintable()):

@@ -21,7 +21,19 @@ from ..documents.writing import CARD, PAGE, edited, read_report
 from ..errors import CheckpointError, HubError, ReplacedError
 from ..system.files import digest_of_bytes
 from ..system.libraries import explained
-from ..system.manifest import FILES, REPLACING, REPORT, changed, check_weights, faults, manifest, sealed, some, strays
+from ..system.manifest import (
+    EDITED,
+    FILES,
+    REPLACING,
+    REPORT,
+    changed,
+    check_weights,
+    faults,
+    manifest,
+    sealed,
+    some,
+    strays,
+)
 from ..version import __version__
 from .assembly import MODELING, own_code
 from .carried import SETTINGS, content_of, read_object, travels, without_code
@@ -200,7 +212,9 @@ def _documents(
     files |= {name: digest_of_bytes(made) for name, made in content.items() if isinstance(made, bytes)}
     files.pop(CARD, None)  # in a downloaded copy, too, an edited card is nobody's but its author's
     report[FILES] = files if card is None else files | {CARD: digest_of_bytes(documents[CARD])}
-    report.pop(REPLACING, None)
+    for field in (REPLACING, EDITED):
+        report.pop(field, None)
+    report |= {EDITED: True} if card is None else {}
     return documents | {REPORT: sealed(report)}
 
 

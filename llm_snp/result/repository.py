@@ -16,7 +16,7 @@ from ..dense.hub import check_token
 from ..documents.writing import CARD
 from ..errors import HubError, OptionError
 from ..system.files import scratch
-from ..system.manifest import REPORT, is_result, manifest, some, strays
+from ..system.manifest import REPORT, has_edited_card, is_result, manifest, some, strays
 
 # The errors of the library by which the Hub's client speaks HTTP: requests, httpx or httpx2, by its version.
 HTTP_ERRORS: tuple[type[Exception], ...] = tuple(
@@ -111,6 +111,7 @@ def _written_there(api: HfApi, repo: str, found: Repository) -> set[str]:
             return {ATTRIBUTES, *[CARD] * bool(bare)}
         _content(api, repo, REPORT, found, folder)
         ours = {ATTRIBUTES, *manifest(folder), *[REPORT] * is_result(folder)} - set(strays(folder))
+        ours |= {CARD} if has_edited_card(folder) else set()  # it came with the report, as the commits tell
     tree = api.list_repo_tree(repo, recursive=True, expand=True, revision=found.commit)
     changed = {one.path: one.last_commit.date for one in tree if isinstance(one, RepoFile) and one.last_commit}
     return {name for name in ours if REPORT not in changed or changed.get(name, changed[REPORT]) <= changed[REPORT]}

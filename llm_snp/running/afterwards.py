@@ -24,7 +24,7 @@ from ..result.publish import push
 from ..result.repository import check_push
 from ..system.device import resolve_dtype
 from ..system.files import digest
-from ..system.manifest import recall
+from ..system.manifest import recall, remember
 from ..system.progress import Progress
 
 
@@ -58,6 +58,8 @@ def afterwards(job: Job, report: dict[str, Any], progress: Progress) -> dict[str
                     for directory in (job.directory, job.output)
                 )
             store(job.output, report, "harness", compare(dense, pruned), _taken(progress, "harness"))
+            if memory := recall(job.output):
+                remember(job.output, memory | {"options": memory.get("options", {}) | {"evaluate": options.evaluate}})
         if options.measure_speed and "speed" not in report:
             _expect_dense(job)
             with progress.phase("speed", measurements(job.directory, RUNS), unit="run") as step:

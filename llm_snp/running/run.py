@@ -36,6 +36,7 @@ from ..result.repository import check_card
 from ..result.writer import Writer
 from ..system.device import as_at_start, dtype_name, resolve_dtype
 from ..system.journal import Journal
+from ..system.manifest import some
 from ..system.output import check_space
 from ..system.processes import Processes
 from ..system.progress import Progress
@@ -141,6 +142,8 @@ class _Run:
             self.journal.expect("model", identity)
             self.tokenizer = load_tokenizer(job.directory)
             processes.on_main(lambda: carried.check(self.tokenizer, job.family.pruned_model_type))
+            if carried.unclear:
+                progress.say(f"note: {some(carried.unclear)} of {job.directory} may be terms of use, and stays there")
             whole = None if job.whole is job.config else job.whole
             self.skeleton = Skeleton(job.config, job.family.blocks, self.checkpoint, job.device, self.dtype, whole)
             check_tables(job.family, job.config, self.checkpoint.tables())

@@ -22,6 +22,7 @@ from .progress import one_line
 REPORT = "report.json"
 FILES = "files"  # of a report: name -> hash of everything beside it that is part of the result
 REPLACING = "replacing"  # of a report whose documents are being replaced: name -> hash of what comes
+EDITED = "edited"  # of a report on the Hub: that its card is a person's, who has pushed it with the result
 SEAL = "seal"  # of a report: hash of the rest of it, by which it is told whether somebody has changed that
 JOURNAL = ".llm_snp"  # folder of a run that goes on; in a result only until it has tidied up
 PRIVATE = ".cache/huggingface"
@@ -50,6 +51,11 @@ def has_report(directory: Path) -> bool:
     except (OSError, ValueError, RecursionError):
         return True
     return is_result(directory)
+
+
+def has_edited_card(directory: Path) -> bool:
+    """Whether a result was published with a card that a person had edited."""
+    return _report(directory).get(EDITED) is True
 
 
 def announced(directory: Path, files: Mapping[str, str]) -> bytes:

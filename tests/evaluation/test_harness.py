@@ -346,6 +346,10 @@ def test_room_for_what_a_task_lets_a_model_write(dense: Path, task: Callable[...
     said = refused(OptionError, lambda: check_room(written, config))
     assert said.startswith(f"task {file} lets a model write {POSITIONS} tokens, but this one has {POSITIONS} positions")
     check_room({file: POSITIONS - 1}, config)
+    for strange in ("many", "1e400", "[1]", "-5", "0"):
+        file = str(task("writing", max_gen_toks=strange))
+        said = refused(OptionError, lambda file=file: check_tasks([file]))
+        assert said.startswith(f"task {file} cannot be asked (")
 
 
 def test_no_fewer_examples_than_none(dense: Path, tmp_path: Path) -> None:

@@ -440,6 +440,22 @@ TERMS += (
 )
 
 
+TERMS += (
+    "ThirdPartyNotices.txt",
+    "TermsOfUse.txt",
+    "LicenseAgreement.pdf",
+    "AcceptableUsePolicy.md",
+    "ModelLicense.txt",
+)
+# With words in their names that are nobody's business to list.
+TOLD_BY_WORDS = (
+    "LICENSE_FALCON.txt",
+    "Community License for Baichuan2 Model.txt",
+    "LICENSE-3RD-PARTY",
+    "LICENSE_NVIDIA.md",
+)
+
+
 def test_terms_and_templates_travel(prune: Prune, dense: Path, tmp_path: Path) -> None:
     directory = Path(shutil.copytree(dense, tmp_path / "model"))
     (directory / "additional_chat_templates").mkdir()
@@ -449,6 +465,8 @@ def test_terms_and_templates_travel(prune: Prune, dense: Path, tmp_path: Path) -
         (directory / "additional_chat_templates" / f"{name}.jinja").write_text(text)
     for name in TERMS:
         (directory / name).write_text(f"as in {name}")
+    for name in TOLD_BY_WORDS:
+        (directory / name).write_text(f"as in {name}: all warranties and any LIABILITY are excluded; Copyright")
     others = {"license.py", "LICENSE.sh", "notes.txt", "policy.safetensors", "license_key.txt", "LICENSE.docx"}
     others |= {
         "pay terms.txt",
@@ -469,6 +487,8 @@ def test_terms_and_templates_travel(prune: Prune, dense: Path, tmp_path: Path) -
     for name in ("LICENSE.docx", "LICENSES", "LICENSE-data.txt"):
         assert f"{name} of the dense model, which is more than text, is not in the result; its terms hold" in notes
     assert {name: (output / name).read_text() for name in TERMS} == {name: f"as in {name}" for name in TERMS}
+    assert all((output / name).read_text().startswith(f"as in {name}: ") for name in TOLD_BY_WORDS)
+    assert not any("license_server" in note for note in notes)  # only the person who runs it is told
     assert not (others | {"LICENSES", "LICENSE-data.txt"}) & {path.name for path in output.iterdir()}
     dense_templates = AutoTokenizer.from_pretrained(directory).chat_template
     assert set(dense_templates) == {"default", *templates}

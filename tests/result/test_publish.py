@@ -221,6 +221,14 @@ def test_an_edited_card_goes_up_as_it_is(hub: HubServer, result: Path) -> None:
     # In a copy of the repository it is nobody's but its author's, too.
     published = json.loads(hub.repositories[REPO].files["report.json"])
     assert "README.md" not in published["files"]
+    push(result, REPO, overwrite=True)  # nothing has changed there
+    readme.write_text(readme.read_text() + "\nAnd more.\n")
+    push(result, REPO, overwrite=True)
+    assert hub.repositories[REPO].files["README.md"] == readme.read_bytes()
+    hub.repositories[REPO].commits.append(Commit("theirs", {"README.md"}, set(), {"README.md": b"# Mine"}))
+    with pytest.raises(HubError, match=r"has README\.md on the Hub, which no run of llm_snp wrote"):
+        push(result, REPO, overwrite=True)
+    hub.repositories[REPO].commits.pop()
     (result / "report.json").write_text(json.dumps(published))
     assert publish.card_is_edited(result, published)
     push(result, f"{USER}/edited")

@@ -131,6 +131,8 @@ def test_a_task_that_cannot_be_run_is_left_out_of_a_finished_result(
     assert code == 0, err
     assert "small_choice acc" in out
     assert weight_files(shell.output) == before
+    assert report(shell)["options"]["evaluate"] == ["harness:small_choice.yaml"]  # type: ignore[index]
+    assert shell.run(dense, *short, "--evaluate", TASK, "--resume", "--quiet")[0] == 0
     code, _, err = shell.run(dense, *short, "--no-evaluate", "--resume", "--quiet")
     assert code == 2
     assert "is finished, and --evaluate is [] now" in err
