@@ -95,7 +95,7 @@ def test_the_card_reads_only_the_report() -> None:
     assert own("documents/card") == {"documents/shareable", "documents/healing", "documents/steps"}
     for words in ("documents/healing", "documents/steps"):
         assert not own(words) | foreign(words)
-    assert own("documents/shareable") == {"config", "system/private"}
+    assert own("documents/shareable") == {"config", "system/plain", "system/private"}
     assert foreign("documents/card") <= {"huggingface_hub"}
 
 
