@@ -64,7 +64,8 @@ class States:
         record = self._whole(step)
         if record is None:
             return step
-        return None if self._whole(record[BEST]) else record[BEST]  # type: ignore[no-any-return]
+        best: int = record.get(BEST, step)
+        return None if self._whole(best) else best
 
     def _whole(self, step: int) -> dict[str, Any] | None:
         """The record of a state that is as it was written. A collective."""

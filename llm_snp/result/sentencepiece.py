@@ -17,27 +17,25 @@ PLACES = {
     5: (6,),  # denormalizer_spec
 }
 VARINT, FIXED64, LENGTH, BEGIN, END, FIXED32 = range(6)  # wire types; between two of them is a group
-BEGINNINGS = tuple(bytes([number << 3 | LENGTH]) for number in (1, *PLACES))  # with a piece, or settings
 
 
 def without_places(content: bytes) -> bytes:
-    """`content` without the paths of the training; as it is where it does not begin as such a file.
+    """`content` without the paths of the training; as it is where it has none of them, or is no such file.
 
-    Where it is none from some field on, it ends there: nothing could read it as a whole, or what follows.
+    Where one with paths is none from some field on, it ends there: nothing could read it as a whole, or what follows.
     """
-    if content[:1] not in BEGINNINGS:
-        return content
-    kept = []
+    kept, found = [], False
     with suppress(IndexError, ValueError):
         for number, start, value, end in _fields(content):
             if number in PLACES and content[start] & 7 == LENGTH:
                 inner = content[value:end]
                 fields = [(one, inner[first:last]) for one, first, _, last in _fields(inner)]
                 rest = b"".join(part for one, part in fields if one not in PLACES[number])
+                found = found or len(rest) < len(inner)
                 kept.append(_varint(number << 3 | LENGTH) + _varint(len(rest)) + rest)
             else:
                 kept.append(content[start:end])
-    return b"".join(kept)
+    return b"".join(kept) if found else content
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, int, int, int]]:

@@ -18,6 +18,7 @@ import xxhash
 from safetensors import SafetensorError
 
 from ..errors import DiskFullError, OutputError
+from .progress import say
 
 if TYPE_CHECKING:  # what needs no tensors needs no torch
     from torch import Tensor
@@ -252,8 +253,10 @@ def alone(directory: Path) -> Iterator[None]:
     with disk(directory):
         found = os.open(directory, os.O_RDONLY)
     try:
-        with suppress(OSError):
-            fcntl.flock(found, fcntl.LOCK_EX)
+        if not _lock(found):
+            say(f"waiting: another process is writing the documents of {directory}")
+            with suppress(OSError):
+                fcntl.flock(found, fcntl.LOCK_EX)
         yield
     finally:
         os.close(found)

@@ -282,7 +282,9 @@ def recall(directory: Path) -> dict[str, Any]:
     memory = _object(directory / MEMORY)
     try:
         mine = (directory / MEMORY).stat().st_uid == os.geteuid()
-        itself = (memory.pop(PLACE, None), memory.pop(RESULT, None)) == (directory.stat().st_ino, _weights(directory))
+        weights = _weights(directory)
+        # Earlier memories do not say of which result they are.
+        itself = (memory.pop(PLACE, None), memory.pop(RESULT, weights)) == (directory.stat().st_ino, weights)
         if not (mine and itself):
             return {}
     except OSError:

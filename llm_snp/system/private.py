@@ -106,7 +106,8 @@ def public_words(text: str, kept: Collection[str] = ()) -> str:
 def in_cache(directory: Path) -> bool:
     """Whether a directory is a snapshot in the Hub's cache, whose files lead to blobs that others share."""
     place = directory.resolve().parent
-    return place.name == "snapshots" and (place.parent / "blobs").is_dir()
+    cached = re.match(r"(models|datasets|spaces)--", place.parent.name)
+    return cached is not None and place.name == "snapshots" and (place.parent / "blobs").is_dir()
 
 
 def within(path: Path, directory: Path) -> bool:

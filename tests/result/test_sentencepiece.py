@@ -40,13 +40,19 @@ def test_paths_of_the_training_are_taken_out_and_nothing_else() -> None:
     assert without_places(found) == found
 
 
-@pytest.mark.parametrize("content", [b"", b"IQ== 0\nIg== 1\n", b"\xff" * 40])
+@pytest.mark.parametrize(
+    "content", [b"", b"IQ== 0\nIg== 1\n", b"\xff" * 40, b"\x12\x80", b"\n\nIQ== 0\n", b"*IQ== 0\n"]
+)
 def test_what_is_no_such_file_stays(content: bytes) -> None:
     assert without_places(content) == content
 
 
 # Of wire types that nobody uses any more: with a field of each kind in it, and one in one.
 GROUP = b"\xa3\x06" + whole(1, 300) + text(2, b"/x") + b"\x1d1234" + b"\x2b" + whole(1, 1) + b"\x2c" + b"\xa4\x06"
+
+
+def test_a_file_may_begin_with_any_field() -> None:
+    assert without_places(text(4, b"x") + text(2, text(1, b"/home/ann/c.txt") + KEPT)) == text(4, b"x") + text(2, KEPT)
 
 
 def test_what_follows_a_group_is_read() -> None:
