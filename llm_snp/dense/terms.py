@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from pathlib import Path, PurePath
 
 # How such files are called, among others: the Hub is asked for all of these.
@@ -38,22 +39,20 @@ PAGES = (".html", ".htm", ".xhtml", ".svg", ".doc", ".docx", ".odt", ".rtf")
 LARGEST_TERMS = 10_000_000  # bytes; what is larger is no text for people
 
 
+def may_be_terms(path: Path) -> bool:
+    """Whether a file is called like such terms, as text or PDF, and no larger than they are."""
+    return names_terms(path) and path.is_file() and path.stat().st_size <= LARGEST_TERMS
+
+
 def is_terms(path: Path) -> bool:
-    """Whether a file has such terms, as text or PDF: by its name alone, or by what it says as well."""
-    if not (names_terms(path) and path.is_file() and path.stat().st_size <= LARGEST_TERMS):
-        return False
+    """Whether a file that may be such terms is some: by its name alone, or by what it says as well."""
     words = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", path.name)  # LicenseAgreement.txt
     return TERMS.fullmatch(words) is not None or _reads_as_terms(path)
 
 
-def unclear(path: Path) -> bool:
-    """Whether a file that is called like terms stays behind because it says nothing of the kind, or cannot be read."""
-    small = names_terms(path) and path.is_file() and path.stat().st_size <= LARGEST_TERMS
-    return small and not is_terms(path)
-
-
 def _reads_as_terms(path: Path) -> bool:
-    with path.open(encoding="utf-8", errors="replace") as file:
+    text = ""
+    with suppress(OSError), path.open(encoding="utf-8", errors="replace") as file:
         text = " ".join(file.read(READ).lower().split())
     return sum(word in text for word in LEGAL) >= 2
 

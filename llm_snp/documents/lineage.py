@@ -8,6 +8,7 @@ from typing import Any
 from ..dense.skeleton import empty_model, linear_blocks
 from ..families import Family
 from .healing import healed_tokens
+from .schema import LARGEST
 from .shareable import hub_id
 
 
@@ -18,7 +19,7 @@ def parents(before: Mapping[str, Any]) -> list[dict[str, Any]]:
     many tokens what was left was trained for after that.
     """
     last = {"name": before["model"]["name"], "hub": hub_id(before["model"]) is not None}
-    last |= {"removed": before["sparsity"]["achieved"], "healed": healed_tokens(before)}
+    last |= {"removed": before["sparsity"]["achieved"], "healed": min(LARGEST, healed_tokens(before))}
     return [*before.get("parents", []), last]
 
 

@@ -37,8 +37,8 @@ from .options import HealConfig, command_line
 from .pair import Pair, find_pair, open_model, stored
 from .record import healed, labels, with_healing
 from .resume import States, finished_before, identity_of, inputs_of, left, memory_of, texts_read
-from .text import Material, material
-from .training import NAMES, Heal, Schedule, Watch, adapted, computing, schedule_of
+from .text import material
+from .training import NAMES, Heal, Watch, adapted, computing, schedule_of
 
 SMALLER = "give a smaller --batch (and a larger --accumulate), --checkpointing, --lora, or a shorter --sequence-length"
 
@@ -61,22 +61,14 @@ def heal(options: HealConfig) -> list[str]:
             if processes.from_main(lambda: finished_before(options, pair)):
                 return [f"{output} is finished already"]
             processes.on_main(lambda: check_sources(texts_read(options)))
-        length = pair.length(options.sequence_length)
-        schedule = schedule_of(options, length, processes.count)
-        with progress.phase("text"):
-            train = processes.from_main(
-                lambda: material(
-                    options, schedule.steps * schedule.windows, length, pair.student.tokenizer, pair.vocabulary
+            workspace = processes.on_main(
+                lambda: Workspace(
+                    output, options.overwrite, options.resume, inputs_of(options, pair), like=pair.student.directory
                 )
             )
-        workspace = processes.on_main(
-            lambda: Workspace(
-                output, options.overwrite, options.resume, inputs_of(options, pair), like=pair.student.directory
-            )
-        )
         again = command_line(dataclasses.asdict(options) | {"resume": False}, processes.count, nodes()) + " --resume"
         with kept_for_later(workspace, lambda there: left(there, again), SMALLER):
-            return _Healing(options, pair, schedule, train, device, processes, progress, workspace).run()
+            return _Healing(options, pair, device, processes, progress, workspace).run()
 
 
 class _Healing:
@@ -86,20 +78,19 @@ class _Healing:
         self,
         options: HealConfig,
         pair: Pair,
-        schedule: Schedule,
-        train: Material,
         device: torch.device,
         processes: Processes,
         progress: Progress,
         workspace: Workspace | None,
     ):
         self.options, self.pair, self.device = options, pair, device
-        self.schedule, self.material = schedule, train
         self.processes, self.progress, self.workspace = processes, progress, workspace
         student, teacher = pair.student, pair.teacher
         folder, waiting = processes.from_main(lambda: (known(workspace).journal, known(workspace).earlier))
         self.journal = Journal(folder, processes, progress, waiting)
         self.states = States(self.journal)
+        length = pair.length(options.sequence_length)
+        self.schedule = schedule_of(options, length, processes.count)
         with progress.phase("load"):
             self.rewriting = Rewriting(student.directory)
             processes.on_main(lambda: self.rewriting.carried.check(student.tokenizer))
@@ -111,6 +102,10 @@ class _Healing:
             processes.on_main(self._check_space)
         with progress.phase("text"):
             self.read = identity | processes.from_main(lambda: digests(shares(options.text)))
+            windows = self.schedule.steps * self.schedule.windows
+            self.material = processes.from_main(
+                lambda: material(options, windows, length, student.tokenizer, pair.vocabulary)
+            )
             self.texts, self.missing = processes.from_main(self._evaluation)
             self.journal.expect("text", {"the hash of the text's windows": self.material.train.sha256})
         with progress.phase("load"):

@@ -14,7 +14,8 @@ from typing import Any
 
 from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
-from ..dense.terms import is_terms, names_terms, stays, unclear
+from ..dense.terms import is_terms, may_be_terms, names_terms, stays
+from ..dense.tokenizer import SETTINGS as TOKENIZER_SETTINGS
 from ..dense.tokenizer import load_tokenizer
 from ..errors import CheckpointError
 from ..system.files import digest_of_bytes, digest_of_json, disk, scratch
@@ -44,8 +45,7 @@ TOKENIZER_FILES = (
 SENTENCEPIECE = ("tokenizer.model", "tokenizer.model.v3", "spiece.model", "sentencepiece.bpe.model")
 TEMPLATES = "additional_chat_templates"  # folder of transformers for templates with a name
 TOKENIZER = "tokenizer_config.json"
-SPECIAL = "special_tokens_map.json"
-SETTINGS = (TOKENIZER, SPECIAL, GENERATION)
+SETTINGS = (*TOKENIZER_SETTINGS, GENERATION)
 # Fields that transformers follows to code: classes of a repository (`auto_map` in configs of models, tokenizers and
 # processors, `custom_pipelines` of `pipeline`, `custom_generate` of `generate`), and kernels of the Hub.
 CODE = frozenset(
@@ -115,7 +115,7 @@ def _names_code(name: Any, value: Any, file: str) -> bool:
         return True
     if not isinstance(value, str) or not is_private(value):
         return False
-    words = name in WORDS and file in (TOKENIZER, SPECIAL)
+    words = name in WORDS and file in TOKENIZER_SETTINGS
     return not words or (name == TEMPLATE_FIELD and PLACE.fullmatch(value) is not None)
 
 
@@ -133,10 +133,12 @@ class Carried:
         check_tokenizer_class(directory)
         found = [path for name in TOKENIZER_FILES if (path := directory / name).is_file()]
         found += sorted(path for path in (directory / TEMPLATES).glob("*.jinja") if path.is_file())
-        found += sorted(path for path in directory.iterdir() if is_terms(path))
+        called = sorted(path for path in directory.iterdir() if may_be_terms(path))
+        terms = [path for path in called if is_terms(path)]
+        found += terms
         self.files = {path.relative_to(directory).as_posix(): self._read(path) for path in found}
         self.left = sorted(path.name for path in directory.iterdir() if stays(path))
-        self.unclear = sorted(path.name for path in directory.iterdir() if unclear(path))
+        self.unclear = [path.name for path in called if path not in terms]
 
     def _read(self, path: Path) -> bytes:
         if not (encodable(path.name) and path.name.isprintable()):

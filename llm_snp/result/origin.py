@@ -51,9 +51,14 @@ def find_dense(directory: Path, report: dict[str, Any]) -> Path:
     Raises `SnpError` if it cannot be had, or is a directory that has other weights than when the result was made of it.
     """
     found = locate(dense_of(directory, report), _revision_of(directory, report))
+    expect_as_pruned(found, directory)
+    return found
+
+
+def expect_as_pruned(found: Path, directory: Path) -> None:
+    """Raise `CheckpointError` if a model has other weights than when a result was made of it."""
     if not _as_pruned(found, directory):
         raise CheckpointError(f"{found} has other weights than when {directory} was made of it")
-    return found
 
 
 def _as_pruned(found: Path, directory: Path) -> bool:

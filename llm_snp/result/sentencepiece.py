@@ -2,7 +2,7 @@
 
 Such a file is a protocol buffer, `ModelProto` of sentencepiece_model.proto: beside the pieces it has the settings of
 the training, and among them paths. They are needed for nothing, and taken out field by field, so neither sentencepiece
-nor protobuf need be installed; every other byte stays.
+nor protobuf need be installed; every other byte stays, but for those behind the end of a damaged file.
 """
 
 from __future__ import annotations

@@ -12,18 +12,16 @@ from typing import Any
 import torch
 
 from ..config import RUNS, PruneConfig
-from ..dense.checkpoint import weight_files
 from ..dense.hub import config_dtype
 from ..documents.writing import check_there, store
-from ..errors import CheckpointError, DeviceMemoryError, Interrupted, ReplacedError, SnpError
+from ..errors import DeviceMemoryError, Interrupted, ReplacedError, SnpError
 from ..evaluation.harness import check_tasks, compare, evaluate_harness, tasks_of
 from ..evaluation.speed import measure_speed, measurements
 from ..pruning.job import Job
-from ..result.origin import WEIGHTS_READ
+from ..result.origin import expect_as_pruned
 from ..result.publish import push
 from ..result.repository import check_push
 from ..system.device import resolve_dtype
-from ..system.files import digest
 from ..system.manifest import recall, remember
 from ..system.progress import Progress
 
@@ -51,7 +49,7 @@ def afterwards(job: Job, report: dict[str, Any], progress: Progress) -> dict[str
     with _finished_all_the_same(job):
         tasks = tasks_of(options.evaluate or ())
         if tasks and "harness" not in report:
-            _expect_dense(job)
+            expect_as_pruned(job.directory, job.output)  # that may be hours ago
             with progress.phase("harness", title=f"lm-evaluation-harness, {', '.join(tasks)}"):
                 dense, pruned = (
                     evaluate_harness(directory, tasks, job.device, dtype, seed=options.seed)
@@ -61,7 +59,7 @@ def afterwards(job: Job, report: dict[str, Any], progress: Progress) -> dict[str
             if memory := recall(job.output):
                 remember(job.output, memory | {"options": memory.get("options", {}) | {"evaluate": options.evaluate}})
         if options.measure_speed and "speed" not in report:
-            _expect_dense(job)
+            expect_as_pruned(job.directory, job.output)
             with progress.phase("speed", measurements(job.directory, RUNS), unit="run") as step:
                 speed = measure_speed(job.output, job.directory, job.device, dtype, step=step)
             store(job.output, report, "speed", speed, _taken(progress, "speed"))
@@ -71,13 +69,6 @@ def afterwards(job: Job, report: dict[str, Any], progress: Progress) -> dict[str
                 url = push(job.output, options.push_to_hub, options.private, options.overwrite)
             progress.say(f"published as {url}")
     return report
-
-
-def _expect_dense(job: Job) -> None:
-    """Raise `CheckpointError` if the model has other weights than those that were pruned, perhaps hours ago."""
-    known = recall(job.output).get("read", {}).get(WEIGHTS_READ)
-    if known is not None and known != digest(*(job.directory / name for name in weight_files(job.directory))):
-        raise CheckpointError(f"{job.directory} has other weights than when {job.output} was made of it")
 
 
 def _taken(progress: Progress, phase: str) -> float:

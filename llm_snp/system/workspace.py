@@ -33,8 +33,8 @@ class Workspace:
 
     inputs: what the run reads, see `check_harmless`; resume: go on with what an interrupted run left; without it,
     and without `overwrite`, what such a run has finished or measured is refused, and with that not thrown away before
-    `begin`; like: what a
-    new output is no more open than. Raises `OutputError`, also if another run holds the directory.
+    `begin`; like: what a new output is no more open than. Raises `OutputError`, also if another run holds the
+    directory.
     """
 
     def __init__(
@@ -138,9 +138,10 @@ class Workspace:
         A new output is not open to more than `like` is, which may be a stranger's, and not to more than usual.
         """
         there = self.output.exists()
-        if not there and like is None:
+        other = self.output if there else like
+        if other is None:
             return
-        found = (self.output if there else like).stat()  # type: ignore[union-attr]
+        found = other.stat()
         most = 0o7777 if there else stat.S_IMODE(self.directory.stat().st_mode)
         with suppress(OSError):  # of a group that one is not in
             os.chown(self.directory, -1, found.st_gid)
