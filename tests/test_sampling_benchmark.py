@@ -35,8 +35,9 @@ def test_seconds_of_each_phase() -> None:
         with timed("order"):
             linalg.decomposed(lambda matrix: time.sleep(0.3) or (matrix,), torch.eye(2))
         time.sleep(0.2)
-    inside = {key: seconds for key, seconds in sampling.found.items() if key[0] == "order"}
-    (((_, where), seconds),) = inside.items()
+    # A look may fall on the way in or out, and a busy machine sleeps longer than it was asked to.
+    inside = {where: seconds for (phase, where), seconds in sampling.found.items() if phase == "order"}
+    where = max(inside, key=lambda name: inside[name])
     assert where.startswith("core/linalg.py:decomposed > ")
-    assert seconds == pytest.approx(0.3, abs=0.2)
-    assert sampling.found[REST, "outside"] == pytest.approx(0.2, abs=0.15)
+    assert inside[where] > 0.25
+    assert sampling.found[REST, "outside"] > 0.15
