@@ -25,7 +25,7 @@ from llm_snp.cli import main
 from llm_snp.config import PruneConfig
 from llm_snp.dense.hub import EMBEDDED
 from llm_snp.running.run import run
-from llm_snp.system.manifest import recall, remember
+from llm_snp.system.remembering import recall, remember
 
 HIDDEN, HEADS, BLOCKS, NEURONS, POSITIONS, VOCABULARY = 32, 4, 3, 64, 64, 2048
 LENGTH = 32  # tokens per window

@@ -19,7 +19,7 @@ from ..core.allocation import SiteCurve
 from ..dense.checkpoint import Checkpoint
 from ..dense.data import Windows
 from ..dense.hub import card_metadata
-from ..evaluation.harness import harness_rows
+from ..evaluation.harness_table import harness_rows
 from ..evaluation.perplexity import Perplexity
 from ..evaluation.speed_table import speed_table
 from ..families import EXPERTS, SCORES, SHARED, dropped

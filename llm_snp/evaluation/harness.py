@@ -24,26 +24,15 @@ from ..dense.tokenizer import load_tokenizer
 from ..dense.whole import generate_plainly, whole_model
 from ..errors import CheckpointError, DeviceMemoryError, NumericalError, OptionError
 from ..system.libraries import explained
-from .harness_tasks import PREFIX, find_tasks
+from .harness_tasks import find_tasks
 from .speed import positions
 
 # Draws for standard errors without a formula, of perplexities, say: 2 % exact. The harness's 100,000 take minutes.
 BOOTSTRAP = 1000
-# Of a model's settings for `generate`, what others measure its tasks with, too.
 # What a task may call the number of tokens to write, and lm_eval's for one that does not say.
 NEW_TOKENS, USUALLY_WRITTEN = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"), 256
+# Of a model's settings for `generate`, what others measure its tasks with, too.
 PENALTIES = ("repetition_penalty", "no_repeat_ngram_size")
-
-
-def tasks_of(evaluate: Sequence[str]) -> tuple[str, ...]:
-    """The tasks in a list of what to evaluate: those after `harness:`, separated by commas, each once."""
-    entries = [entry.removeprefix(PREFIX) for entry in evaluate if entry.startswith(PREFIX)]
-    return tuple(dict.fromkeys(task.strip() for entry in entries for task in entry.split(",")))
-
-
-def texts_of(evaluate: Sequence[str]) -> tuple[str, ...]:
-    """The texts in a list of what to evaluate: all that does not begin with `harness:`, each once."""
-    return tuple(dict.fromkeys(entry for entry in evaluate if not entry.startswith(PREFIX)))
 
 
 def check_tasks(tasks: Sequence[str]) -> dict[str, int]:
@@ -119,53 +108,6 @@ def evaluate_harness(
     del model
     gc.collect()  # the harness's wrapper is in a cycle with the model
     return results
-
-
-def compare(dense: Mapping[str, Any], pruned: Mapping[str, Any]) -> dict[str, Any]:
-    """Results of `evaluate_harness` joined, for the report: a metric is {"dense", "pruned", "higher_is_better"}.
-
-    "dense" (missing if it was not measured) and "pruned" are {"value", "stderr"}.
-    """
-    joined = {}
-    for task, found in pruned.items():
-        before = dense.get(task, {}).get("metrics", {})
-        metrics: dict[str, Any] = {}
-        for name, after in found["metrics"].items():
-            measured = {"dense": before.get(name), "pruned": after}
-            metrics[name] = {
-                which: {"value": result["value"], "stderr": result["stderr"]}
-                for which, result in measured.items()
-                if result
-            }
-            metrics[name]["higher_is_better"] = after["higher_is_better"]
-        joined[task] = found | {"metrics": metrics}
-    return joined
-
-
-def harness_rows(harness: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
-    """Task and metric, dense, pruned, change, of what `compare` gave. Of a group only its own row.
-
-    Shares (accuracy) change by points, all else by percent.
-    """
-    inner = {task for found in harness.values() for task in found.get("subtasks", ())}
-    rows = []
-    for task, found in harness.items():
-        for metric, both in found["metrics"].items() if task not in inner else ():
-            dense, pruned, change = both.get("dense"), both["pruned"], ""
-            if dense:
-                before, after = dense["value"], pruned["value"]
-                if both["higher_is_better"] and 0 <= min(before, after) <= max(before, after) <= 1:
-                    change = f"{100 * (after - before):+.1f} points"
-                elif before:
-                    change = f"{after / before - 1:+.1%}"
-            rows.append((f"{task} {metric}", _shown(dense) if dense else "", _shown(pruned), change))
-    return rows
-
-
-def _shown(measured: Mapping[str, Any]) -> str:
-    style = ".4f" if abs(measured["value"]) <= 1 else ",.2f"
-    error = "" if measured["stderr"] is None else f" ± {measured['stderr']:{style}}"
-    return f"{measured['value']:{style}}{error}"
 
 
 def _open_model(directory: Path, device: torch.device, dtype: torch.dtype, batch_size: int) -> Any:

@@ -27,6 +27,17 @@ EXAMPLE = f"{PREFIX}./my_tasks/choice.yaml"
 REASON = 200  # characters at most that an error quotes
 
 
+def tasks_of(evaluate: Sequence[str]) -> tuple[str, ...]:
+    """The tasks in a list of what to evaluate: those after `harness:`, separated by commas, each once."""
+    entries = [entry.removeprefix(PREFIX) for entry in evaluate if entry.startswith(PREFIX)]
+    return tuple(dict.fromkeys(task.strip() for entry in entries for task in entry.split(",")))
+
+
+def texts_of(evaluate: Sequence[str]) -> tuple[str, ...]:
+    """The texts in a list of what to evaluate: all that does not begin with `harness:`, each once."""
+    return tuple(dict.fromkeys(entry for entry in evaluate if not entry.startswith(PREFIX)))
+
+
 @dataclass(frozen=True)
 class Request:
     """What a person named, and what it stands for.

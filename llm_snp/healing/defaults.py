@@ -10,7 +10,7 @@ from typing import Any
 from ..config import shares
 from ..dense.readers import HUB_CORPORA, digests
 from ..errors import CorpusError, OptionError
-from ..evaluation.harness import texts_of
+from ..evaluation.harness_tasks import texts_of
 from .options import SELF, HealConfig
 from .pair import Pair
 

@@ -26,8 +26,9 @@ from ..documents.writing import read_report
 from ..errors import CheckpointError, OptionError, SnpError, UnsupportedModelError
 from ..families import known_family
 from ..result.origin import COPIED, ancestors, find_dense, is_dense_of
-from ..system.manifest import changed, check_weights, faults, has_report, manifest, recall
+from ..system.manifest import changed, check_weights, faults, has_report, manifest
 from ..system.private import public_name
+from ..system.remembering import recall
 from .options import HealConfig
 
 

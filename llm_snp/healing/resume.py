@@ -17,7 +17,8 @@ from ..result.finishing import finished_all_the_same
 from ..result.rewriting import Rewriting
 from ..system.files import digest, digest_of_bytes, disk
 from ..system.journal import DIGEST, Journal
-from ..system.manifest import JOURNAL, is_result, recall
+from ..system.manifest import JOURNAL, is_result
+from ..system.remembering import recall
 from ..system.workspace import STATES, Workspace, tidy
 from ..version import __version__
 from .options import HealConfig

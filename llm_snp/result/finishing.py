@@ -12,8 +12,9 @@ from ..documents.writing import CARD, PAGE, write_documents, write_report
 from ..errors import OutputError
 from ..system.files import disk
 from ..system.libraries import explained
-from ..system.manifest import FILES, REPORT, list_in_partial, remember
+from ..system.manifest import FILES, REPORT, list_in_partial
 from ..system.progress import Progress
+from ..system.remembering import remember
 from ..system.workspace import Workspace
 
 

@@ -10,8 +10,9 @@ from typing import Any
 from ..dense.hub import EMBEDDED, find, locate
 from ..errors import CheckpointError, SnpError
 from ..system.files import digest
-from ..system.manifest import has_report, recall
+from ..system.manifest import has_report
 from ..system.private import HUB_ID, REVISION
+from ..system.remembering import recall
 
 WEIGHTS_READ = "the hash of the model's weights"  # in what this machine remembers of a result
 COPIED = "a result that was copied does not know where that is"  # see `recall`

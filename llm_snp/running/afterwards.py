@@ -15,15 +15,17 @@ from ..config import RUNS, PruneConfig
 from ..dense.hub import config_dtype
 from ..documents.writing import check_there, store
 from ..errors import DeviceMemoryError, Interrupted, ReplacedError, SnpError
-from ..evaluation.harness import check_tasks, compare, evaluate_harness, tasks_of
+from ..evaluation.harness import check_tasks, evaluate_harness
+from ..evaluation.harness_table import compare
+from ..evaluation.harness_tasks import tasks_of
 from ..evaluation.speed import measure_speed, measurements
 from ..pruning.job import Job
 from ..result.origin import expect_as_pruned
 from ..result.publish import push
 from ..result.repository import check_push
 from ..system.device import resolve_dtype
-from ..system.manifest import recall, remember
 from ..system.progress import Progress
+from ..system.remembering import recall, remember
 
 
 def check_afterwards(options: PruneConfig) -> dict[str, int]:

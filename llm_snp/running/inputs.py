@@ -12,7 +12,7 @@ from typing import Any
 from ..config import shares
 from ..documents.writing import read_report
 from ..errors import CheckpointError
-from ..evaluation.harness import tasks_of, texts_of
+from ..evaluation.harness_tasks import tasks_of, texts_of
 from ..pruning.job import Job
 from ..result.origin import ancestors
 from ..system.manifest import is_result

@@ -18,14 +18,15 @@ from ..documents.report import nodes
 from ..documents.shareable import command_line, shareable
 from ..documents.writing import read_report
 from ..errors import CheckpointError, ResumeError
-from ..evaluation.harness import texts_of
+from ..evaluation.harness_tasks import texts_of
 from ..pruning.job import Job
 from ..result.carried import Carried
 from ..result.finishing import finished_all_the_same
 from ..result.origin import WEIGHTS_READ
 from ..system.files import digest
 from ..system.keeping import kept_for_later
-from ..system.manifest import JOURNAL, is_result, recall
+from ..system.manifest import JOURNAL, is_result
+from ..system.remembering import recall
 from ..system.workspace import Workspace, tidy
 from ..version import __version__
 

@@ -21,7 +21,8 @@ from ..dense.tokenizer import load_tokenizer
 from ..documents.card import model_card
 from ..documents.report import Report
 from ..errors import NumericalError, OptionError
-from ..evaluation.harness import check_room, texts_of
+from ..evaluation.harness import check_room
+from ..evaluation.harness_tasks import texts_of
 from ..evaluation.perplexity import Perplexity, perplexity_streamed, worst
 from ..families import check_tables, linear
 from ..pruning.decide import decide

@@ -1,7 +1,4 @@
-"""Which files of a directory a run of llm_snp wrote, by the list in its report, so that no other is ever removed.
-
-What is needed on this machine only lies in `.cache/huggingface`, a folder that the Hub's tools and git leave out.
-"""
+"""Which files of a directory a run of llm_snp wrote, by the list in its report, so that no other is ever removed."""
 
 from __future__ import annotations
 
@@ -14,8 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..errors import CheckpointError
-from .files import MEANWHILE, digest, digest_of_json, disk, temporary, whole, write_json, write_together
-from .plain import encodable
+from .files import MEANWHILE, digest, digest_of_json, temporary, whole, write_json
 from .private import in_cache, within
 from .progress import one_line
 
@@ -25,9 +21,8 @@ REPLACING = "replacing"  # of a report whose documents are being replaced: name 
 EDITED = "edited"  # of a report on the Hub: that its card is a person's, who has pushed it with the result
 SEAL = "seal"  # of a report: hash of the rest of it, by which it is told whether somebody has changed that
 JOURNAL = ".llm_snp"  # folder of a run that goes on; in a result only until it has tidied up
-PRIVATE = ".cache/huggingface"
-MEMORY = f"{PRIVATE}/llm_snp.json"
-PLACE, RESULT = "inode", "result"  # in the memory: of the directory that it is of, and of the result's weights
+PRIVATE = ".cache/huggingface"  # a folder that the Hub's tools and git leave out
+MEMORY = f"{PRIVATE}/llm_snp.json"  # see `remembering`
 IGNORE = f"{PRIVATE}/.gitignore"
 WRITTEN = "written"  # in the journal: the names of what else a run has begun to write beside its shards
 ADVICE = "give the directory that a run of llm_snp has written"
@@ -98,12 +93,12 @@ def expect_result(directory: Path) -> None:
 
 def _report(directory: Path) -> dict[str, Any]:
     """The report of a directory, as far as a result can be told by it; empty if there is none."""
-    report = _object(directory / REPORT)
+    report = object_in(directory / REPORT)
     versions = report.get("versions")
     return report if isinstance(versions, dict) and "llm_snp" in versions else {}
 
 
-def _object(path: Path) -> dict[str, Any]:
+def object_in(path: Path) -> dict[str, Any]:
     """The JSON object in a file; empty if there is none, as in a pipe or a device, which never end."""
     try:
         content = json.loads(path.read_bytes()) if path.is_file() else {}
@@ -209,7 +204,7 @@ def strays_of_partial(directory: Path) -> list[str]:
 
     Shards are known by their names.
     """
-    listed = {*_object(directory / JOURNAL / WRITTEN), REPORT, MEMORY, IGNORE}
+    listed = {*object_in(directory / JOURNAL / WRITTEN), REPORT, MEMORY, IGNORE}
     known = listed | {temporary(PurePosixPath(name)).as_posix() for name in listed}
     others = []
     for name in names_in(directory):
@@ -223,7 +218,7 @@ def list_in_partial(directory: Path, names: Iterable[str]) -> None:
     """Note the names of files that a run is about to write, for whoever clears up after it."""
     if (directory / JOURNAL).is_dir():
         path = directory / JOURNAL / WRITTEN
-        write_json(path, _object(path) | dict.fromkeys(names))
+        write_json(path, object_in(path) | dict.fromkeys(names))
 
 
 def empty_partial(directory: Path) -> None:
@@ -261,55 +256,3 @@ def some(names: Sequence[str]) -> str:
 def faults(missing: Sequence[str], other: Sequence[str]) -> str:
     """What `changed` has found, for an error; empty if that is nothing."""
     return ", ".join(f"{some(names)} {what}" for names, what in ((missing, "missing"), (other, "changed")) if names)
-
-
-def remember(directory: Path, facts: Mapping[str, Any]) -> None:
-    """Keep what only this machine needs to know of a result: where its dense model is, and the options as given."""
-    with disk(directory):
-        itself = {PLACE: directory.stat().st_ino, RESULT: _weights(directory)}
-        content = json.dumps({**facts, **itself}, indent=2) + "\n"
-    write_together(directory, {IGNORE: b"*\n", MEMORY: content.encode()})
-
-
-def recall(directory: Path) -> dict[str, Any]:
-    """What was kept of a result on this machine; empty if it was made elsewhere, or is a copy.
-
-    It names places and texts that are read, and those of a stranger's directory would be of his choice. So it is
-    believed only in the directory in which it was written, by the number that this has in its file system, which
-    nobody can know beforehand: renamed, it keeps that. And only of whoever runs this: another user of the machine knows
-    the number. Nor of another result that git, say, has put there since, which leaves the memory alone.
-    """
-    memory = _object(directory / MEMORY)
-    try:
-        mine = (directory / MEMORY).stat().st_uid == os.geteuid()
-        weights = _weights(directory)
-        # Earlier memories do not say of which result they are.
-        itself = (memory.pop(PLACE, None), memory.pop(RESULT, weights)) == (directory.stat().st_ino, weights)
-        if not (mine and itself):
-            return {}
-    except OSError:
-        return {}
-    return {name: found for name, found in memory.items() if _KINDS.get(name, lambda _: False)(found)}
-
-
-def _weights(directory: Path) -> str:
-    """One hash of those that a result's report has of its weights."""
-    return digest_of_json({name: found for name, found in manifest(directory).items() if name.endswith(".safetensors")})
-
-
-def _is_name(value: Any) -> bool:
-    return isinstance(value, str) and "\0" not in value and encodable(value)
-
-
-def _is_plain(value: Any) -> bool:
-    return value is None or isinstance(value, (bool, int, float)) or _is_name(value)
-
-
-def _is_options(value: Any) -> bool:
-    """Whether it is what a run was asked for, as JSON has it: texts, numbers, lists of texts."""
-    return isinstance(value, dict) and all(
-        all(map(_is_name, one)) if isinstance(one, list) else _is_plain(one) for one in value.values()
-    )
-
-
-_KINDS = {"options": _is_options, "model": _is_name, "healing": _is_options, "read": _is_options}

@@ -33,15 +33,9 @@ from llm_snp.errors import (
     SnpError,
 )
 from llm_snp.evaluation import harness, harness_tasks
-from llm_snp.evaluation.harness import (
-    check_room,
-    check_tasks,
-    compare,
-    evaluate_harness,
-    harness_rows,
-    tasks_of,
-    texts_of,
-)
+from llm_snp.evaluation.harness import check_room, check_tasks, evaluate_harness
+from llm_snp.evaluation.harness_table import compare, harness_rows
+from llm_snp.evaluation.harness_tasks import tasks_of, texts_of
 
 TASKS = Path(__file__).parent.parent / "harness_tasks"
 CHOICE, TEXT, WRITING = (str(TASKS / f"small_{name}.yaml") for name in ("choice", "text", "writing"))

@@ -43,7 +43,8 @@ from llm_snp.evaluation.widths import (
     sample,
     verdict,
 )
-from llm_snp.system.manifest import remember, sealed
+from llm_snp.system.manifest import sealed
+from llm_snp.system.remembering import remember
 
 CPU = torch.device("cpu")
 BATCH, PROMPT, NEW, RUNS = 2, 9, 4, 3

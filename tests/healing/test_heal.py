@@ -38,7 +38,8 @@ from llm_snp.healing.text import material
 from llm_snp.healing.training import Watch, adapted
 from llm_snp.result.rewriting import Rewriting
 from llm_snp.system.files import digest_of_bytes
-from llm_snp.system.manifest import changed, manifest, recall, remember, sealed
+from llm_snp.system.manifest import changed, manifest, sealed
+from llm_snp.system.remembering import recall, remember
 
 pytestmark = [pytest.mark.cpu]
 

@@ -21,8 +21,9 @@ from llm_snp.errors import CheckpointError
 from llm_snp.pruning.job import default_output, open_job
 from llm_snp.result.origin import ancestors, dense_of, find_dense, is_dense_of
 from llm_snp.running.resume import again, finished_before
-from llm_snp.system.manifest import MEMORY, recall, remember
+from llm_snp.system.manifest import MEMORY
 from llm_snp.system.private import REVISION, public_name
+from llm_snp.system.remembering import recall, remember
 
 pytestmark = [pytest.mark.documents, pytest.mark.cpu]
 
