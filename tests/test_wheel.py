@@ -61,3 +61,23 @@ def test_it_answers_from_another_directory(wheel: Path, tmp_path: Path) -> None:
     assert Path(file).parent == tmp_path / "site" / "llm_snp"
     assert Path(directory) == tmp_path / "site" / "llm_snp" / "demo" / "opt-wiki-1m"
     assert "model.safetensors" in names
+
+
+def test_it_runs_from_links(wheel: Path, tmp_path: Path) -> None:
+    """As `uv pip install --link-mode=symlink` has it: links in site-packages, the files in uv's cache."""
+    with ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "cache")
+    for file in (tmp_path / "cache" / "llm_snp").rglob("*.*"):
+        if file.is_file():
+            link = tmp_path / "site" / file.relative_to(tmp_path / "cache")
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(file)
+    options = ["--sparsity", "0.3", "--samples", "2", "--sequence-length", "16", "--output", "out"]
+    (tmp_path / "text.txt").write_text((ROOT / "README.md").read_text())
+    options += ["--evaluate", "text.txt", "--calibration", "text.txt"]
+    code = "import sys; sys.path.insert(0, sys.argv.pop(1)); from llm_snp.cli import main; sys.exit(main())"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "site"), *options], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "modeling_snp.py").is_file()

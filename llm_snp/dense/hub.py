@@ -35,7 +35,8 @@ SIDE_FILES = (
 # Weights as transformers names them. Some repositories have them a second time, in another layout.
 SAFETENSORS = ("model.safetensors", "model-*-of-*.safetensors")
 BIN = "pytorch_model*.bin"
-EMBEDDED = Path(__file__).parent.parent / "demo" / "opt-wiki-1m"
+# Where its files are themselves: uv may install links to its cache (`--link-mode=symlink`).
+EMBEDDED = (Path(__file__).parent.parent / "demo" / "opt-wiki-1m" / "config.json").resolve().parent
 
 
 def locate(model: str | None, revision: str | None = None, weights: bool = True) -> Path:
