@@ -35,7 +35,7 @@ from ..version import __version__
 from .defaults import completed, evaluated_before
 from .options import HealConfig, command_line
 from .pair import Pair, find_pair, open_model, stored
-from .record import healed, labels, with_healing
+from .record import healed, label, labels, with_healing
 from .resume import States, finished_before, identity_of, inputs_of, left, memory_of, texts_read
 from .text import material
 from .training import NAMES, Heal, Watch, adapted, computing, schedule_of
@@ -89,6 +89,7 @@ class _Healing:
         folder, waiting = processes.from_main(lambda: (known(workspace).journal, known(workspace).earlier))
         self.journal = Journal(folder, processes, progress, waiting)
         self.states = States(self.journal)
+        self.notes: list[str] = []  # for the report
         length = pair.length(options.sequence_length)
         self.schedule = schedule_of(options, length, processes.count)
         with progress.phase("load"):
@@ -186,7 +187,7 @@ class _Healing:
         )
         report = with_healing(pair.report, section, measured, self.missing, options.destination)
         if watch.broken:
-            report["notes"].append(watch.broken)
+            self.notes.append(watch.broken)
         return self.processes.from_main(lambda: self._write(tensors, report))
 
     def _rehearse(self, teacher: Mapping[str, Perplexity], before: Mapping[str, Perplexity]) -> None:
@@ -245,6 +246,7 @@ class _Healing:
         try:
             return self._measure("after", model, windows)
         except NumericalError:
+            self.notes.append(f"the healed model's logits are not finite: no perplexity on {label(windows.source)}")
             return worst(windows)
 
     def _write(self, tensors: dict[str, Tensor], report: dict[str, Any]) -> list[str]:
@@ -252,7 +254,7 @@ class _Healing:
         with self.progress.phase("save"):
             writer = self.rewriting.write(workspace.directory, tensors)
             open_model(workspace.directory)  # what was written must load
-        report["notes"] += self.journal.rescued
+        report["notes"] += self.notes + self.journal.rescued
         finish(workspace, writer.files, report, memory_of(self.options, self.pair, self.read), self.progress)
         return summary(report).splitlines()
 

@@ -27,7 +27,7 @@ from llm_snp.documents.schema import MOST, fault
 from llm_snp.documents.writing import read_report
 from llm_snp.errors import NumericalError, OptionError, OutputError
 from llm_snp.evaluation.perplexity import Perplexity
-from llm_snp.healing import training
+from llm_snp.healing import run, training
 from llm_snp.healing.defaults import completed, evaluated_before
 from llm_snp.healing.options import HealConfig, command_line
 from llm_snp.healing.pair import find_pair
@@ -512,6 +512,24 @@ def test_what_happens_while_it_trains_costs_nothing(
     assert recall(Path("healed"))["model"] == recall(pruned)["model"]
     assert (report["healing"][0]["steps"], report["healing"][0]["held_out"]["after"]["step"]) == (2, 2)
     assert without_weights(Path("healed")) == without_weights(pruned)
+
+
+def test_logits_that_are_not_finite_cost_a_number_only(
+    heal: Healer, pruned: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = run._Healing._measure
+
+    def overflows(self: run._Healing, which: str, *arguments: Any) -> Any:
+        if which == "after":
+            raise NumericalError("the model's logits are not finite; use --dtype float32 or bfloat16")
+        return measure(self, which, *arguments)
+
+    monkeypatch.setattr(run._Healing, "_measure", overflows)
+    assert heal(pruned)[0] == 0
+    report = report_of(Path("healed"))
+    (name,) = report["evaluation"]
+    assert report["notes"][-1] == f"the healed model's logits are not finite: no perplexity on {name}"
+    assert report["evaluation"][name]["pruned"]["perplexity"] > 1e29
 
 
 def test_what_is_wrong_with_tokens_and_text_costs_no_unfinished_training(
