@@ -22,6 +22,7 @@ TASK = "text-generation"
 NOT_IN_VLLM = ("falcon", "gpt2", "mixtral", "qwen2_moe", "qwen3_moe", "olmoe")
 BLOCKWISE_IN_GGUF, NO_HEAD_WIDTH = ("llama", "mistral", "qwen2"), ("qwen2",)
 CODE_SPAN = frozenset("`|<[")  # with these a command in a table would end, or be more than a command
+MARKUP = re.compile(r"[\\<\[]|&(?=#?\w+;)")  # `&#58;` is a colon before addresses are looked for
 # What an address has, which is made a link of; and a word joiner, with which it is none.
 ADDRESS = re.compile(r":(?=//)|www(?=\.)|(?<=\S)@(?=\S)|(mailto|xmpp)(?=:)", re.IGNORECASE)
 UNSEEN = "\u2060"
@@ -89,7 +90,7 @@ def _as_text(content: Any) -> Any:
     Addresses, which the Hub makes links of as they are, get a character in them that is not seen.
     """
     if isinstance(content, str):
-        plain = re.sub(r"[\\<\[]", r"\\\g<0>", " ".join(content.replace("`", "'").split()))
+        plain = MARKUP.sub(r"\\\g<0>", " ".join(content.replace("`", "'").split()))
         return ADDRESS.sub(rf"\g<0>{UNSEEN}", BLOCK.sub(r"\g<0>\\", plain))
     if isinstance(content, dict):
         return dict(zip(told_apart(map(_as_text, content)), map(_as_text, content.values()), strict=True))

@@ -378,6 +378,7 @@ def test_the_name_of_a_result_is_no_code_and_no_markup(report: dict[str, Any]) -
     [
         r"\[full terms](https://evil.example/steal) \<img src=x onerror=alert(1)>",
         "https://evil.example and www.evil.example and ann@evil.example, mailto:ann@evil.example",
+        "https&#58;//evil.example and www&#x2e;evil.example and ann&commat;evil.example",
         "one\n\n# two\r\n<script>",
     ],
 )
@@ -388,7 +389,7 @@ def test_no_text_of_a_stranger_is_markup(report: dict[str, Any], strange: str) -
     body = model_card(report).split("\n---\n", 1)[1]
     assert body.count("full terms") == strange.count("full terms") * 3
     plain = re.sub(r"\\\\", "", body)  # pairs: backslashes that are shown
-    for end in ("[full", "<img", "<script"):
+    for end in ("[full", "<img", "<script", "&#58;", "&#x2e;", "&commat;"):
         assert all(part.endswith("\\") for part in plain.split(end)[:-1]), end
     for address in ("https://evil", "www.evil", "ann@evil"):
         assert address not in body
