@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -219,7 +220,7 @@ def class_of(tokenizer: Any) -> str:
 
 
 def _told_apart_by(tokenizer: Any) -> tuple[Any, ...]:
-    """What two tokenizers of a model have in common: tokens, which are special, and what they make of a text."""
+    """What two tokenizers of a model have in common: tokens, which are special, what they make of a text, and how."""
     added = {number: str(token) for number, token in tokenizer.added_tokens_decoder.items()}
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     probe = PROBE + "".join(f" the{token}the {token} the" for token in sorted(tokenizer.all_special_tokens))
@@ -229,7 +230,18 @@ def _told_apart_by(tokenizer: Any) -> tuple[Any, ...]:
             made = tokenizer(probe)["input_ids"]
     except CheckpointError as error:  # one that does not know every word; then neither does
         made = str(error)
-    return tokenizer.get_vocab(), added, special, made
+    return tokenizer.get_vocab(), added, special, made, _stages(tokenizer)
+
+
+def _stages(tokenizer: Any) -> Any:
+    """How a text becomes words before tokens are looked up, and text again: no probe has every case of it.
+
+    None where the library cannot say.
+    """
+    with suppress(CheckpointError), explained(CheckpointError):
+        stages = json.loads(tokenizer.backend_tokenizer.to_str())
+        return [stages[name] for name in ("normalizer", "pre_tokenizer", "decoder")]
+    return None
 
 
 def _check_generation(path: Path, fields: Mapping[str, Any]) -> None:

@@ -239,6 +239,23 @@ def test_a_result_s_tokenizer_is_the_dense_model_s_whatever_its_type(prune: Prun
             assert found(text)["input_ids"] == dense(text)["input_ids"], (output, text)
 
 
+def test_a_tokenizer_is_the_same_for_texts_that_no_probe_has(prune: Prune, tmp_path: Path) -> None:
+    """As Phi-4 and OLMo 2 name GPT-2's class beside a splitting of their own; a small vocabulary hides it."""
+    directory = save_tiny("phi3", tmp_path / "dense")
+    settings = json.loads((directory / "tokenizer.json").read_text())
+    pattern = {"Regex": "[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s+"}
+    split = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
+    bytes_of = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    settings["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, bytes_of]}
+    settings["model"]["merges"] = settings["model"]["merges"][:1]
+    (directory / "tokenizer.json").write_text(json.dumps(settings))
+    change(directory / "tokenizer_config.json", tokenizer_class="GPT2Tokenizer")
+    prune(directory, tmp_path / "out", target="none")
+    dense, found = load_tokenizer(directory), load_tokenizer(tmp_path / "out")
+    stages = [json.loads(one.backend_tokenizer.to_str())["pre_tokenizer"] for one in (dense, found)]
+    assert stages[0] == stages[1]
+
+
 def test_a_tokenizer_need_not_know_every_word(dense: Path, tmp_path: Path) -> None:
     """Texts of its words are all that it is for; `PROBE` has others."""
     directory = Path(shutil.copytree(dense, tmp_path / "model"))
