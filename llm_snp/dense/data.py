@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import CorpusError
+from ..errors import CheckpointError, CorpusError
 from ..system.libraries import explained
 from .readers import documents
 from .whole import generate_plainly
@@ -94,6 +95,16 @@ def tokenize(tokenizer: Any, text: str, source: str) -> Tensor:
         raise CorpusError(f"{source} has no text")
     with explained(lambda cause: CorpusError(f"{source} cannot be tokenised: {cause}")):
         return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)
+
+
+def check_known(ids: Tensor, vocabulary: int, directory: Path) -> None:
+    """Raise `CheckpointError` if the tokenizer of a directory gave a token that its model has no embedding of."""
+    largest = int(ids.max())
+    if largest >= vocabulary:
+        raise CheckpointError(
+            f"the tokenizer in {directory} gives token {largest}, but the model has {vocabulary} tokens; it is the "
+            "tokenizer of another model"
+        )
 
 
 def self_written(model: Any, samples: int, length: int, seed: int, start: int, batch: int = 128) -> Windows:

@@ -12,7 +12,7 @@ import torch
 from ..config import PruneConfig, shares
 from ..errors import CheckpointError
 from ..system.libraries import ONE_AT_A_TIME, explained
-from .data import Windows, calibration_windows, evaluation_windows, self_written
+from .data import Windows, calibration_windows, check_known, evaluation_windows, self_written
 from .mixture import mix, turns
 from .whole import whole_model
 
@@ -76,12 +76,7 @@ class Text:
 
     def _known(self, windows: Windows) -> Windows:
         """`windows`, whose tokens the model all knows; `CheckpointError` otherwise."""
-        largest = int(windows.tokens.max())
-        if largest >= self.vocabulary:
-            raise CheckpointError(
-                f"the tokenizer in {self.directory} gives token {largest}, but the model has {self.vocabulary} tokens; "
-                "it is the tokenizer of another model"
-            )
+        check_known(windows.tokens, self.vocabulary, self.directory)
         return windows
 
     def close(self) -> None:

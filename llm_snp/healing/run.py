@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from ..config import PruneConfig, shares
-from ..dense.data import Windows, evaluation_windows
+from ..dense.data import Windows, check_known, evaluation_windows
 from ..dense.readers import check_sources, digests
 from ..dense.whole import generate_plainly
 from ..documents.report import nodes, summary
 from ..documents.writing import rehearse
-from ..errors import CorpusError, HubError, NumericalError, OutputError, first_line
+from ..errors import CheckpointError, CorpusError, HubError, NumericalError, OutputError, first_line
 from ..evaluation.perplexity import Perplexity, perplexity_loaded, perplexity_of, worst
 from ..pruning.job import output_of
 from ..result.finishing import finish
@@ -105,7 +105,7 @@ class _Healing:
             self.read = identity | processes.from_main(lambda: digests(shares(options.text)))
             windows = self.schedule.steps * self.schedule.windows
             self.material = processes.from_main(
-                lambda: material(options, windows, length, student.tokenizer, pair.vocabulary)
+                lambda: material(options, windows, length, student.tokenizer, pair.vocabulary, student.directory)
             )
             self.texts, self.missing = processes.from_main(self._evaluation)
             self.journal.expect("text", {"the hash of the text's windows": self.material.train.sha256})
@@ -129,7 +129,7 @@ class _Healing:
 
     def _evaluation(self) -> tuple[dict[str, Windows], list[str]]:
         """Windows of the texts to measure perplexity on, and the earlier ones that are not measured again."""
-        report, asked = self.pair.report, self.options.evaluate
+        report, asked, student = self.pair.report, self.options.evaluate, self.pair.student
         sources = list(dict.fromkeys(evaluated_before(self.pair.memory) if asked is None else asked))
         found: dict[str, Windows] = {}
         left = dict.fromkeys(report["evaluation"])
@@ -137,11 +137,14 @@ class _Healing:
             earlier = report["evaluation"].get(name)
             length = earlier["pruned"]["sequence_length"] if earlier else report["calibration"]["sequence_length"]
             try:
-                found[source] = evaluation_windows(source, self.pair.student.tokenizer, self.pair.length(length))
-                left.pop(name, None)
-            except (CorpusError, HubError):
+                windows = evaluation_windows(source, student.tokenizer, self.pair.length(length))
+                check_known(windows.tokens, self.pair.vocabulary, student.directory)
+            except (CheckpointError, CorpusError, HubError):
                 if asked is not None:  # nobody asked for those of the pruning
                     raise
+            else:
+                found[source] = windows
+                left.pop(name, None)
         return found, list(left)
 
     def run(self) -> list[str]:

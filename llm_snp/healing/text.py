@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..config import shares
-from ..dense.data import Windows, as_windows, tokenize
+from ..dense.data import Windows, as_windows, check_known, tokenize
 from ..dense.mixture import mix, turns
 from ..dense.readers import documents
-from ..errors import CheckpointError, CorpusError, OptionError
+from ..errors import CorpusError, OptionError
 from .options import PASSES, HealConfig
 
 # Of the windows trained on so many more are held out, but at least LEAST and at most MOST.
@@ -33,10 +34,13 @@ class Material:
     passes: float
 
 
-def material(options: HealConfig, windows: int, length: int, tokenizer: Any, vocabulary: int) -> Material:
+def material(
+    options: HealConfig, windows: int, length: int, tokenizer: Any, vocabulary: int, directory: Path
+) -> Material:
     """`windows` windows of `length` tokens to train on, those of several texts by turns, drawn with the seed.
 
-    Raises `CorpusError` for texts that are too short, saying how many tokens there are.
+    Raises `CorpusError` for texts that are too short, saying how many tokens there are, and `CheckpointError` for
+    tokens beyond the `vocabulary` of the model, whose tokenizer is that of `directory`.
     """
     given = shares(options.text)
     if windows < len(given):
@@ -51,11 +55,7 @@ def material(options: HealConfig, windows: int, length: int, tokenizer: Any, voc
     for i, source in enumerate(given):
         counts = [order.count(i) for order in orders]
         ids = _ids(source, tokenizer, (counts[0] + counts[1]) * length)
-        if int(ids.max()) >= vocabulary:
-            raise CheckpointError(
-                f"the tokenizer gives token {int(ids.max())}, but the models have {vocabulary} tokens; it is the "
-                "tokenizer of another model"
-            )
+        check_known(ids, vocabulary, directory)
         train, held_out, available = _draw(ids, counts, length, source, options.seed + i)
         passes = max(passes, counts[0] / (available - counts[1]))
         for part, tokens in zip(parts, (train, held_out), strict=True):

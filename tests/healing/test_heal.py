@@ -532,6 +532,22 @@ def test_logits_that_are_not_finite_cost_a_number_only(
     assert report["evaluation"][name]["pruned"]["perplexity"] > 1e29
 
 
+def test_a_token_that_the_model_has_not(
+    heal: Healer, dense: Path, held_out: Path, prune: Prune, tmp_path: Path
+) -> None:
+    """Somebody has added one and left the embedding as it is: in the text trained on, or the one measured on."""
+    teacher, result = copied(dense, tmp_path / "dense"), tmp_path / "result"
+    count = json.loads((dense / "config.json").read_text())["vocab_size"]
+    settings = json.loads((teacher / "tokenizer.json").read_text())
+    settings["added_tokens"].append({**settings["added_tokens"][-1], "id": count, "content": "<extra>"})
+    (teacher / "tokenizer.json").write_text(json.dumps(settings))
+    prune(teacher, result, evaluate=())
+    (tmp_path / "extra.txt").write_text("the <extra> river " * 3000)
+    for flag in ("--evaluate", "--text"):
+        said = heal.refused(result, flag, tmp_path / "extra.txt")
+        assert f"the tokenizer in {result} gives token {count}, but the model has {count} tokens" in said
+
+
 def test_what_is_wrong_with_tokens_and_text_costs_no_unfinished_training(
     heal: Healer, pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
