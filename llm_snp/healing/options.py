@@ -119,6 +119,11 @@ class HealConfig:
                     f"{name} is {os.environ[name]}: this is one of several tasks of a job, but heal trains with "
                     "torchrun alone; start it as one task, or unset it"
                 )
+        if "WORLD_SIZE" not in os.environ and os.environ.get("LOCAL_RANK", "-1") != "-1":
+            raise OptionError(
+                f"LOCAL_RANK is {os.environ['LOCAL_RANK']} in the environment, by which the Trainer takes this for one "
+                "of several processes, but there is no WORLD_SIZE; unset it, or start several with torchrun"
+            )
         for flag, texts in (("--text", tuple(shares(self.text, "--text"))), ("--evaluate", self.evaluate or ())):
             if SELF in texts:
                 raise OptionError(f"{flag} self is for pruning only, which needs little text; give a file or a corpus")

@@ -149,8 +149,13 @@ def own_code(fields: Mapping[str, Any]) -> tuple[dict[str, str], bytes] | None:
     """`auto_map` and `modeling_snp.py` of this version, for a result with config `fields`; None if it is stock."""
     for family in FAMILIES.values():
         if family.pruned_model_type == fields.get("model_type"):
-            return auto_map(family), bundle(Path(inspect.getfile(family.pruned_class))).encode()
+            return auto_map(family), modeling_file(family)
     return None
+
+
+def modeling_file(family: Family) -> bytes:
+    """What a result of a family has as `modeling_snp.py`: of this version, as long as nobody installs another one."""
+    return bundle(Path(inspect.getfile(family.pruned_class))).encode()
 
 
 def auto_map(family: Family) -> dict[str, str]:
@@ -164,13 +169,15 @@ def auto_map(family: Family) -> dict[str, str]:
     return {auto: f"{module}.{found.__name__}" for auto, found in classes.items()}
 
 
-def write_rest(writer: Writer, job: Job, skeleton: Skeleton, plan: Plan, tokenizer: Any, carried: Carried) -> None:
+def write_rest(
+    writer: Writer, job: Job, skeleton: Skeleton, plan: Plan, tokenizer: Any, carried: Carried, modeling: bytes
+) -> None:
     """Everything but the blocks: outer weights, config, tokenizer, modelling file; the index last."""
     writer.shard(len(plan.left), dict(skeleton.checkpoint.tensors(skeleton.outer)))
     files = dict(carried.files)
     config, needs_code = result_config(job, plan.kept, tokenizer)
     if needs_code:
-        files[MODELING] = bundle(Path(inspect.getfile(job.family.pruned_class))).encode()
+        files[MODELING] = modeling
     files["config.json"] = config.to_json_string().encode()
     writer.bytes(files)
     writer.index()

@@ -26,6 +26,7 @@ class Rewriting:
         path = source / "config.json"
         self.settings = content_of(path)
         self._fields = without_code(read_object(path, self.settings))
+        self._own = own_code(self._fields)
         self._files = sorted(weight_files(source).items())
 
     def write(self, directory: Path, tensors: Mapping[str, Tensor]) -> Writer:
@@ -38,8 +39,8 @@ class Rewriting:
         shards = [shard for shard in shards if shard]
         writer = Writer(directory, len(shards))
         files, fields = dict(self.carried.files), dict(self._fields)
-        if own := own_code(fields):
-            fields["auto_map"], files[MODELING] = own
+        if self._own:
+            fields["auto_map"], files[MODELING] = self._own
         files["config.json"] = (json.dumps(fields, indent=2, sort_keys=True) + "\n").encode()
         for number, names in enumerate(shards):
             writer.shard(number, {name: tensors[name] for name in names})

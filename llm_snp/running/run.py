@@ -30,7 +30,7 @@ from ..pruning.executor import prune_blocks
 from ..pruning.job import Job, open_job
 from ..pruning.plan import Plan, check_budget
 from ..pruning.session import Session
-from ..result.assembly import PrunedBlocks, open_result, stock_fields, write_rest
+from ..result.assembly import PrunedBlocks, modeling_file, open_result, stock_fields, write_rest
 from ..result.carried import Carried
 from ..result.finishing import finish
 from ..result.repository import check_card
@@ -130,6 +130,7 @@ class _Run:
         workspace: Workspace | None,
     ):
         self.job, self.carried, self.storage = job, carried, storage
+        self.modeling = modeling_file(job.family)  # now: an upgrade during the hours would replace it
         self.processes, self.progress, self.workspace = processes, progress, workspace
         self.directory = processes.from_main(lambda: known(workspace).directory)
         folder, waiting = processes.from_main(lambda: (known(workspace).journal, known(workspace).earlier))
@@ -231,7 +232,7 @@ class _Run:
         """Write what is not a block; when this returns, all processes may read the result."""
         with self.progress.phase("save"):
             self.processes.on_main(
-                lambda: write_rest(writer, self.job, self.skeleton, plan, self.tokenizer, self.carried)
+                lambda: write_rest(writer, self.job, self.skeleton, plan, self.tokenizer, self.carried, self.modeling)
             )
 
     def _finish(self, writer: Writer, report: Report) -> dict[str, Any]:

@@ -36,6 +36,7 @@ from llm_snp.healing.resume import identity_of
 from llm_snp.healing.run import _full
 from llm_snp.healing.text import material
 from llm_snp.healing.training import Watch, adapted
+from llm_snp.result import assembly
 from llm_snp.result.rewriting import Rewriting
 from llm_snp.system.files import digest_of_bytes
 from llm_snp.system.manifest import changed, manifest, sealed
@@ -200,6 +201,14 @@ def test_one_of_several_tasks_of_a_job_is_told_at_the_start(
     assert f"{name} is 2: this is one of several tasks of a job" in heal.refused(pruned)
     monkeypatch.setenv(name, "1")
     HealConfig(str(pruned), ("x",), 1).validate()
+
+
+def test_a_rank_of_no_processes_is_told_at_the_start(
+    heal: Healer, pruned: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a shell below torchrun has it."""
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert heal.refused(pruned).startswith("LOCAL_RANK is 0 in the environment")
 
 
 def test_what_the_files_spell_otherwise_is_written_too(pruned: Path, tmp_path: Path) -> None:
@@ -491,13 +500,16 @@ def test_never_worse_than_before(heal: Healer, pruned: Path, monkeypatch: pytest
 def test_what_happens_while_it_trains_costs_nothing(
     heal: Healer, pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The directory that it began with is another one by the end, and the loss overflows: the best state is written."""
+    """The directory that it began with is another one by the end, llm_snp itself is upgraded, and the loss overflows:
+    the best state is written.
+    """
     result = copied(pruned, tmp_path / "result")
     remember(result, {"model": recall(pruned)["model"], "read": recall(pruned)["read"]})
     measure, measured = training.Heal.measure, []
 
     def breaks(self: training.Heal) -> dict[str, float]:
         measured.append(self.state.global_step)
+        monkeypatch.setattr(assembly, "bundle", interrupted)
         (result / "config.json").unlink(missing_ok=True)
         remember(result, {"model": "/other/model"})
         if len(measured) == 3:

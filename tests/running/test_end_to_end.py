@@ -44,6 +44,7 @@ from llm_snp.documents.report import summary
 from llm_snp.errors import NumericalError
 from llm_snp.families import FAMILIES
 from llm_snp.modeling.opt import SnpOPTForCausalLM
+from llm_snp.result import assembly
 from llm_snp.running import run as run_module
 from llm_snp.system.workspace import JOURNAL
 
@@ -217,6 +218,23 @@ def test_windows_in_uneven_batches(prune: Prune, dense: Path, tmp_path: Path, mo
     one, many = load(tmp_path / "one"), load(tmp_path / "many")
     for a, b in zip(one.parameters(), many.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_an_upgrade_during_the_run_costs_nothing(
+    prune: Prune, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The code that a result brings along is this version's, whatever is installed by the time that it is written."""
+    prune(dense, tmp_path / "before")
+    save = assembly.PrunedBlocks.save
+
+    def upgraded(*arguments: Any) -> None:
+        monkeypatch.setattr(assembly, "bundle", lambda source: pytest.fail(f"{source} is read late"))
+        save(*arguments)
+
+    monkeypatch.setattr(assembly.PrunedBlocks, "save", upgraded)
+    prune(dense, tmp_path / "after")
+    code = [(tmp_path / name / assembly.MODELING).read_bytes() for name in ("before", "after")]
+    assert code[0] == code[1]
 
 
 def test_same_seed_same_bytes(prune: Prune, dense: Path, tmp_path: Path) -> None:
