@@ -42,7 +42,8 @@ class Gguf:
     period       every so many blocks one sees all positions, the others a window; None: the engine knows no windows
     scale        the field that has the width by whose root the scores are divided: what the engine does by itself in
                  models of other than `large` blocks is the width of a head, in those the model's by the heads
-    tokens       those without which the engine does not load the vocabulary
+    tokens       those by which a vocabulary is one whose special tokens take the spaces behind them along: the engine
+                 tells such a model by its name, and does not load one of that name without them
     """
 
     name: str
@@ -138,7 +139,7 @@ GGUF: dict[str, tuple[Gguf, ...]] = {
             rotary="part",
             takes=SILU,
             fields=RMS,
-            tokens=("<unk>", "<s>", "<|endoftext|>"),
+            tokens=("<unk>", "<s>", "</s>", "<|endoftext|>"),
         ),
     ),
     "gpt2": (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -43,16 +42,9 @@ def period(every: int, blocks: int) -> dict[str, Any]:
     return {"layer_types": [f"{'sliding' if (i + 1) % every else 'full'}_attention" for i in range(blocks)]}
 
 
-def rename_token(directory: Path, name: str, new: str) -> None:
-    for path in directory.glob("tokenizer*.json"):
-        path.write_text(path.read_text().replace(json.dumps(name), json.dumps(new)))
-
-
 def compare(model: Any, directory: Path, architecture: str, limit: float, count: int = 40) -> None:
     """Log-probabilities of a text, and the greedy tokens after a part of it."""
     path = directory.with_suffix(".gguf")
-    if architecture == "phi3":
-        rename_token(directory, "<pad>", "<|endoftext|>")
     written = export(directory, path, "f32", None, Progress(quiet=True))
     assert written.architecture.name == architecture
     ids, start = IDS[:count], count // 2
@@ -245,7 +237,6 @@ def refusal(name: str, kept: list[dict[str, int]], directory: Path, **fields: An
         ),
         ("gemma", same(neurons=33), {"hidden_act": "relu"}, ("takes hidden_act 'gelu_new', not 'relu'",)),
         ("qwen2", same(neurons=33), rope({"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}), ("'dynamic'",)),
-        ("phi3", same(neurons=33), {}, ("with the token '<|endoftext|>' only",)),
         ("gemma", same(values=2), {}, ("directions inside its heads", "with --format stock")),
         ("mixtral", same(values=2), {}, ("directions inside its heads", "with --format stock")),
         (
@@ -281,7 +272,7 @@ def test_what_it_cannot_have_is_refused_with_what_helps(
     stock = any("--format" in part for part in parts) or name == "qwen3"
     assert ("--format stock" in said) == stock
     assert ("--format blockwise" in said) == ("--format blockwise" in parts)
-    assert ("serve this one with transformers" in said) == (not stock and name != "phi3")
+    assert ("serve this one with transformers" in said) != stock
 
 
 @pytest.mark.parametrize(

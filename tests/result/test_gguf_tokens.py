@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from llama_cpp import ask
 from pruned_models import save_pruned
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from llm_snp.system.progress import Progress
@@ -44,9 +44,11 @@ KINDS: dict[str, tuple[Any, bool]] = {
 }
 
 
-def written(tokenizer: Tokenizer, directory: Path, **options: Any) -> tuple[PreTrainedTokenizerFast, Path]:
+def written(
+    tokenizer: Tokenizer, directory: Path, model: str = "llama", **options: Any
+) -> tuple[PreTrainedTokenizerFast, Path]:
     """The tokenizer beside a tiny model, and both as a file for llama.cpp."""
-    save_pruned("llama", [{"neurons": 33}] * 3, directory, vocab_size=tokenizer.get_vocab_size() + 3)
+    save_pruned(model, [{"neurons": 33}] * 3, directory, vocab_size=tokenizer.get_vocab_size() + 3)
     for path in directory.glob("tokenizer*"):
         path.unlink()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options)
@@ -90,6 +92,34 @@ def test_bytes_that_are_merged(kind: str, tmp_path: Path) -> None:
     assert fields["tokenizer.chat_template"] == TEMPLATE
     assert fields["tokenizer.ggml.eos_token_id"] == 2
     assert fields["tokenizer.ggml.tokens"][-3:] == [f"[PAD{len(fast) + i}]" for i in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "marks"),
+    [
+        ("phi3", "small", ["<unk>", "<s>", "</s>"]),
+        ("phi3", "Phi-3-small", ["<unk>", "<s>", "</s>"]),
+        ("phi3", "Phi-4", []),
+        ("phi3", "phi3-like", []),
+        ("llama", "Phi-3-like", []),
+        ("llama", "phi3-like", ["<unk>", "<s>", "</s>"]),
+    ],
+)
+def test_models_that_llama_cpp_knows_by_their_name(model: str, name: str, marks: list[str], tmp_path: Path) -> None:
+    """What is called phi-3 needs tokens that Phi-4 has not, and has special tokens that take spaces along."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = gpt2, decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(corpus(), trainer)
+    strips = model == "phi3" and bool(marks)
+    tokenizer.add_special_tokens([*marks, "<|endoftext|>", AddedToken("<|end|>", rstrip=strips)])
+    (tmp_path / name).mkdir()
+    fast, path = written(tokenizer, tmp_path / name, model, eos_token="<|endoftext|>")
+    text = "The river<|end|>  and the town<|end|>\nend<|endoftext|> of it"
+    (found,) = ask(path, ["tokenize", text])
+    assert found.tolist() == fast(text)["input_ids"]
 
 
 @pytest.mark.parametrize("front", ["normalizer", "metaspace", "never"])

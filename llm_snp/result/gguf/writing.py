@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import struct
 from collections.abc import Callable, Sequence
@@ -37,6 +38,7 @@ FILE_TYPES = {name: LlamaFileType["ALL_F32" if name == "f32" else f"MOSTLY_{name
 LARGEST = {GGMLQuantizationType.F16: float(np.finfo(np.float16).max)}
 # Read position by position, or routers: what the engine has in 32 bits whatever the others have.
 ALWAYS_F32 = ("position_embd.weight", "ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight")
+STRIPPING = re.compile(r"phi-?3", re.IGNORECASE)  # what llama.cpp looks for in a model's name
 SCALINGS = {"linear": RopeScalingType.LINEAR, "yarn": RopeScalingType.YARN}
 
 
@@ -64,17 +66,12 @@ def export(
     skeleton = _skeleton(directory, family, config)
     arranged = layout(family, config, skeleton)
     writer = GGUFWriter(None, arranged.architecture.name)
-    add_facts(writer, directory, report, kind)
     add_fields(writer, arranged)
     if tokenizer_from is None:
         tokens = add_tokenizer(writer, directory, arranged.vocabulary)
     else:
         tokens = copy_tokenizer(writer, tokenizer_from, arranged.vocabulary)
-    if absent := [text for text in arranged.architecture.tokens if text not in tokens]:
-        raise UnsupportedModelError(
-            f"llama.cpp loads models of {arranged.architecture.name} with the token {absent[0]!r} only, which the "
-            "tokenizer of this one does not have"
-        )
+    add_facts(writer, directory, report, kind, strips=_strips(arranged, tokens))
     needed = 0
     for output in arranged.outputs:
         stored, count = _stored(output, TYPES[kind])
@@ -128,17 +125,30 @@ def _skeleton(directory: Path, family: Family, config: Any) -> Skeleton:
     return Skeleton(config, family.blocks, checkpoint, torch.device("cpu"), torch.float32)
 
 
-def add_facts(writer: GGUFWriter, directory: Path, report: dict[str, Any] | None, kind: str) -> None:
+def _strips(arranged: Layout, tokens: Sequence[str]) -> bool:
+    """Whether the model is one whose special tokens take the spaces behind them along."""
+    marks = arranged.architecture.tokens
+    return bool(marks) and set(marks) <= set(tokens)
+
+
+def engine_name(name: str, strips: bool) -> str:
+    """A model's name, with what llama.cpp tells by it: only what is called phi-3 has tokens that take spaces along."""
+    if not strips:
+        return STRIPPING.sub("phi", name)
+    return name if STRIPPING.search(name) else f"{name} (phi-3)"
+
+
+def add_facts(writer: GGUFWriter, directory: Path, report: dict[str, Any] | None, kind: str, strips: bool) -> None:
     """What the file is, for people and for the programs that list models."""
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_file_type(FILE_TYPES[kind])
     if report is None:
-        writer.add_name(public_name(directory.resolve()))
+        writer.add_name(engine_name(public_name(directory.resolve()), strips))
         return
     report = shareable(report)
     model, sparsity = report["model"], report["sparsity"]
-    writer.add_name(Path(report["output"]).name)
+    writer.add_name(engine_name(Path(report["output"]).name, strips))
     writer.add_description(
         f"{model['name']} with {sparsity['achieved']:.2%} of its blocks' linear parameters removed, by llm_snp "
         f"{__version__}"
