@@ -13,7 +13,7 @@ from .plain import encodable, text_and_share
 
 # A text that is a path as a whole; words that begin with "/", as some tokens do, are none.
 PLACE = re.compile(
-    r"(/[^/\s<>{}]([^/\n<>{}]*[^/\s<>{}])?){2,}/?|~[\w.-]*/.*|\.\./.+|\./[^/]+/.+|[A-Za-z]:[\\/].+|\\\\.+|(file|s3|gs|hdfs|dbfs|abfss?|smb|s?ftp|ssh):/.+"
+    r"/?(/[^/\s<>{}]([^/\n<>{}]*[^/\s<>{}])?){2,}/?|~[\w.-]*/.*|\.\./.+|\./[^/]+/.+|[A-Za-z]:[\\/].+|\\\\.+|(file|s3|gs|hdfs|dbfs|abfss?|smb|s?ftp|ssh):/.+"
     r"|(?!https?:)[A-Za-z][\w+.-]*://.+|[\w.@-]+:/[^/\s].*|\$\w+/.*|\$\{\w+\}/.*|%\w+%\\.*",
     re.DOTALL,
 )
@@ -26,10 +26,10 @@ SECRET = re.compile(
     r"(gh[pousr]_|github_pat_|glpat-|sk-|xox[abps]-|AIza|npm_|pypi-)(?=[\w-]*\d)(?=[\w-]*[A-Z])[\w-]{16,})|"
     r"\beyJ[\w-]{16,300}\.eyJ|-----BEGIN [A-Z ]*PRIVATE KEY|\b[Bb]earer [\w.-]{16}|\bhooks\.slack\.com/"
 )
-# Anywhere in a line: paths (from the root, a drive or a home), and places of other schemes than the web's.
+# Anywhere in a line: paths (from the root, a drive, a home or a share), and places of other schemes than the web's.
 PATH = re.compile(
     r"(^|[^\w/.<])/(root/\S|[\w.@+-]+/[\w.@+-])|(^|\W)[A-Za-z]:[\\/]\w|(^|\s)~[\w.-]*/\w|"
-    r"\b(?!https?:)[A-Za-z][\w+.-]*://\w"
+    r"\b(?!https?:)[A-Za-z][\w+.-]*://\w|(^|[^\w/.<:])//[\w.@+-]+/[\w.@+-]"
 )
 LINE = 3000  # characters at most; what is longer is a text that may speak of such things
 # Whatever the Hub says of it, nothing else can be a repository there: user/name, or one of the old ones without a user.

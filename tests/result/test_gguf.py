@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -288,6 +289,18 @@ def test_where_the_engine_knows_no_windows_the_context_is_one(
     compare(model, tmp_path / "model", architecture, EXACT, count=16)
     (tokens,) = ask(tmp_path / "model.gguf", ["context"])
     assert tokens == 16
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_chat_template_that_is_no_text(several: bool, tmp_path: Path) -> None:
+    """Half of a surrogate pair, as JSON can spell it."""
+    save_pruned("llama", same(neurons=33), tmp_path / "out")
+    half, name = "a \ud800 b", "default"
+    settings = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    settings["chat_template"] = [{"name": name, "template": half}, {"name": "x", "template": "x"}] if several else half
+    (tmp_path / "out" / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError, match=r"has a chat template that is none .*surrogates"):
+        export(tmp_path / "out", tmp_path / "out.gguf", "f32", None, Progress(quiet=True))
 
 
 def test_a_model_with_more_tokens_than_embeddings_is_damaged(tmp_path: Path) -> None:

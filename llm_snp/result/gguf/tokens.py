@@ -80,8 +80,8 @@ def add_tokenizer(writer: GGUFWriter, directory: Path, vocabulary: int) -> list[
         template = [{"name": name, "template": text} for name, text in template.items()]
     if template:
         with explained(lambda why: CheckpointError(f"{directory} has a chat template that is none ({why}); mend it")):
+            json.dumps(template, ensure_ascii=False).encode()  # half of a surrogate pair is no character
             writer.add_chat_template(template)
-            str(template).encode()
     return tokens
 
 
