@@ -245,11 +245,20 @@ def _stages(tokenizer: Any) -> Any:
 
 
 def _check_generation(path: Path, fields: Mapping[str, Any]) -> None:
-    """Raise `CheckpointError` for what `generate` begins with and transformers would not load a model with."""
-    from transformers import GenerationConfig
+    """Raise `CheckpointError` for what `generate` begins with and transformers would not load a model with, or not
+    write a text with: it looks at some of it only then.
+    """
+    import torch
+    from transformers import GenerationConfig, NoRepeatNGramLogitsProcessor, RepetitionPenaltyLogitsProcessor
 
     with explained(lambda cause: CheckpointError(f"{path} is refused by transformers ({cause}); mend or remove it")):
-        GenerationConfig.from_dict(dict(fields))
+        settings = GenerationConfig.from_dict(dict(fields))
+        if settings.repetition_penalty not in (None, 1):
+            RepetitionPenaltyLogitsProcessor(settings.repetition_penalty)
+        if settings.no_repeat_ngram_size is not None and settings.no_repeat_ngram_size > 0:
+            NoRepeatNGramLogitsProcessor(settings.no_repeat_ngram_size)
+        for token in (settings.bos_token_id, settings.eos_token_id, settings.pad_token_id):
+            torch.tensor([] if token is None else token, dtype=torch.long)
 
 
 def travels(name: str) -> bool:

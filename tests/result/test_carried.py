@@ -716,13 +716,32 @@ def test_a_config_that_is_a_link_out_of_the_directory_is_refused(shell: Shell, d
     assert "config.json is a link to" in shell.refused(directory)
 
 
-def test_what_generate_begins_with_is_read_before_anything_is_pruned(shell: Shell, dense: Path, tmp_path: Path) -> None:
-    """transformers would not load the result, which only --measure-speed would have noticed, at the end."""
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"compile_config": {"fullgraph": True}},
+        {"repetition_penalty": 2},
+        {"no_repeat_ngram_size": 2.5},
+        {"eos_token_id": "x"},
+        {"eos_token_id": [[1, 2], 3]},
+    ],
+)
+def test_what_generate_begins_with_is_read_before_anything_is_pruned(
+    fields: dict[str, Any], shell: Shell, dense: Path, tmp_path: Path
+) -> None:
+    """transformers would not load the result, or not write with it, which only tasks would have noticed, at the end."""
     directory = Path(shutil.copytree(dense, tmp_path / "model"))
-    (directory / "generation_config.json").write_text('{"compile_config": {"fullgraph": true}}')
+    (directory / "generation_config.json").write_text(json.dumps(fields))
     message = shell.refused(directory)
     assert message.startswith(f"{directory / 'generation_config.json'} is refused by transformers (")
     assert message.endswith("; mend or remove it")
+
+
+def test_what_generate_takes_travels(dense: Path, tmp_path: Path) -> None:
+    directory = Path(shutil.copytree(dense, tmp_path / "model"))
+    fields = {"repetition_penalty": 1, "no_repeat_ngram_size": 0, "eos_token_id": [1, 2], "pad_token_id": None}
+    (directory / "generation_config.json").write_text(json.dumps(fields))
+    assert json.loads(Carried(directory).files["generation_config.json"]) == fields
 
 
 def test_a_page_of_terms_stays_where_it_is_and_the_report_says_so(prune: Prune, dense: Path, tmp_path: Path) -> None:
