@@ -12,9 +12,9 @@ from typing import Any
 from ..config import shares
 from ..dense.readers import digests
 from ..errors import CheckpointError, ResumeError
-from ..result.carried import content_of
 from ..result.finishing import finished_all_the_same
 from ..result.rewriting import Rewriting
+from ..result.settings import content_of
 from ..system.files import digest, digest_of_bytes, disk
 from ..system.journal import DIGEST, Journal
 from ..system.manifest import JOURNAL, is_result

@@ -22,7 +22,8 @@ from ..pruning.weights import State
 from ..system.journal import DIGEST, Journal
 from ..system.progress import Progress
 from .bundle import bundle
-from .carried import Carried, class_of, without_code
+from .carried import Carried, class_of
+from .settings import without_code
 from .writer import Writer
 
 KEPT = "kept"

@@ -7,7 +7,6 @@ names no code but its own `modeling_snp.py`: whoever trusts us with `trust_remot
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
@@ -16,16 +15,15 @@ from typing import Any
 from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
 from ..dense.terms import is_terms, may_be_terms, names_terms, stays
-from ..dense.tokenizer import SETTINGS as TOKENIZER_SETTINGS
 from ..dense.tokenizer import load_tokenizer
 from ..errors import CheckpointError
 from ..system.files import digest_of_bytes, digest_of_json, disk, scratch
-from ..system.libraries import explained, parse_json, reason
+from ..system.libraries import explained
 from ..system.plain import encodable
-from ..system.private import PLACE, is_private, within
+from ..system.private import within
 from .sentencepiece import without_places
+from .settings import GENERATION, SETTINGS, as_file, content_of, read_object, says_twice, without_code
 
-GENERATION = "generation_config.json"
 # Files in which transformers and llama.cpp's tools look for tokenizers, and what `generate` begins with.
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -46,78 +44,11 @@ TOKENIZER_FILES = (
 SENTENCEPIECE = ("tokenizer.model", "tokenizer.model.v3", "spiece.model", "sentencepiece.bpe.model")
 TEMPLATES = "additional_chat_templates"  # folder of transformers for templates with a name
 TOKENIZER = "tokenizer_config.json"
-SETTINGS = (*TOKENIZER_SETTINGS, GENERATION)
-# Fields that transformers follows to code: classes of a repository (`auto_map` in configs of models, tokenizers and
-# processors, `custom_pipelines` of `pipeline`, `custom_generate` of `generate`), and kernels of the Hub.
-CODE = frozenset(
-    (
-        "auto_map",
-        "custom_pipelines",
-        "custom_generate",
-        "trust_remote_code",
-        "attn_implementation",
-        "_attn_implementation",
-        "_attn_implementation_internal",
-        "_attn_implementation_autoset",
-        "experts_implementation",
-        "_experts_implementation",
-        "_experts_implementation_internal",
-        "use_kernels",
-        "kernel_config",
-    )
-)
-# Fields that say where something lay on the machine of whoever saved it, name another file of weights, or say how those
-# are packed: the weights of a result are plain.
-PLACES = frozenset(
-    (
-        "name_or_path",
-        "_name_or_path",
-        "_commit_hash",
-        "transformers_weights",
-        "configuration_files",
-        "fast_tokenizer_files",
-        "gguf_file",
-        "quantization_config",
-        "compression_config",
-    )
-)
-PLACE_ENDINGS = ("_file", "_name_or_path")
-# What holds a secret, whatever that looks like.
-SECRETS = re.compile(
-    r"(?i:(^|_)(api_?key|secret|pass(wd|word|phrase)|credentials?|private_?key|"
-    r"(access|auth|hub|hf|api|bearer|github|gitlab|session|refresh)_?token)(_|$)|[a-z0-9]_key$)|"
-    r"^[A-Z0-9_]*_(TOKEN|PASS|PAT|PWD)$"  # as variables of an environment are called
-)
-TEMPLATE_FIELD = "chat_template"
-WORDS = ("content", TEMPLATE_FIELD, "template")  # what a tokenizer reads or writes, whatever it looks like
 # Text by which two tokenizers are told apart.
 PROBE = (
     " The 3 quick brown foxes\n\tran; 12.5 % over naïve 雪 in 1999 and 20235x.  <s>[INST]x</s> I'll DON'T we've  "
     "snake_case camelCase x=1+2;\r\n\n\n  e\u0301 ﬁ ½ 🙂 a\u00a0b ▁ Ġ lead"
 )
-
-
-def without_code(fields: Any, file: str = "config.json") -> Any:
-    """A copy of parsed JSON without the fields that name code, a place on a machine or a token, at any depth.
-
-    file: the name of the file that it is of.
-    """
-    if isinstance(fields, Mapping):
-        return {name: without_code(one, file) for name, one in fields.items() if not _names_code(name, one, file)}
-    if isinstance(fields, (list, tuple)):
-        return [without_code(one, file) for one in fields if not _names_code(None, one, file)]
-    return fields
-
-
-def _names_code(name: Any, value: Any, file: str) -> bool:
-    if name in CODE or name in PLACES:
-        return True
-    if isinstance(name, str) and (name.endswith(PLACE_ENDINGS) or SECRETS.search(name) or is_private(name)):
-        return True
-    if not isinstance(value, str) or not is_private(value):
-        return False
-    words = name in WORDS and file in TOKENIZER_SETTINGS
-    return not words or (name == TEMPLATE_FIELD and PLACE.fullmatch(value) is not None)
 
 
 class Carried:
@@ -163,7 +94,7 @@ class Carried:
         clean = without_code(fields, path.name)
         if path.name == GENERATION:
             _check_generation(path, clean)
-        return content if clean == fields and not _repeats(content) else _written(clean)
+        return content if clean == fields and not says_twice(content) else as_file(clean)
 
     @property
     def digest(self) -> str:
@@ -189,7 +120,7 @@ class Carried:
             return
         path = self.directory / TOKENIZER
         settings = read_object(path, self.files[TOKENIZER]) if TOKENIZER in self.files else {}
-        self.files[TOKENIZER] = _written(settings | {"tokenizer_class": class_of(tokenizer)})
+        self.files[TOKENIZER] = as_file(settings | {"tokenizer_class": class_of(tokenizer)})
         if any(self._travelling(config, advice) != dense for config in (fields, pruned)):
             raise CheckpointError(
                 f"the tokenizer of {self.directory} is another one for transformers where the model is of type "
@@ -287,46 +218,3 @@ def check_tokenizer_class(directory: Path) -> None:
             "and a result does not carry; if tokenizer.json says all of it, take auto_map out of tokenizer_config.json "
             'and set "tokenizer_class": "PreTrainedTokenizerFast"'
         )
-
-
-def read_object(path: Path, content: bytes) -> dict[str, Any]:
-    """A JSON object. Raises `CheckpointError` if `content`, of the file `path`, is none."""
-    try:
-        fields = parse_json(content)
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON ({reason(error)}); download it again") from error
-    if not isinstance(fields, dict):
-        raise CheckpointError(f"{path} is no JSON object, as transformers writes it; download it again")
-    try:
-        without_code(fields)
-    except RecursionError as error:
-        raise CheckpointError(f"{path} is nested too deeply; download it again") from error
-    return fields
-
-
-def _repeats(content: bytes) -> bool:
-    """Whether an object of JSON has a name twice, of which all readers see the last."""
-    found = False
-
-    def look(pairs: list[tuple[str, Any]]) -> None:
-        nonlocal found
-        found = found or len({name for name, _ in pairs}) < len(pairs)
-
-    json.loads(content, object_pairs_hook=look)
-    return found
-
-
-def _written(fields: Mapping[str, Any]) -> bytes:
-    """Settings as a file has them: half of a surrogate pair, which is no character, only as JSON spells it."""
-    text = json.dumps(fields, indent=2, ensure_ascii=False)
-    return ((text if encodable(text) else json.dumps(fields, indent=2)) + "\n").encode()
-
-
-def content_of(path: Path) -> bytes:
-    """A file as it is. Raises `CheckpointError` if it cannot be read, or never ends."""
-    try:
-        if path.exists() and not path.is_file():
-            raise CheckpointError(f"{path} is no regular file; put the file itself there")
-        return path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error

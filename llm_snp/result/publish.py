@@ -36,8 +36,9 @@ from ..system.manifest import (
 )
 from ..version import __version__
 from .assembly import MODELING, own_code
-from .carried import SETTINGS, content_of, read_object, travels, without_code
+from .carried import travels
 from .repository import ATTRIBUTES, CLIENT_ERRORS, look_at, reason, refused, status
+from .settings import SETTINGS, content_of, read_object, without_code
 
 # What a run writes, beside its code, what travels from the dense model, and report and card.
 WRITTEN = re.compile(

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..dense.checkpoint import weight_files
 from .assembly import MODELING, own_code
-from .carried import Carried, content_of, read_object, without_code
+from .carried import Carried
+from .settings import content_of, read_object, without_code
 from .writer import Writer
 
 

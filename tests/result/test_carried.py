@@ -24,7 +24,8 @@ from llm_snp.dense.hub import card_metadata
 from llm_snp.dense.tokenizer import load_tokenizer
 from llm_snp.errors import CheckpointError
 from llm_snp.evaluation.speed import load_model
-from llm_snp.result.carried import CODE, Carried, check_tokenizer_class, without_code
+from llm_snp.result.carried import Carried, check_tokenizer_class
+from llm_snp.result.settings import CODE, without_code
 
 EVIL = "import pathlib\npathlib.Path(r'{mark}').touch()\n"
 CLASSES = """
