@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import gc
 import io
+import json
 import logging
 import math
 import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from ..dense.hub import load_config
 from ..dense.tokenizer import load_tokenizer
 from ..dense.whole import generate_plainly, whole_model
 from ..errors import CheckpointError, DeviceMemoryError, NumericalError, OptionError
+from ..system.files import digest_of_json
 from ..system.libraries import explained
 from .harness_tasks import find_tasks
 from .speed import positions
@@ -35,14 +38,24 @@ NEW_TOKENS, USUALLY_WRITTEN = ("max_gen_toks", "max_new_tokens", "max_tokens", "
 PENALTIES = ("repetition_penalty", "no_repeat_ngram_size")
 
 
-def check_tasks(tasks: Sequence[str]) -> dict[str, int]:
+@dataclass(frozen=True)
+class Asked:
+    """What a task asks of a model. most: tokens at most that it may write; sha256: of the questions and how they are
+    judged, as far as that is no code.
+    """
+
+    most: int
+    sha256: str
+
+
+def check_tasks(tasks: Sequence[str]) -> dict[str, Asked]:
     """Load every task with its data, fetched from the Hub if need be, and make its questions, so that nothing is
-    missing or wrong hours later. Returns how many tokens at most each task lets a model write, for `check_room`.
+    missing or wrong hours later. Returns what each task asks.
 
     Raises `OptionError` if lm_eval is not installed, or something is no task that it can load or whose data it does not
     fit, `HubError` or `CorpusError` if data cannot be had.
     """
-    written = {}
+    asked = {}
     with _quiet_log(), _own_random_numbers(torch.device("cpu")):
         for request in find_tasks(tasks):
             loaded = request.load()
@@ -50,18 +63,21 @@ def check_tasks(tasks: Sequence[str]) -> dict[str, int]:
                 _seeded(loaded, 0)
                 for task in loaded["tasks"].values():
                     task.build_all_requests(rank=0, world_size=1)
-                instances = (one for task in loaded["tasks"].values() for one in task.instances)
-                written[request.name] = max(map(_written, instances), default=0)
-    return written
+                instances = [one for task in loaded["tasks"].values() for one in task.instances]
+                judged = [(name, task.dump_config()) for name, task in loaded["tasks"].items()]
+                content = [judged, [(one.request_type, one.args, one.doc) for one in instances]]
+                sha256 = digest_of_json(json.loads(json.dumps(content, default=lambda value: type(value).__name__)))
+                asked[request.name] = Asked(max(map(_written, instances), default=0), sha256)
+    return asked
 
 
-def check_room(written: Mapping[str, int], config: Any) -> None:
+def check_room(asked: Mapping[str, Asked], config: Any) -> None:
     """Raise `OptionError` if a model has too few positions for what a task lets it write (`check_tasks`)."""
     limit = positions(config)
-    for name, most in written.items():
-        if limit is not None and most >= limit:
+    for name, task in asked.items():
+        if limit is not None and task.most >= limit:
             raise OptionError(
-                f"task {name} lets a model write {most} tokens, but this one has {limit} positions, of which the "
+                f"task {name} lets a model write {task.most} tokens, but this one has {limit} positions, of which the "
                 "question needs some; leave it out"
             )
 
@@ -85,8 +101,12 @@ def evaluate_harness(
     batch_size: int = 8,
     seed: int = 0,
     limit: int | None = None,
+    known: Mapping[str, Mapping[str, Any]] | None = None,
+    keep: Callable[[str, Mapping[str, Any]], None] = lambda task, results: None,
 ) -> dict[str, Any]:
     """Run tasks on a whole model, loaded from `directory`. `limit`: samples per task, to try it out.
+
+    known: results of tasks that are not run again; keep: what is done with those of each other one of `tasks`.
 
     Batches get smaller where the device has no memory for `batch_size`. Few-shot examples are drawn with `seed`; the
     random numbers of the caller stay what they are.
@@ -98,16 +118,17 @@ def evaluate_harness(
     Raises what `check_tasks` raises, `CheckpointError`, `DeviceMemoryError`, `NumericalError` if the model's logits
     are not finite, and `OptionError` if a task cannot be run on this model.
     """
-    results: dict[str, Any] = {}
+    found = dict(known or {})
     with _quiet_log(), _own_random_numbers(device):
-        requests = [(request, request.load()) for request in find_tasks(tasks)]
-        model = _open_model(directory.resolve(), device, dtype, batch_size)
+        requests = [(request, request.load()) for request in find_tasks([task for task in tasks if task not in found])]
+        model = _open_model(directory.resolve(), device, dtype, batch_size) if requests else None
         for request, loaded in requests:
             with request.at_home():
-                results |= _results(_run(model, request.name, loaded, seed, limit))
+                found[request.name] = _results(_run(model, request.name, loaded, seed, limit))
+            keep(request.name, found[request.name])
     del model
     gc.collect()  # the harness's wrapper is in a cycle with the model
-    return results
+    return {name: result for task in dict.fromkeys(tasks) for name, result in found[task].items()}
 
 
 def _open_model(directory: Path, device: torch.device, dtype: torch.dtype, batch_size: int) -> Any:

@@ -5,7 +5,7 @@ Nothing of it can harm the result, which has its name by then. These load whole 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +15,7 @@ from ..config import RUNS, PruneConfig
 from ..dense.hub import config_dtype
 from ..documents.writing import check_there, store
 from ..errors import DeviceMemoryError, Interrupted, ReplacedError, SnpError
-from ..evaluation.harness import check_tasks, evaluate_harness
+from ..evaluation.harness import Asked, check_tasks, evaluate_harness
 from ..evaluation.harness_table import compare
 from ..evaluation.harness_tasks import tasks_of
 from ..evaluation.speed import measure_speed, measurements
@@ -24,24 +24,25 @@ from ..result.origin import expect_as_pruned
 from ..result.publish import push
 from ..result.repository import check_push
 from ..system.device import resolve_dtype
+from ..system.files import digest_of_json
 from ..system.progress import Progress
-from ..system.remembering import recall, remember
+from ..system.remembering import TASKS, recall, remember
 
 
-def check_afterwards(options: PruneConfig) -> dict[str, int]:
+def check_afterwards(options: PruneConfig) -> dict[str, Asked]:
     """Find out before the work begins what would fail after it. Raises `SnpError`.
 
     Returns what tasks ask of a model, which is not looked at yet (`check_room`).
     """
     tasks = tasks_of(options.evaluate or ())
-    written = check_tasks(tasks) if tasks else {}
+    asked = check_tasks(tasks) if tasks else {}
     if options.push_to_hub:
         check_push(options.push_to_hub, options.overwrite, options.private)
-    return written
+    return asked
 
 
-def afterwards(job: Job, report: dict[str, Any], progress: Progress) -> dict[str, Any]:
-    """Do what `job.options` ask for and `report` does not have; returns the report with it.
+def afterwards(job: Job, report: dict[str, Any], asked: Mapping[str, Asked], progress: Progress) -> dict[str, Any]:
+    """Do what `job.options` ask for and `report` does not have; returns the report with it. asked: by the tasks.
 
     Raises `SnpError` (`ReplacedError` where another result has come into its place), and `Interrupted` for Ctrl-C; what
     was measured before is written.
@@ -53,13 +54,13 @@ def afterwards(job: Job, report: dict[str, Any], progress: Progress) -> dict[str
         if tasks and "harness" not in report:
             expect_as_pruned(job.directory, job.output)  # that may be hours ago
             with progress.phase("harness", title=f"lm-evaluation-harness, {', '.join(tasks)}"):
-                dense, pruned = (
-                    evaluate_harness(directory, tasks, job.device, dtype, seed=options.seed)
-                    for directory in (job.directory, job.output)
-                )
+                dense, pruned = (_measured(job, which, asked, dtype) for which in ("dense", "pruned"))
             store(job.output, report, "harness", compare(dense, pruned), _taken(progress, "harness"))
-            if memory := recall(job.output):
-                remember(job.output, memory | {"options": memory.get("options", {}) | {"evaluate": options.evaluate}})
+            memory = recall(job.output)
+            memory.pop(TASKS, None)
+            if "options" in memory:
+                memory["options"] |= {"evaluate": options.evaluate}
+            remember(job.output, memory)
         if options.measure_speed and "speed" not in report:
             expect_as_pruned(job.directory, job.output)
             with progress.phase("speed", measurements(job.directory, RUNS), unit="run") as step:
@@ -71,6 +72,23 @@ def afterwards(job: Job, report: dict[str, Any], progress: Progress) -> dict[str
                 url = push(job.output, options.push_to_hub, options.private, options.overwrite)
             progress.say(f"published as {url}")
     return report
+
+
+def _measured(job: Job, which: str, asked: Mapping[str, Asked], dtype: torch.dtype) -> dict[str, Any]:
+    """Results of all tasks on the dense or the pruned model. Each is kept on this machine as soon as it is there, for a
+    later task that cannot be run, or an interruption.
+    """
+    seed, directory = job.options.seed, job.directory if which == "dense" else job.output
+    settings = (which, str(directory.resolve()), str(job.device), str(dtype), seed)
+    keys = {task: digest_of_json([*settings, found.sha256]) for task, found in asked.items()}
+    kept = recall(job.output).get(TASKS, {})
+    known = {task: kept[key] for task, key in keys.items() if key in kept}
+
+    def keep(task: str, results: Mapping[str, Any]) -> None:
+        memory = recall(job.output)
+        remember(job.output, memory | {TASKS: memory.get(TASKS, {}) | {keys[task]: results}})
+
+    return evaluate_harness(directory, list(asked), job.device, dtype, seed=seed, known=known, keep=keep)
 
 
 def _taken(progress: Progress, phase: str) -> float:

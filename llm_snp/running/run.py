@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from ..dense.tokenizer import load_tokenizer
 from ..documents.card import model_card
 from ..documents.report import Report
 from ..errors import NumericalError, OptionError
-from ..evaluation.harness import check_room
+from ..evaluation.harness import Asked, check_room
 from ..evaluation.harness_tasks import texts_of
 from ..evaluation.perplexity import Perplexity, perplexity_streamed, worst
 from ..families import check_tables, linear
@@ -66,27 +67,29 @@ def run(options: PruneConfig) -> dict[str, Any]:
     on with by `resume` is then kept beside the output; otherwise nothing is left behind.
     """
     with as_at_start():
-        job, report, progress, main = _pruned(options)
+        job, report, asked, progress, main = _pruned(options)
         # Outside: it may take hours, which the other processes need not wait for.
-        return afterwards(job, report, progress) if main else report
+        return afterwards(job, report, asked, progress) if main else report
 
 
-def _pruned(options: PruneConfig) -> tuple[Job, dict[str, Any], Progress, bool]:
-    """Everything up to the finished result: what it was about, its report, and whether this is the main process."""
+def _pruned(options: PruneConfig) -> tuple[Job, dict[str, Any], Mapping[str, Asked], Progress, bool]:
+    """Everything up to the finished result: what it was about, its report, what tasks will ask, and whether this is the
+    main process.
+    """
     options.validate()
     offload = check_offload(options.offload)
     with Processes(cpu=options.device.startswith("cpu") or not torch.cuda.is_available()) as processes:
         check_processes(options, processes.count)
         progress = Progress(options.quiet or not processes.main)
         with progress.phase("load", title=f"look for {options.model or 'the embedded OPT'}"):
-            written = processes.from_main(lambda: check_afterwards(options))
+            asked = processes.from_main(lambda: check_afterwards(options))
             job = open_job(options, weights=True, local_index=processes.local_index)
-            check_room(written, job.config)
+            check_room(asked, job.config)
             carried = Carried(job.directory)
             earlier = processes.from_main(lambda: finished_before(job))
             if earlier is not None:
                 progress.say(f"{job.output} is finished already")
-                return job, earlier, progress, processes.main
+                return job, earlier, asked, progress, processes.main
             processes.on_main(lambda: check_sources(texts_read(options)))
             workspace = processes.on_main(
                 lambda: Workspace(job.output, options.overwrite, options.resume, inputs_of(job))
@@ -94,7 +97,7 @@ def _pruned(options: PruneConfig) -> tuple[Job, dict[str, Any], Progress, bool]:
         with kept_for_resume(workspace, job.config.num_hidden_layers, again(options)):
             storage = Storage(offload, None if job.device.type == "cpu" else job.device)
             report = _Run(job, carried, storage, processes, progress, workspace).prune()
-        return job, report, progress, processes.main
+        return job, report, asked, progress, processes.main
 
 
 def check_processes(options: PruneConfig, count: int) -> None:

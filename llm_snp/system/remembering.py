@@ -15,6 +15,7 @@ from .files import digest_of_json, disk, write_together
 from .manifest import IGNORE, MEMORY, manifest, object_in
 from .plain import encodable
 
+TASKS = "tasks"  # results of tasks that were run before all were
 PLACE, RESULT = "inode", "result"  # of the directory that it is of, and of the result's weights
 
 
@@ -67,4 +68,8 @@ def _is_options(value: Any) -> bool:
     )
 
 
-_KINDS = {"options": _is_options, "model": _is_name, "healing": _is_options, "read": _is_options}
+def _is_measured(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(one, dict) for one in value.values())
+
+
+_KINDS = {TASKS: _is_measured, "options": _is_options, "model": _is_name, "healing": _is_options, "read": _is_options}

@@ -33,7 +33,7 @@ from llm_snp.errors import (
     SnpError,
 )
 from llm_snp.evaluation import harness, harness_tasks
-from llm_snp.evaluation.harness import check_room, check_tasks, evaluate_harness
+from llm_snp.evaluation.harness import Asked, check_room, check_tasks, evaluate_harness
 from llm_snp.evaluation.harness_table import compare, harness_rows
 from llm_snp.evaluation.harness_tasks import tasks_of, texts_of
 
@@ -333,17 +333,30 @@ def test_a_metric_of_the_working_directory_is_not_run_though_data_is_there(
 def test_room_for_what_a_task_lets_a_model_write(dense: Path, task: Callable[..., Path]) -> None:
     """Known before the work: the harness asserts it after that."""
     config = load(dense).config
-    assert check_tasks([CHOICE]) == {CHOICE: 0}
+    assert check_tasks([CHOICE])[CHOICE].most == 0
     file = str(task("writing", max_gen_toks=str(POSITIONS)))
-    written = check_tasks([file])
-    assert written == {file: POSITIONS}
-    said = refused(OptionError, lambda: check_room(written, config))
+    asked = check_tasks([file])
+    assert {name: one.most for name, one in asked.items()} == {file: POSITIONS}
+    said = refused(OptionError, lambda: check_room(asked, config))
     assert said.startswith(f"task {file} lets a model write {POSITIONS} tokens, but this one has {POSITIONS} positions")
-    check_room({file: POSITIONS - 1}, config)
+    check_room({file: Asked(POSITIONS - 1, "")}, config)
     for strange in ("many", "1e400", "[1]", "-5", "0"):
         file = str(task("writing", max_gen_toks=strange))
         said = refused(OptionError, lambda file=file: check_tasks([file]))
         assert said.startswith(f"task {file} cannot be asked (")
+
+
+def test_questions_are_told_apart_by_what_they_ask(task: Callable[..., Path]) -> None:
+    """What is known of a task is of these questions, judged in this way."""
+    found = [check_tasks([CHOICE])[CHOICE].sha256 for _ in range(2)]
+    assert found[0] == found[1]
+    file = task()
+    before = check_tasks([str(file)])[str(file)].sha256
+    data = file.with_name("small_choice.jsonl")
+    data.write_text("\n".join(data.read_text().splitlines()[1:]))
+    fewer = check_tasks([str(file)])[str(file)].sha256
+    file.write_text(file.read_text().replace("metric: acc\n", "metric: acc_norm\n"))
+    assert len({before, fewer, check_tasks([str(file)])[str(file)].sha256}) == 3
 
 
 def test_no_fewer_examples_than_none(dense: Path, tmp_path: Path) -> None:

@@ -15,9 +15,10 @@ from llm_snp.documents.page import html_page
 from llm_snp.documents.report import Report
 from llm_snp.documents.writing import read_report
 from llm_snp.errors import DiskFullError, OptionError
-from llm_snp.evaluation import speed
+from llm_snp.evaluation import harness, speed
 from llm_snp.running import afterwards
 from llm_snp.system.manifest import changed, strays
+from llm_snp.system.remembering import recall
 
 TASK = f"harness:{Path(__file__).parent.parent / 'harness_tasks' / 'small_choice.yaml'}"
 
@@ -136,6 +137,32 @@ def test_a_task_that_cannot_be_run_is_left_out_of_a_finished_result(
     code, _, err = shell.run(dense, *short, "--no-evaluate", "--resume", "--quiet")
     assert code == 2
     assert "is finished, and --evaluate is [] now" in err
+
+
+def test_tasks_that_were_run_are_not_run_again(shell: Shell, dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A later one cannot be run on the pruned model: what was measured until then is kept, on this machine."""
+    short = ("--samples", SAMPLES, "--sequence-length", LENGTH, "--calibration", shell.text, "--output", shell.output)
+    other = TASK.replace("choice", "text")
+    run, ran = harness._run, []
+
+    def fails(model: Any, name: str, *arguments: Any) -> Any:
+        if len(ran) == 3:
+            raise OptionError(f"task {name} cannot be run on this model; leave it out")
+        ran.append(name)
+        return run(model, name, *arguments)
+
+    monkeypatch.setattr(harness, "_run", fails)
+    code, _, err = shell.run(dense, *short, "--evaluate", TASK, "--evaluate", other, "--quiet")
+    assert code == 2
+    assert "cannot be run on this model" in err
+    assert [Path(name).stem for name in ran] == ["small_choice", "small_text", "small_choice"]
+    assert "harness" not in report(shell)
+    ran.append("")
+    code, _, err = shell.run(dense, *short, "--evaluate", TASK, "--evaluate", other, "--resume", "--quiet")
+    assert code == 0, err
+    assert [Path(name).stem for name in ran[4:]] == ["small_text"]
+    assert set(report(shell)["harness"]) == {"small_choice", "small_text"}  # type: ignore[arg-type]
+    assert "tasks" not in recall(shell.output)
 
 
 def test_a_task_that_is_not_there_is_known_before_the_work(
