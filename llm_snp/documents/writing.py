@@ -133,15 +133,17 @@ def _in_the_way(path: Path) -> OutputError:
     return OutputError(f"{path} is none that a run of llm_snp wrote, and in its way; move it")
 
 
+def cached(directory: Path) -> str:
+    """Why a result is left as it is, and what helps."""
+    return f"{directory} is in the cache of the Hub, where nothing is changed; download it with --local-dir"
+
+
 def check_there(directory: Path, report: dict[str, Any]) -> None:
     """Raise `ReplacedError` unless `directory` has the result that `report` is of: measuring it may take hours; and
     `OutputError` for one whose files are not to be changed.
     """
     if in_cache(directory):
-        raise OutputError(
-            f"{directory} is in the cache of the Hub, where nothing is changed; download it with --local-dir, or give "
-            "`report` an --output FILE.html"
-        )
+        raise OutputError(f"{cached(directory)}, or give `report` an --output FILE.html")
     documents = {CARD, PAGE, *map(plot_path, PLOTS)}
     there, expected = (
         {name: found for name, found in files.items() if name not in documents}

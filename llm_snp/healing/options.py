@@ -14,6 +14,7 @@ from typing import Any
 from ..config import DEVICES, flag_of, make_plain, option, shares
 from ..documents.shareable import launcher, words_of
 from ..errors import OptionError, at_least, choose
+from ..system.private import in_cache, public_name
 
 # Learning rates of all weights, and of LoRA's matrices, that were best on the reference models, of a width of about
 # WIDTH. Wider ones get less in proportion, as Adam's rates for matrices do (Yang et al., arXiv 2203.03466).
@@ -82,12 +83,12 @@ class HealConfig:
 
     @property
     def destination(self) -> Path:
-        """--output, or the directory's name with -healed behind it, beside it."""
+        """--output, or the directory's name with -healed behind it, beside it; for one in the Hub's cache here."""
         given = Path(os.path.expanduser(self.output or self.directory))
         if self.output:
             return given
         named = given if given.name not in ("", "..") else given.resolve()
-        return named.with_name(f"{named.name}-healed")
+        return Path(f"{public_name(named)}-healed") if in_cache(named) else named.with_name(f"{named.name}-healed")
 
     def validate(self) -> None:
         """Raise `OptionError` for a value that cannot be used, before anything is loaded."""

@@ -17,8 +17,8 @@ from ..documents.card import model_card, plots_of
 from ..documents.page import html_page
 from ..documents.plots import FOLDER, PLOTS, plot_images, plot_path
 from ..documents.shareable import shareable
-from ..documents.writing import CARD, PAGE, edited, read_report
-from ..errors import CheckpointError, HubError, ReplacedError
+from ..documents.writing import CARD, PAGE, cached, edited, read_report
+from ..errors import CheckpointError, HubError, OutputError, ReplacedError
 from ..system.files import digest_of_bytes
 from ..system.libraries import explained
 from ..system.manifest import (
@@ -34,6 +34,7 @@ from ..system.manifest import (
     some,
     strays,
 )
+from ..system.private import in_cache
 from ..version import __version__
 from .assembly import MODELING, own_code
 from .carried import travels
@@ -57,11 +58,13 @@ def push(directory: Path, repo: str, private: bool = False, overwrite: bool = Fa
     into it since it was looked at, nothing goes up. The card says how to load the model from there, unless a person has
     edited README.md, which then goes up as it is. `directory` itself is not changed.
 
-    Raises `CheckpointError` if the directory is no finished result or not as it was written, `ReplacedError` if another
-    run has put its result there meanwhile, and what `check_push` raises. After a `HubError` in the middle the same call
-    can be repeated: before the commit nothing of an upload is seen.
+    Raises `CheckpointError` if the directory is no finished result or not as it was written, `OutputError` if it is in
+    the Hub's cache, `ReplacedError` if another run has put its result there meanwhile, and what `check_push` raises.
+    After a `HubError` in the middle the same call can be repeated: before the commit nothing of an upload is seen.
     """
     report = read_report(directory)
+    if in_cache(directory):
+        raise OutputError(cached(directory))
     as_checked = _identities(directory, report)
     files = _files(directory, report)
     api = HfApi()

@@ -14,6 +14,7 @@ from ..errors import OutputError
 from .files import disk, size
 from .manifest import JOURNAL, REPORT, has_report, is_result, some, strays, strays_of_partial
 from .owned import is_ours, was_put_aside
+from .private import lies_in_cache
 
 
 def check_output(output: Path, overwrite: bool) -> None:
@@ -22,6 +23,11 @@ def check_output(output: Path, overwrite: bool) -> None:
         resolved = output.resolve()
         if os.path.ismount(resolved):
             raise OutputError(f"--output {output} is a mount point, which cannot be replaced; give a directory in it")
+        if lies_in_cache(resolved):
+            raise OutputError(
+                f"--output {output} lies in the cache of the Hub, whose tools remove it when they clean up; give a "
+                "directory elsewhere"
+            )
         partial = partial_of(resolved)
         if os.path.lexists(partial) and not is_ours(partial):
             raise in_the_way(partial)

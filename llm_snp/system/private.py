@@ -61,10 +61,13 @@ def _has_name(path: str) -> bool:
 def public_name(path: Path) -> str:
     """What a file or directory is called where that is published; a home, which has the name of a person, "home".
 
-    So is what has the name of whoever runs this, as `/scratch/ann` on a cluster.
+    So is what has the name of whoever runs this, as `/scratch/ann` on a cluster. A snapshot in the Hub's cache, which
+    is called by its commit there, is what the repository is called.
     """
     try:
         real = path.expanduser().resolve()
+        if in_cache(real):
+            return real.parent.parent.name.rsplit("--", 1)[-1]
         if real.parent.name in HOMES or real == Path.home().resolve() or real.name in _names():
             return HOME
     except (OSError, RuntimeError, ValueError):  # nobody has that name, or there is no home; a circle of links; no path
@@ -108,6 +111,11 @@ def in_cache(directory: Path) -> bool:
     place = directory.resolve().parent
     cached = re.match(r"(models|datasets|spaces)--", place.parent.name)
     return cached is not None and place.name == "snapshots" and (place.parent / "blobs").is_dir()
+
+
+def lies_in_cache(path: Path) -> bool:
+    """Whether a place is among the snapshots of the Hub's cache, where its tools remove what is there."""
+    return any(in_cache(place) for place in (path.resolve(), *path.resolve().parents))
 
 
 def within(path: Path, directory: Path) -> bool:

@@ -22,13 +22,17 @@ from huggingface_hub import constants, snapshot_download
 
 from llm_snp.cli import main
 from llm_snp.commands import push as command
+from llm_snp.config import PruneConfig
 from llm_snp.dense.hub import locate
-from llm_snp.errors import CheckpointError, HubError, OptionError, ReplacedError, SnpError
+from llm_snp.errors import CheckpointError, HubError, OptionError, OutputError, ReplacedError, SnpError
+from llm_snp.healing.options import HealConfig
+from llm_snp.pruning.job import default_output
 from llm_snp.result import publish
 from llm_snp.result.publish import push
 from llm_snp.result.repository import check_push, look_at
 from llm_snp.system.files import digest, digest_of_bytes
 from llm_snp.system.manifest import changed, manifest, sealed, strays
+from llm_snp.system.output import check_output
 
 pytestmark = pytest.mark.documents
 
@@ -649,6 +653,15 @@ def test_a_copy_in_the_cache_of_the_hub_is_read_and_not_written(
     assert main(["report", str(snapshot)]) == 2
     assert "is in the cache of the Hub, where nothing is changed; download it with" in capsys.readouterr().err
     assert main(["bench", str(snapshot), "--runs", "1", "--new", "2", "--prompt", "4", "--device", "cpu"]) == 0
+    capsys.readouterr()
+    assert main(["push", str(snapshot), f"{USER}/other"]) == 2
+    assert "is in the cache of the Hub, where nothing is changed; download it with" in capsys.readouterr().err
+    # Nor is what is made of it, which is called by its repository and not by a commit.
+    assert HealConfig(str(snapshot)).destination == Path("tiny-pruned-healed")
+    assert default_output(PruneConfig(str(snapshot), sparsity=0.3)) == Path("tiny-pruned-snp-30")
+    for output in (snapshot / "x", snapshot.parent / "x"):
+        with pytest.raises(OutputError, match="lies in the cache of the Hub, whose tools remove it when they clean up"):
+            check_output(output, overwrite=True)
     assert {path: (path.is_symlink(), path.read_bytes()) for path in snapshot.rglob("*") if path.is_file()} == before
 
 
