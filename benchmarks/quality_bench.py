@@ -36,7 +36,7 @@ from llm_snp.pruning.decide import decide
 from llm_snp.pruning.executor import prune_blocks
 from llm_snp.pruning.job import Job, fit_for_format, fitted, window_length
 from llm_snp.pruning.session import Session
-from llm_snp.result.assembly import open_result, stored_block, write_rest
+from llm_snp.result.assembly import modeling_file, open_result, stored_block, write_rest
 from llm_snp.result.carried import Carried
 from llm_snp.result.writer import Writer
 from llm_snp.system.device import device_facts, resolve_device, resolve_dtype
@@ -144,7 +144,8 @@ class Bench:
             prune_blocks(session, plan, save)
             device, length = self.skeleton.device, tokens.shape[1]
             job = Job(options, self.directory, self.config, self.config, self.family, writer.directory, device, length)
-            write_rest(writer, job, self.skeleton, plan, self.tokenizer, Carried(self.directory))
+            carried, code = Carried(self.directory), modeling_file(job.family)
+            write_rest(writer, job, self.skeleton, plan, self.tokenizer, carried, code)
             facts = {"achieved": plan.achieved, "seconds": {n: round(s, 3) for n, s in timer.seconds.items()}}
             steps = {"steps": [dataclasses.asdict(step) for step in plan.steps]} if plan.steps else {}
             yield open_result(writer.directory, job, self.skeleton.dtype), facts | steps
