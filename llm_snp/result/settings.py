@@ -51,12 +51,13 @@ PLACES = frozenset(
     )
 )
 PLACE_ENDINGS = ("_file", "_name_or_path")
-# What holds a secret, whatever that looks like.
+# What holds a secret, whatever that looks like, with words that are told apart by "_".
 SECRETS = re.compile(
-    r"(?i:(^|_)(api_?key|secret|pass(wd|word|phrase)|credentials?|private_?key|"
+    r"(?i:^(token|authorization|(set_)?cookies?)$|(^|_)(api_?key|secret|pass(wd|word|phrase)|credentials?|private_?key|"
     r"(access|auth|hub|hf|api|bearer|github|gitlab|session|refresh)_?token)(_|$)|[a-z0-9]_key$)|"
     r"^[A-Z0-9_]*_(TOKEN|PASS|PAT|PWD)$"  # as variables of an environment are called
 )
+WORD = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|[-. ]")  # begins at it: clientSecret, api-key
 TEMPLATE_FIELD = "chat_template"
 WORDS = ("content", TEMPLATE_FIELD, "template")  # what a tokenizer reads or writes, whatever it looks like
 
@@ -76,12 +77,16 @@ def without_code(fields: Any, file: str = "config.json") -> Any:
 def _names_code(name: Any, value: Any, file: str) -> bool:
     if name in CODE or name in PLACES:
         return True
-    if isinstance(name, str) and (name.endswith(PLACE_ENDINGS) or SECRETS.search(name) or is_private(name)):
+    if isinstance(name, str) and (name.endswith(PLACE_ENDINGS) or _is_secret(name) or is_private(name)):
         return True
     if not isinstance(value, str) or not is_private(value):
         return False
     words = name in WORDS and file in TOKENIZER_SETTINGS
     return not words or (name == TEMPLATE_FIELD and PLACE.fullmatch(value) is not None)
+
+
+def _is_secret(name: str) -> bool:
+    return any(SECRETS.search(one) for one in (name, WORD.sub("_", name)))
 
 
 def read_object(path: Path, content: bytes) -> dict[str, Any]:

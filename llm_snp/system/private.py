@@ -17,10 +17,11 @@ PLACE = re.compile(
     r"|(?!https?:)[A-Za-z][\w+.-]*://.+|[\w.@-]+:/[^/\s].*|\$\w+/.*|\$\{\w+\}/.*|%\w+%\\.*",
     re.DOTALL,
 )
-# Anywhere in a text: homes of people, a name and password of a URL, tokens of the Hub, GitHub, GitLab, OpenAI, AWS,
-# Slack, Google, those that are signed JSON, and private keys.
+# Anywhere in a text: homes of people, a name and password or a signature of a URL, tokens of the Hub, GitHub, GitLab,
+# OpenAI, AWS, Slack, Google, those that are signed JSON, and private keys.
 SECRET = re.compile(
     r"(/|\\)(home|Users)\1[^/\\\s]|\w://[^/\s@:]{0,300}:[^/\s@]{1,300}@|"
+    r"[?&](sig|signature|token|access_token|key|api_key|X-Amz-Signature|X-Goog-Signature)=[^\s&]|"
     r"(?<![\w-])(hf_[A-Za-z0-9]{30,}|A[KS]IA[A-Z0-9]{12,}|"
     # Without digits and capitals they may be words: en-sk-news-of-the-year.
     r"(gh[pousr]_|github_pat_|glpat-|sk-|xox[abps]-|AIza|npm_|pypi-)(?=[\w-]*\d)(?=[\w-]*[A-Z])[\w-]{16,})|"

@@ -544,7 +544,12 @@ TOKEN = "hf_" + "aB3" * 11
 
 
 @pytest.mark.parametrize(
-    "name", ["api_key", "WANDB_API_KEY", "password", "hub_token", "client_secret", "use_auth_token"]
+    "name",
+    [
+        *("api_key", "WANDB_API_KEY", "password", "hub_token", "client_secret", "use_auth_token"),
+        *("clientSecret", "secretAccessKey", "dbPassword", "X-API-Key", "Authorization", "api-key", "AWSSecretKey"),
+        *("token", "hubToken", "Set-Cookie"),
+    ],
 )
 def test_what_is_called_a_secret_does_not_travel(name: str) -> None:
     assert without_code({name: "7f3", "b": {name: {"key": "7f3"}}}) == {"b": {}}
@@ -552,6 +557,7 @@ def test_what_is_called_a_secret_does_not_travel(name: str) -> None:
 
 def test_what_a_model_reads_is_no_secret() -> None:
     fields = {"bos_token": "a", "pad_token_id": 1, "num_key_value_heads": 2, "key_dim": 3, "eos_token": "</s>"}
+    fields |= {"eosToken": "</s>", "keyDim": 3, "tokenizer_class": "X", "cookie_monster": 1, "numKeyValueHeads": 2}
     assert without_code(fields) == fields
 
 
@@ -565,6 +571,7 @@ def test_what_a_model_reads_is_no_secret() -> None:
         "./runs/ann",
         "file:///home/ann/a b",
         "s3://ann/texts",
+        "https://ann.blob.core.windows.net/models/x?sv=2026&sig=aB3",
         "\\\\server\\ann lee",
         "//server/ann lee",
         "trained on //server/ann",
@@ -632,6 +639,7 @@ def test_folders_of_who_runs_this_do_not_travel(monkeypatch: pytest.MonkeyPatch)
         "a/b",
         "https://a.b/c:d@e",
         "see https://a.b/c/d",
+        "https://a.b/c?lang=en&signal=x",
         "a // b",
         "hf_short",
         "gpt2-sk-wikipedia-finetuned",
