@@ -68,7 +68,8 @@ class Carried:
         called = sorted(path for path in directory.iterdir() if may_be_terms(path))
         terms = [path for path in called if is_terms(path)]
         found += terms
-        self.files = {path.relative_to(directory).as_posix(): self._read(path) for path in found}
+        named = {path.relative_to(directory).as_posix(): path for path in found}
+        self.files = {name: self._read(path) for name, path in named.items() if travels(name)}
         self.left = sorted(path.name for path in directory.iterdir() if stays(path))
         self.unclear = [path.name for path in called if path not in terms]
 

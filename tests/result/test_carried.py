@@ -24,7 +24,7 @@ from llm_snp.dense.hub import card_metadata
 from llm_snp.dense.tokenizer import load_tokenizer
 from llm_snp.errors import CheckpointError
 from llm_snp.evaluation.speed import load_model
-from llm_snp.result.carried import Carried, check_tokenizer_class
+from llm_snp.result.carried import TEMPLATES, Carried, check_tokenizer_class, travels
 from llm_snp.result.settings import CODE, without_code
 
 EVIL = "import pathlib\npathlib.Path(r'{mark}').touch()\n"
@@ -744,6 +744,17 @@ def test_what_generate_begins_with_is_read_before_anything_is_pruned(
     message = shell.refused(directory)
     assert message.startswith(f"{directory / 'generation_config.json'} is refused by transformers (")
     assert message.endswith("; mend or remove it")
+
+
+def test_what_travels_is_what_push_takes(dense: Path, tmp_path: Path) -> None:
+    """A file of templates without a name would travel, and could not be published."""
+    directory = Path(shutil.copytree(dense, tmp_path / "model"))
+    (directory / TEMPLATES).mkdir()
+    for name in (".jinja", "tool.jinja"):
+        (directory / TEMPLATES / name).write_text("{{ messages }}")
+    files = Carried(directory).files
+    assert all(map(travels, files))
+    assert f"{TEMPLATES}/tool.jinja" in files
 
 
 def test_what_generate_takes_travels(dense: Path, tmp_path: Path) -> None:
