@@ -347,6 +347,20 @@ def test_no_tokenizer(shell: Shell, copy: Path, content: str | None) -> None:
     assert message.endswith("copy the tokenizer files of the original model beside the weights")
 
 
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_a_tokenizer_whose_special_tokens_are_empty(shell: Shell, copy: Path, name: str) -> None:
+    """As those of LLaMA's first conversions: transformers asks for the unknown token's number by itself, for ever."""
+    empty = dict.fromkeys(["bos_token", "eos_token", "unk_token"], "")
+    if name == "tokenizer_config.json":
+        fields = json.loads((copy / name).read_text()) | empty
+    else:
+        fields = {key: {"content": token} for key, token in empty.items()}
+    (copy / name).write_text(json.dumps(fields))
+    for calibration in (["--calibration", "self"], []):
+        message = shell.refused(copy, *calibration)
+        assert message.startswith(f'{copy}/{name} has an empty "unk_token", and transformers needs one of the')
+
+
 def test_tokenizer_of_a_larger_model(shell: Shell) -> None:
     model = save(tiny_opt(vocab_size=500), shell.directory / "model")
     message = shell.refused(model)
