@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -671,6 +672,58 @@ def test_what_a_killed_run_left_is_replaced_but_nothing_else(shell: Shell, dense
     assert shell.prune(dense)[0] == 0
     assert not partial.exists()
     assert not {"tekken.json", "NOTICE"} & {path.name for path in shell.output.iterdir()}
+
+
+class Killed(BaseException):
+    """The end of a process in the middle of a file operation, after which it does nothing more."""
+
+
+@pytest.mark.parametrize("flags", [[], ["--resume"], ["--overwrite"]])
+def test_a_run_that_is_killed_in_its_first_file_is_followed_by_another(
+    shell: Shell, dense: Path, flags: list[str]
+) -> None:
+    """What says whose the directory is has the name of an unfinished file then."""
+    written(shell.directory / "out.partial" / JOURNAL, {"lock": "", f".{OWNER}.llm_snp": "process 1 o"})
+    assert shell.prune(dense, *flags)[0] == 0
+    assert not (shell.directory / "out.partial").exists()
+
+
+@pytest.mark.parametrize("kill", range(1, 10))
+def test_a_run_that_is_killed_while_it_cleans_up_is_followed_by_another(
+    shell: Shell, dense: Path, monkeypatch: pytest.MonkeyPatch, kill: int
+) -> None:
+    """At any of the files that it removes when it is refused after it has begun."""
+    partial, count = shell.directory / "out.partial", 0
+
+    def removing(remove: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(path: Any, *args: Any, **options: Any) -> Any:
+            nonlocal count
+            count += 1
+            if count >= kill:
+                raise Killed
+            return remove(path, *args, **options)
+
+        return counted
+
+    with monkeypatch.context() as patch:
+
+        def fail(*_: Any) -> None:
+            for name in ("unlink", "rmdir"):
+                patch.setattr(os, name, removing(getattr(os, name)))
+            raise OptionError("refused")
+
+        patch.setattr("llm_snp.running.run.decide", fail)
+        with suppress(Killed):
+            shell.prune(dense)
+    assert shell.prune(dense, "--overwrite")[0] == 0
+    assert not partial.exists()
+
+
+def test_the_folder_of_a_run_that_was_killed_at_its_very_end_goes(shell: Shell, dense: Path) -> None:
+    assert shell.prune(dense)[0] == 0
+    (shell.output / JOURNAL).mkdir()
+    assert shell.prune(dense, "--resume")[0] == 0
+    assert not (shell.output / JOURNAL).exists()
 
 
 def interrupted(*_: object) -> None:
