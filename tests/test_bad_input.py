@@ -321,6 +321,41 @@ def test_shard_that_is_absent(shell: Shell, copy: Path) -> None:
     )
 
 
+NO_MEMORY = os.strerror(errno.ENOMEM)
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(f"{NO_MEMORY} (os error 12)"), RuntimeError(f"unable to mmap 9 bytes: {NO_MEMORY} (12)")]
+)
+def test_weights_that_there_is_no_memory_to_map(
+    shell: Shell, dense: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """Where the address space is limited; they are no worse for it."""
+
+    def full(*_: Any, **options: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("llm_snp.dense.checkpoint.safe_open", full)
+    assert shell.refused(dense).startswith(f"the device ran out of memory ({error}); use ")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError(errno.ENOMEM, NO_MEMORY), RuntimeError("a fault")])
+def test_no_memory_before_there_is_anything(
+    shell: Shell, dense: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def full(*_: Any, **options: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("llm_snp.running.run.open_job", full)
+    if isinstance(error, RuntimeError):
+        with pytest.raises(RuntimeError):
+            shell.prune(dense)
+        return
+    assert shell.refused(dense).startswith(
+        f"this machine has no memory left for it ({str(error) or 'MemoryError'}); end"
+    )
+
+
 def test_index_that_expects_a_tensor_which_its_shard_has_not(shell: Shell, copy: Path) -> None:
     index = shards(copy) / "model.safetensors.index.json"
     weight_map = json.loads(index.read_text())["weight_map"]
