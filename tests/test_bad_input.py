@@ -532,6 +532,24 @@ def test_hub_model_without_network(shell: Shell) -> None:
         assert message.endswith("check the network, or give a directory with the model's files")
 
 
+@pytest.mark.parametrize("content", [None, "hf_x".encode("utf-16")])
+@pytest.mark.parametrize("flags", [[], ["--dry-run"]])
+def test_a_token_that_cannot_be_read(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch, content: bytes | None, flags: list[str]
+) -> None:
+    """docker makes a folder of a file that is not there, PowerShell's `echo` writes UTF-16."""
+    path = shell.directory / "token"
+    if content is None:
+        path.mkdir()
+    else:
+        path.write_bytes(content)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(path))
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    message = shell.refused("facebook/opt-125m", *flags)
+    assert message.startswith(f"the token for the Hugging Face Hub cannot be read from {path} (")
+
+
 def raising(error: Exception) -> Callable[..., Any]:
     def function(*args: Any, **kwargs: Any) -> Any:
         raise error

@@ -88,10 +88,17 @@ def _local(path: Path) -> Path:
 
 
 def check_token() -> None:
-    """Raise `HubError` for a token that cannot be one: no request could be made with it."""
-    from huggingface_hub import get_token
+    """Raise `HubError` for a token that cannot be read, or cannot be one: no request could be made with it."""
+    from huggingface_hub import constants, get_token
 
-    token = get_token() or ""
+    def refusal(cause: str) -> HubError:
+        return HubError(
+            f"the token for the Hugging Face Hub cannot be read from {constants.HF_TOKEN_PATH} ({cause}); remove what "
+            "is there and run `hf auth login`, or set HF_TOKEN"
+        )
+
+    with explained(refusal):
+        token = get_token() or ""
     if not token.isascii() or not token.isprintable() or " " in token:
         raise HubError(
             "the token for the Hugging Face Hub has characters that no token has; check HF_TOKEN, or run "
