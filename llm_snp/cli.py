@@ -20,7 +20,8 @@ from types import ModuleType
 from typing import NoReturn
 
 from . import __version__
-from .errors import OptionError, SnpError
+from .errors import OptionError, SnpError, first_line
+from .system.libraries import out_of_memory
 from .system.progress import harmless, in_terminal, say
 from .system.rank import name_of_process
 from .system.signals import ended_by_signals, exit_code
@@ -93,6 +94,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # What is left behind only the main process knows.
         say(f"llm_snp{process}: {(not process and str(error)) or 'interrupted'}")
         return exit_code(error)
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        say(
+            f"llm_snp{process}: this machine has no memory left for it ({first_line(error)}); end what else is "
+            "running, or raise the limit (`ulimit -v`)"
+        )
+        return BAD_INPUT
     return 0
 
 

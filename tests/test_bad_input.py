@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -320,6 +321,41 @@ def test_shard_that_is_absent(shell: Shell, copy: Path) -> None:
     )
 
 
+NO_MEMORY = os.strerror(errno.ENOMEM)
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(f"{NO_MEMORY} (os error 12)"), RuntimeError(f"unable to mmap 9 bytes: {NO_MEMORY} (12)")]
+)
+def test_weights_that_there_is_no_memory_to_map(
+    shell: Shell, dense: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """Where the address space is limited; they are no worse for it."""
+
+    def full(*_: Any, **options: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("llm_snp.dense.checkpoint.safe_open", full)
+    assert shell.refused(dense).startswith(f"the device ran out of memory ({error}); use ")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError(errno.ENOMEM, NO_MEMORY), RuntimeError("a fault")])
+def test_no_memory_before_there_is_anything(
+    shell: Shell, dense: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def full(*_: Any, **options: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("llm_snp.running.run.open_job", full)
+    if isinstance(error, RuntimeError):
+        with pytest.raises(RuntimeError):
+            shell.prune(dense)
+        return
+    assert shell.refused(dense).startswith(
+        f"this machine has no memory left for it ({str(error) or 'MemoryError'}); end"
+    )
+
+
 def test_index_that_expects_a_tensor_which_its_shard_has_not(shell: Shell, copy: Path) -> None:
     index = shards(copy) / "model.safetensors.index.json"
     weight_map = json.loads(index.read_text())["weight_map"]
@@ -345,6 +381,20 @@ def test_no_tokenizer(shell: Shell, copy: Path, content: str | None) -> None:
     message = shell.refused(copy)
     assert "has no tokenizer" in message
     assert message.endswith("copy the tokenizer files of the original model beside the weights")
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_a_tokenizer_whose_special_tokens_are_empty(shell: Shell, copy: Path, name: str) -> None:
+    """As those of LLaMA's first conversions: transformers asks for the unknown token's number by itself, for ever."""
+    empty = dict.fromkeys(["bos_token", "eos_token", "unk_token"], "")
+    if name == "tokenizer_config.json":
+        fields = json.loads((copy / name).read_text()) | empty
+    else:
+        fields = {key: {"content": token} for key, token in empty.items()}
+    (copy / name).write_text(json.dumps(fields))
+    for calibration in (["--calibration", "self"], []):
+        message = shell.refused(copy, *calibration)
+        assert message.startswith(f'{copy}/{name} has an empty "unk_token", and transformers needs one of the')
 
 
 def test_tokenizer_of_a_larger_model(shell: Shell) -> None:
@@ -480,6 +530,24 @@ def test_hub_model_without_network(shell: Shell) -> None:
         message = shell.refused(*arguments)
         assert f"{arguments[0]} is no local directory, and could not be had from the Hugging Face Hub (" in message
         assert message.endswith("check the network, or give a directory with the model's files")
+
+
+@pytest.mark.parametrize("content", [None, "hf_x".encode("utf-16")])
+@pytest.mark.parametrize("flags", [[], ["--dry-run"]])
+def test_a_token_that_cannot_be_read(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch, content: bytes | None, flags: list[str]
+) -> None:
+    """docker makes a folder of a file that is not there, PowerShell's `echo` writes UTF-16."""
+    path = shell.directory / "token"
+    if content is None:
+        path.mkdir()
+    else:
+        path.write_bytes(content)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(path))
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    message = shell.refused("facebook/opt-125m", *flags)
+    assert message.startswith(f"the token for the Hugging Face Hub cannot be read from {path} (")
 
 
 def raising(error: Exception) -> Callable[..., Any]:
@@ -657,6 +725,58 @@ def test_what_a_killed_run_left_is_replaced_but_nothing_else(shell: Shell, dense
     assert shell.prune(dense)[0] == 0
     assert not partial.exists()
     assert not {"tekken.json", "NOTICE"} & {path.name for path in shell.output.iterdir()}
+
+
+class Killed(BaseException):
+    """The end of a process in the middle of a file operation, after which it does nothing more."""
+
+
+@pytest.mark.parametrize("flags", [[], ["--resume"], ["--overwrite"]])
+def test_a_run_that_is_killed_in_its_first_file_is_followed_by_another(
+    shell: Shell, dense: Path, flags: list[str]
+) -> None:
+    """What says whose the directory is has the name of an unfinished file then."""
+    written(shell.directory / "out.partial" / JOURNAL, {"lock": "", f".{OWNER}.llm_snp": "process 1 o"})
+    assert shell.prune(dense, *flags)[0] == 0
+    assert not (shell.directory / "out.partial").exists()
+
+
+@pytest.mark.parametrize("kill", range(1, 10))
+def test_a_run_that_is_killed_while_it_cleans_up_is_followed_by_another(
+    shell: Shell, dense: Path, monkeypatch: pytest.MonkeyPatch, kill: int
+) -> None:
+    """At any of the files that it removes when it is refused after it has begun."""
+    partial, count = shell.directory / "out.partial", 0
+
+    def removing(remove: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(path: Any, *args: Any, **options: Any) -> Any:
+            nonlocal count
+            count += 1
+            if count >= kill:
+                raise Killed
+            return remove(path, *args, **options)
+
+        return counted
+
+    with monkeypatch.context() as patch:
+
+        def fail(*_: Any) -> None:
+            for name in ("unlink", "rmdir"):
+                patch.setattr(os, name, removing(getattr(os, name)))
+            raise OptionError("refused")
+
+        patch.setattr("llm_snp.running.run.decide", fail)
+        with suppress(Killed):
+            shell.prune(dense)
+    assert shell.prune(dense, "--overwrite")[0] == 0
+    assert not partial.exists()
+
+
+def test_the_folder_of_a_run_that_was_killed_at_its_very_end_goes(shell: Shell, dense: Path) -> None:
+    assert shell.prune(dense)[0] == 0
+    (shell.output / JOURNAL).mkdir()
+    assert shell.prune(dense, "--resume")[0] == 0
+    assert not (shell.output / JOURNAL).exists()
 
 
 def interrupted(*_: object) -> None:

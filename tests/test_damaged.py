@@ -386,13 +386,33 @@ def test_a_card_with_what_no_document_can_hold(prune: Prune, dense: Path, tmp_pa
 def test_of_a_long_card_what_is_carried_is_read(tmp_path: Path) -> None:
     """A model may list what it has in a hundred benchmarks, and YAML takes a minute for a number with many colons."""
     file, long = tmp_path / "README.md", ":1" * 200_000
-    for head, found in (
-        (f"license: mit\nx: 1{long}\ntags:\n- good\n# note\n- fine\nlanguage:\n  - en", True),
-        (f"license: mit\ntags:\n- good\n- fine\nlanguage: en\nlicense_name: 1{long}", False),
+    for head in (
+        f"license: mit\nx: 1{long}\ntags:\n- good\n# note\n- fine\nlanguage:\n  - en",
+        f"license: mit\ntags:\n- good\n- fine\nlanguage: [en]\nlicense_name: 1{long}",
     ):
         file.write_text(f"---\n{head}\n---\n# Text\n---\nlicense: gpl\n---\n", newline="\r\n")
-        carried = {"license": "mit", "tags": ["good", "fine"], "language": ["en"]}
-        assert card_metadata(tmp_path) == (carried if found else {})
+        assert card_metadata(tmp_path) == {"license": "mit", "tags": ["good", "fine"], "language": ["en"]}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "# Andr\xe9's model".encode("latin-1"),
+        b"![](data:image/png;base64," + b"A" * 1_100_000 + b")",
+        ("x" * 999_920 + "\xe9" * 100).encode(),  # what is read ends within a character
+    ],
+)
+def test_the_text_of_a_card_takes_nothing_from_its_licence(tmp_path: Path, text: bytes) -> None:
+    (tmp_path / "README.md").write_bytes(b"\xef\xbb\xbf---\nlicense: cc-by-nc-4.0\n---\n" + text)
+    assert card_metadata(tmp_path) == {"license": "cc-by-nc-4.0"}
+
+
+def test_a_line_of_a_card_that_is_wrong_takes_nothing_from_the_others(tmp_path: Path) -> None:
+    file, head = tmp_path / "README.md", "license: mit\nmodel: a: b\nlanguage:\n- no\n- en\ntags: [one\n"
+    file.write_text(f"---\n{head}---\n")
+    assert card_metadata(tmp_path) == {"license": "mit", "language": ["no", "en"]}
+    file.write_text("---\nlanguage: no\nlicense_name: Andr\xe9's\n---\n", encoding="latin-1")
+    assert card_metadata(tmp_path) == {"language": "no", "license_name": "Andr\xe9's"}
 
 
 @pytest.mark.documents

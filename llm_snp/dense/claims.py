@@ -8,6 +8,7 @@ a config.
 from __future__ import annotations
 
 import math
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -126,6 +127,11 @@ def expected_tensors(model: nn.Module) -> tuple[dict[str, tuple[int, ...]], dict
     shapes |= {name: tuple(buffer.shape) for name, buffer in model.named_buffers() if name in persistent}
     harmless = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     return shapes, tied, [*harmless, *BUFFERS]
+
+
+def made_anew(name: str) -> bool:
+    """Whether a tensor of an older checkpoint is computed today; it may have a type that no weight has."""
+    return any(re.search(pattern, name) for pattern in BUFFERS)
 
 
 def is_beside(name: str) -> bool:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import stat
+from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from fnmatch import fnmatch
 from pathlib import Path, PurePath
@@ -87,10 +88,17 @@ def _local(path: Path) -> Path:
 
 
 def check_token() -> None:
-    """Raise `HubError` for a token that cannot be one: no request could be made with it."""
-    from huggingface_hub import get_token
+    """Raise `HubError` for a token that cannot be read, or cannot be one: no request could be made with it."""
+    from huggingface_hub import constants, get_token
 
-    token = get_token() or ""
+    def refusal(cause: str) -> HubError:
+        return HubError(
+            f"the token for the Hugging Face Hub cannot be read from {constants.HF_TOKEN_PATH} ({cause}); remove what "
+            "is there and run `hf auth login`, or set HF_TOKEN"
+        )
+
+    with explained(refusal):
+        token = get_token() or ""
     if not token.isascii() or not token.isprintable() or " " in token:
         raise HubError(
             "the token for the Hugging Face Hub has characters that no token has; check HF_TOKEN, or run "
@@ -183,7 +191,7 @@ def config_dtype(config: Any) -> torch.dtype:
     return found if isinstance(found, torch.dtype) else getattr(torch, found)
 
 
-CARD_BYTES = 1_000_000
+CARD_BYTES = 1_000_000  # of its beginning: a picture may follow
 FRONT_MATTER = 1 << 16  # characters: YAML's time grows with the square of the length of some values
 
 
@@ -194,26 +202,54 @@ def card_metadata(directory: Path) -> dict[str, Any]:
     because the result's card and report could not hold it, and so is what names a place on somebody's machine, and a
     card that is a link out of the directory.
     """
+    path = directory / "README.md"
+    matter = ""
+    with suppress(OSError):  # a card is for people: one that cannot be read takes nothing from the model
+        if path.is_file() and within(path, directory):
+            with path.open("rb") as file:
+                matter = _front_matter(file.read(CARD_BYTES))
+    found = _parsed(matter) if len(matter) <= FRONT_MATTER else {}
+    if not found:  # one line that is wrong, or a hundred benchmarks, takes nothing from the licence
+        for section in _sections(matter):
+            found |= _parsed(section)
+    if "language" in found:
+        found["language"] = _with_norwegian(found["language"])
+    return carried_words(found)
+
+
+def _front_matter(card: bytes) -> str:
+    """A card without its text, which may be of another encoding."""
+    head = re.match(rb"(?:\xef\xbb\xbf)?\s*---\n(.*?)\n---[ \t]*(?:\n|$)", re.sub(rb"\r\n?", b"\n", card), re.DOTALL)
+    matter = b"" if head is None else head[1]
+    try:
+        return matter.decode()
+    except UnicodeDecodeError:
+        return matter.decode("latin-1")
+
+
+def _sections(matter: str) -> Iterator[str]:
+    """Each of those that are carried, as long as they are short enough together."""
+    sections = {one.partition(":")[0]: one for one in re.split(r"^(?=[^\s#-])", matter, flags=re.MULTILINE)}
+    left = FRONT_MATTER
+    for section in (sections[name] for name in CARRIED if name in sections):
+        if len(section) <= left:
+            left -= len(section)
+            yield section
+
+
+def _parsed(matter: str) -> dict[str, Any]:
+    """The fields of a front matter, or a part of it; none if it is no YAML."""
     from huggingface_hub import metadata_load
 
-    path = directory / "README.md"
     found: Any = None
-    # A card is for people: one that cannot be read takes nothing from the model.
-    with suppress(CheckpointError), explained(CheckpointError):
-        if path.is_file() and path.stat().st_size <= CARD_BYTES and within(path, directory):
-            with scratch() as folder:  # it is read from files only
-                write_text(folder / path.name, _front_matter(path.read_text(encoding="utf-8-sig")))
-                found = metadata_load(folder / path.name)
-    return carried_words(found) if isinstance(found, dict) else {}
+    with suppress(CheckpointError), explained(CheckpointError), scratch() as folder:  # it is read from files only
+        write_text(folder / "README.md", f"---\n{matter}\n---\n")
+        found = metadata_load(folder / "README.md")
+    return found if isinstance(found, dict) else {}
 
 
-def _front_matter(card: str) -> str:
-    """A card without its text. Of a long one, which may list what the model has in a hundred benchmarks, the sections
-    that are carried, and nothing if they are too long as well.
-    """
-    head = re.match(r"\s*---\n(.*?)\n---[ \t]*(?:\n|$)", card, re.DOTALL)
-    matter = "" if head is None else head[1]
-    if len(matter) > FRONT_MATTER:
-        sections = re.split(r"^(?=[^\s#-])", matter, flags=re.MULTILINE)
-        matter = "".join(section for section in sections if section.partition(":")[0] in CARRIED)
-    return f"---\n{matter}\n---\n" if len(matter) <= FRONT_MATTER else ""
+def _with_norwegian(language: Any) -> Any:
+    """`no`, which is false in YAML."""
+    if isinstance(language, list):
+        return ["no" if one is False else one for one in language]
+    return "no" if language is False else language

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,9 @@ def load_tokenizer(directory: Path) -> Any:
         return CheckpointError(f"{directory} has no tokenizer that loads ({cause}); {advice}")
 
     with explained(refusal):
-        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, **config)
+        with _known_unknown(directory):
+            tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, **config)
+            tokenizer.all_special_ids  # noqa: B018 - some are only looked for when they are asked for
         ids = tokenizer("the", add_special_tokens=False)["input_ids"]
     _without_chance(tokenizer)
     # Without files transformers 5 gives a tokenizer with an empty vocabulary and no error.
@@ -44,6 +47,27 @@ def load_tokenizer(directory: Path) -> Any:
     if not ids or {token for token in tokenizer.get_vocab() if token.strip("▁Ġ ")} <= set(tokenizer.all_special_tokens):
         raise CheckpointError(f"{directory} has no tokenizer: it has no vocabulary file; {advice}")
     return tokenizer
+
+
+@contextmanager
+def _known_unknown(directory: Path) -> Iterator[None]:
+    """Raise `CheckpointError` where transformers looks for the token of what is unknown by itself, as it is none.
+
+    The first conversions of LLaMA had all special tokens empty, and so have copies of them.
+    """
+    try:
+        yield
+    except RecursionError as error:
+        for name in SETTINGS:
+            with suppress(OSError, ValueError):
+                fields = parse_json((directory / name).read_bytes())
+                token = fields.get("unk_token") if isinstance(fields, dict) else None
+                if token == "" or (isinstance(token, dict) and token.get("content") == ""):
+                    raise CheckpointError(
+                        f'{directory / name} has an empty "unk_token", and transformers needs one of the vocabulary; '
+                        'give it that of the model, such as "<unk>", and likewise "bos_token" and "eos_token"'
+                    ) from error
+        raise
 
 
 def check_tokenizer(directory: Path) -> Any:

@@ -19,7 +19,7 @@ from ..dense.hub import load_config
 from ..dense.whole import whole_model
 from ..errors import CheckpointError, DeviceMemoryError, UnsupportedModelError, at_least, first_line
 from ..system.device import device_facts
-from ..system.libraries import explained
+from ..system.libraries import explained, out_of_memory
 from .clock import timed
 from .widths import Mlp, WidthTiming, head_dims, mlp_of
 
@@ -85,9 +85,8 @@ def measure_speed(
         if dense is not None:
             result["ratio"] = _ratio(result["dense"], result["pruned"])
         _add_widths(result, mlp, dims, device, dtype)
-    except RuntimeError as error:
-        # On the CPU it is a RuntimeError like any other.
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+    except Exception as error:
+        if not out_of_memory(error):
             raise
         reason = re.sub(r"^\[.*?\] err == 0\. ", "", first_line(error)[:REASON])  # the place in torch's source
         raise DeviceMemoryError(

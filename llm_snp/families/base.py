@@ -71,11 +71,16 @@ class Family:
     def pruned_model_type(self) -> str:
         return str(self.pruned_class.config_class.model_type)
 
+    @property
+    def architectures(self) -> list[str]:
+        """The class of the dense model, as configs name it."""
+        return [self.pruned_class.__bases__[-1].__name__]
+
     def dense_config(self, config: Any) -> Any:
         """Of a pruned model's config that of the dense model, for the stock class."""
         fields = {name: value for name, value in config.to_dict().items() if name not in OF_PRUNED}
         found = self.pruned_class.config_class.__base__(**fields)
-        found.architectures = [self.pruned_class.__bases__[-1].__name__]
+        found.architectures = self.architectures
         return found
 
     def left(self, config: Any, index: int | None) -> Mapping[str, int]:

@@ -63,6 +63,8 @@ def open_job(options: PruneConfig, weights: bool, local_index: int = 0) -> Job:
     family = family_of(config)
     check_units(family, config)
     pruned = getattr(config, "block_widths", None) is not None
+    if not pruned:
+        config.architectures = family.architectures  # what a stranger has written there a stock result would have
     whole = family.dense_config(config) if pruned else config
     options = fit_for_format(options, family)
     check_format(options, family, config)

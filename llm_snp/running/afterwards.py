@@ -14,7 +14,7 @@ import torch
 from ..config import RUNS, PruneConfig
 from ..dense.hub import config_dtype
 from ..documents.writing import check_there, store
-from ..errors import DeviceMemoryError, Interrupted, ReplacedError, SnpError
+from ..errors import DeviceMemoryError, Interrupted, ReplacedError, SnpError, first_line
 from ..evaluation.harness import Asked, check_tasks, evaluate_harness
 from ..evaluation.harness_table import compare
 from ..evaluation.harness_tasks import tasks_of
@@ -25,6 +25,7 @@ from ..result.publish import push
 from ..result.repository import check_push
 from ..system.device import resolve_dtype
 from ..system.files import digest_of_json
+from ..system.libraries import out_of_memory
 from ..system.progress import Progress
 from ..system.remembering import TASKS, recall, remember
 
@@ -101,14 +102,15 @@ def _finished_all_the_same(job: Job) -> Iterator[None]:
     left = f"the pruned model is finished in {job.output}; the same command with --resume does the rest"
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise DeviceMemoryError(
-            f"the device ran out of memory with a whole model on it ({str(error).splitlines()[0]}); {left}, on "
-            "--device cpu, too"
-        ) from error
     except ReplacedError:
         raise
     except SnpError as error:
         raise type(error)(f"{error}; {left}") from error
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        raise DeviceMemoryError(
+            f"the device ran out of memory with a whole model on it ({first_line(error)}); {left}, on --device cpu, too"
+        ) from error
     except KeyboardInterrupt as error:
         raise Interrupted(f"interrupted; {left}") from error

@@ -12,6 +12,7 @@ import torch
 
 from ..config import HELD_OUT, PruneConfig
 from ..dense.checkpoint import Checkpoint
+from ..dense.claims import made_anew
 from ..dense.data import Windows
 from ..dense.mixture import fitted_and_unseen
 from ..dense.readers import check_sources, digests
@@ -276,6 +277,9 @@ class _Run:
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """The type of the checkpoint's largest tensor."""
-    largest = max(checkpoint.names(), key=lambda name: torch.Size(checkpoint.shape(name)).numel())
-    return checkpoint.dtype(largest)
+    """The type of the checkpoint's largest weight; a causal mask, which is none, may be larger."""
+
+    def rank(name: str) -> tuple[bool, int]:
+        return not made_anew(name), torch.Size(checkpoint.shape(name)).numel()
+
+    return checkpoint.dtype(max(checkpoint.names(), key=rank))

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import torch
-
 from ..errors import RESUMABLE, DeviceMemoryError, Interrupted, ResumeError, SnpError, first_line
+from .libraries import out_of_memory
 from .workspace import Workspace
 
 
@@ -22,11 +21,7 @@ def kept_for_later(workspace: Workspace | None, left: Callable[[Workspace], str]
     try:
         yield
     except BaseException as error:
-        # On the CPU it is a RuntimeError like any other.
-        full = isinstance(error, torch.OutOfMemoryError) or (
-            isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-        )
-        if full:
+        if out_of_memory(error):
             error = DeviceMemoryError(f"the device ran out of memory ({first_line(error)}); {smaller}")
         if workspace is not None and workspace.earlier:
             workspace.keep()

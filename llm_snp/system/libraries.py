@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +13,7 @@ from typing import Any
 from ..errors import SnpError
 
 REASON = 200  # characters at most that an error quotes
+NO_MEMORY = os.strerror(errno.ENOMEM)
 # Libraries keep some settings for the whole process: transformers sets torch's default type while it builds a model,
 # torch's random numbers are one sequence, which warnings are shown is one list. Whoever changes one holds this.
 ONE_AT_A_TIME = threading.RLock()
@@ -18,7 +21,8 @@ ONE_AT_A_TIME = threading.RLock()
 
 @contextmanager
 def explained(sentence: Callable[[str], SnpError]) -> Iterator[None]:
-    """Turn what a library raises inside into `sentence` of its reason, but for an `SnpError` and a GPU that is full.
+    """Turn what a library raises inside into `sentence` of its reason, but for an `SnpError`, a GPU that is full, and
+    a file that there is no memory left to map.
 
     For calls that read what strangers wrote or run their code, and for the documents of a finished result, which
     nothing may harm; for nothing else: a fault of ours in there would look like one of theirs. Which errors come out
@@ -31,9 +35,24 @@ def explained(sentence: Callable[[str], SnpError]) -> Iterator[None]:
     except BaseException as error:
         # torch's, which takes a second to import; and a library of Rust that panics, which is no Exception.
         name = type(error).__name__
-        if name == "OutOfMemoryError" or not (isinstance(error, Exception) or name == "PanicException"):
+        full = name == "OutOfMemoryError" or _unmapped(error)
+        if full or not (isinstance(error, Exception) or name == "PanicException"):
             raise
         raise sentence(reason(error)) from error
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether that is why it was raised, by Python, the system or torch: on the CPU as a RuntimeError like others."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, see `explained`
+        return True
+    said = NO_MEMORY in str(error) or "can't allocate memory" in str(error)
+    return isinstance(error, (RuntimeError, OSError)) and said
+
+
+def _unmapped(error: BaseException) -> bool:
+    """Whether the system had no memory to map a file; for a tensor's size, which may only be claimed, torch asks."""
+    mapped = isinstance(error, (MemoryError, OSError)) or "unable to mmap" in str(error)
+    return mapped and NO_MEMORY in str(error)
 
 
 def reason(error: BaseException) -> str:

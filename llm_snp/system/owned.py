@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryFile
 
+from .files import temporary
 from .manifest import JOURNAL
 
 LOCK = "lock"
@@ -22,7 +23,7 @@ def is_ours(partial: Path) -> bool:
     if _linked(partial) or not partial.is_dir() or not _by_this_user(partial):
         return False
     found = [*partial.iterdir(), *(journal.iterdir() if journal.is_dir() else ())]
-    return all(path in (journal, journal / LOCK) for path in found)
+    return all(path in (journal, journal / LOCK, temporary(journal / OWNER)) for path in found)
 
 
 def has_owner(directory: Path) -> bool:

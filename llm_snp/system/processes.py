@@ -23,6 +23,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
 from ..errors import OptionError, ProcessError, SnpError
+from .libraries import out_of_memory
 
 T = TypeVar("T")
 # While the main process solves, the others wait in a collective; a process that dies is noticed at once all the same.
@@ -177,9 +178,9 @@ def _one_lost() -> Iterator[None]:
     """Turn what the backends raise when a process is gone into `ProcessError`."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
     except (RuntimeError, ConnectionError) as error:
+        if out_of_memory(error):
+            raise
         raise ProcessError(
             f"another process of this run has ended or cannot be reached ({_reason(error)}); its own message, if any, "
             "is above"

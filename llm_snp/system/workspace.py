@@ -213,7 +213,7 @@ class Workspace:
         """Remove everything that was written, and the directories made for it, unless there is something else in it."""
         with suppress(OSError):
             empty_partial(self.directory)
-        shutil.rmtree(self.journal, ignore_errors=True)
+        _remove(self.journal)
         self._lock.release()
         for directory in (self.directory, *self._made[1:]):
             with suppress(OSError):
@@ -227,17 +227,26 @@ def tidy(output: Path) -> None:
     """
     output = output.resolve()
     journal = output / JOURNAL
-    if not (is_result(output) and has_owner(output)):  # a stranger's folder, or a person's, may have that name
+    if not is_result(output):
+        return
+    if not has_owner(output):  # a stranger's folder, or a person's, may have that name
+        with suppress(OSError):
+            journal.rmdir()  # an empty one may be ours, of a run that was killed before this
         return
     if was_put_aside(journal, aside_of(output)):
         remove_own(aside_of(output))
+    _remove(journal)
+
+
+def _remove(journal: Path) -> None:
+    """Remove a journal, last what says whose the rest is: what a run that is killed here leaves is a later run's."""
     with suppress(OSError):
         for path in journal.iterdir():
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
             elif path.name != OWNER:
                 path.unlink(missing_ok=True)
-        (journal / OWNER).unlink(missing_ok=True)  # the last: it says whose the rest is
+        (journal / OWNER).unlink(missing_ok=True)
         journal.rmdir()
 
 

@@ -511,6 +511,22 @@ def test_checkpoints_of_their_time(
     assert not any("inv_freq" in key or "attn.bias" in key.replace("c_attn.bias", "") for key in stored)
 
 
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neox"])
+def test_a_causal_mask_may_be_the_largest_tensor(
+    name: str, checkpoints: dict[str, Path], prune: Prune, tmp_path: Path
+) -> None:
+    """transformers before 4.31 stored one for each block, of truth values, as wide as there are positions."""
+    directory = Path(shutil.copytree(checkpoints[name], tmp_path / "old"))
+    state = {key: value.half() for key, value in load_file(directory / "model.safetensors").items()}
+    key = "transformer.h.0.attn.bias" if name == "gpt2" else "gpt_neox.layers.0.attention.bias"
+    for kind in (torch.uint8, torch.bool, torch.float32):
+        mask = torch.ones(1, 1, 512, 512).tril().to(kind)
+        assert mask.numel() > max(tensor.numel() for tensor in state.values())
+        save_file(state | {key: mask}, directory / "model.safetensors")
+        report = prune(directory, tmp_path / str(kind), 0.3)
+        assert report["model"]["dtype"] == "float16"
+
+
 COUNTED = ("llama", "llama-tied", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3")
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,15 @@ def test_the_result_is_a_stock_checkpoint(prune: Prune, dense: Path, tmp_path: P
     model = OPTForCausalLM.from_pretrained(tmp_path / "out")
     assert torch.isfinite(logits(model, ids)).all()
     assert model.model.decoder.layers[0].fc1.out_features == config["ffn_dim"] < NEURONS
+
+
+def test_it_names_its_class_and_not_what_the_dense_model_names(prune: Prune, dense: Path, tmp_path: Path) -> None:
+    """A place on somebody's machine, say, with which the result could not be published."""
+    model = Path(shutil.copytree(dense, tmp_path / "model"))
+    fields = json.loads((model / "config.json").read_text()) | {"architectures": ["/scratch/ann/project/OPT"]}
+    (model / "config.json").write_text(json.dumps(fields))
+    prune(model, tmp_path / "out", 0.2, format="stock")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == ["OPTForCausalLM"]
 
 
 def test_it_repairs_no_worse_than_it_must(prune: Prune, dense: Path, tmp_path: Path, ids: torch.Tensor) -> None:

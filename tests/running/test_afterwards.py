@@ -14,7 +14,7 @@ from hub_server import USER, HubServer
 from llm_snp.documents.page import html_page
 from llm_snp.documents.report import Report
 from llm_snp.documents.writing import read_report
-from llm_snp.errors import DiskFullError, OptionError
+from llm_snp.errors import DiskFullError, OptionError, first_line
 from llm_snp.evaluation import harness, speed
 from llm_snp.running import afterwards
 from llm_snp.system.manifest import changed, strays
@@ -207,6 +207,19 @@ def test_a_result_survives_ctrl_c_while_it_is_timed(shell: Shell, dense: Path, m
     assert code == 0, err
     assert "speed" in report(shell)
     assert "prefill, ms" in out
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_a_result_survives_a_machine_without_memory(
+    shell: Shell, dense: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def full(*models: object, **options: object) -> None:
+        raise error
+
+    monkeypatch.setattr("llm_snp.running.afterwards.measure_speed", full)
+    code, _, err = shell.prune(dense, "--measure-speed")
+    assert code == 2
+    assert f"ran out of memory with a whole model on it ({first_line(error)}); the pruned model is finished in" in err
 
 
 def come_between(how: str, shell: Shell, prune: Prune, other: Path, aside: Path) -> dict[str, bytes]:

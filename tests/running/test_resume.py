@@ -997,8 +997,18 @@ def test_offload_that_cannot_be(runs: Runs, flags: list[str]) -> None:
         assert "is no directory that can be written to" in runs.refused("--offload", locked, *flags)
 
 
-def test_device_out_of_memory(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
-    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee documentation")
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee documentation"),
+            "CUDA out of memory. Tried to allocate 2.00 GiB.",
+        ),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "DefaultCPUAllocator: can't allocate memory"),
+        (MemoryError(), "MemoryError"),  # of Python, where its address space is limited
+    ],
+)
+def test_device_out_of_memory(runs: Runs, monkeypatch: pytest.MonkeyPatch, error: Exception, said: str) -> None:
     with monkeypatch.context() as patch:
         once(
             patch,
@@ -1010,8 +1020,8 @@ def test_device_out_of_memory(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> No
         code, out, err = runs("--quiet")
     assert (code, out) == (2, "")
     assert err.startswith(
-        "llm_snp: the device ran out of memory (CUDA out of memory. Tried to allocate 2.00 GiB.); use --device cpu or "
-        "a shorter --sequence-length; --dry-run tells what a run needs; 1 of 3 blocks are finished and kept in "
+        f"llm_snp: the device ran out of memory ({said}); use --device cpu or a shorter "
+        "--sequence-length; --dry-run tells what a run needs; 1 of 3 blocks are finished and kept in "
         f"{runs.partial}; go on with: "
     )
     assert err.endswith(" --resume\n")
