@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 from torch import Tensor
@@ -63,3 +64,15 @@ class SnpGPTNeoXForCausalLM(Narrowed, GPTNeoXForCausalLM):  # type: ignore[misc]
     blocks_path = "gpt_neox.layers"
     cut = staticmethod(narrow_gpt_neox_block)
     consumers = ("attention.dense", "mlp.dense_4h_to_h")
+
+
+# transformers 5 calls the head `lm_head`, and `embed_out` in files, by the name of the class; transformers 4 always so.
+with suppress(ImportError):
+    from transformers.conversion_mapping import (
+        get_checkpoint_conversion_mapping,
+        register_checkpoint_conversion_mapping,
+    )
+
+    conversions = get_checkpoint_conversion_mapping(GPTNeoXForCausalLM.__name__)
+    if conversions:
+        register_checkpoint_conversion_mapping(SnpGPTNeoXForCausalLM.__name__, conversions, overwrite=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,18 @@ from ..system.journal import DIGEST, Journal
 from ..system.progress import Progress
 from .bundle import bundle
 from .carried import Carried, class_of
-from .settings import without_code
+from .settings import as_file, content_of, read_object, without_code
 from .writer import Writer
 
 KEPT = "kept"
 # What a result brings along that needs a class of its own: its family's file of `llm_snp.modeling`, with what that
 # imports, under this name.
 MODELING = "modeling_snp.py"
+# What configs have of rotary positions beside transformers 5's `rope_parameters`.
+ROTARY_FIELDS = (
+    *("rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor"),
+    *("rotary_emb_base", "rotary_pct"),
+)
 
 
 class PrunedBlocks:
@@ -174,14 +180,26 @@ def write_rest(
     writer: Writer, job: Job, skeleton: Skeleton, plan: Plan, tokenizer: Any, carried: Carried, modeling: bytes
 ) -> None:
     """Everything but the blocks: outer weights, config, tokenizer, modelling file; the index last."""
-    writer.shard(len(plan.left), dict(skeleton.checkpoint.tensors(skeleton.outer)))
+    outer = {respelled(name, job.family.stored): found for name, found in skeleton.checkpoint.tensors(skeleton.outer)}
+    writer.shard(len(plan.left), outer)
     files = dict(carried.files)
     config, needs_code = result_config(job, plan.kept, tokenizer)
     if needs_code:
         files[MODELING] = modeling
-    files["config.json"] = config.to_json_string().encode()
+    fields = json.loads(config.to_json_string())
+    files["config.json"] = as_file(dict(sorted((_rotary_fields(job) | fields).items())))
     writer.bytes(files)
     writer.index()
+
+
+def _rotary_fields(job: Job) -> dict[str, Any]:
+    """Of the dense model's config what older versions and engines know of its rotary positions.
+
+    transformers 5 writes `rope_parameters` alone, in which transformers 4, say, sees nothing, and takes its defaults.
+    """
+    path = job.directory / "config.json"
+    fields = without_code(read_object(path, content_of(path)))
+    return {name: fields[name] for name in ROTARY_FIELDS if name in fields}
 
 
 def open_result(directory: Path, job: Job, dtype: torch.dtype) -> Skeleton:

@@ -12,6 +12,8 @@ import torch
 import transformers
 from conftest import BLOCKS, NEURONS, Prune, load, logits, tiny_opt
 from elsewhere import elsewhere
+from safetensors.torch import load_file
+from tiny_models import save_tiny
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, OPTForCausalLM, PreTrainedModel
 
 import llm_snp.pruning.plan
@@ -173,3 +175,39 @@ def test_continuous_batching_works_or_says_why_not(prune: Prune, dense: Path, tm
     assert found == alone
     with pytest.raises(ValueError, match="continuous batching keeps the keys and values of all blocks in one shape"):
         batched("dims")
+
+
+@pytest.mark.parametrize("format", ["auto", "stock"])
+def test_rotary_positions_as_older_versions_and_engines_read_them(format: str, prune: Prune, tmp_path: Path) -> None:
+    """Beside `rope_parameters`, which transformers 4 does not know: it would take its defaults, without a word."""
+    directory = save_tiny("llama", tmp_path / "dense")
+    fields = json.loads((directory / "config.json").read_text())
+    fields.pop("rope_parameters", None)
+    scaling = {"rope_type": "linear", "factor": 4.0}
+    older = {"rope_theta": 500000.0, "rope_scaling": scaling}
+    (directory / "config.json").write_text(json.dumps(fields | older))
+    prune(directory, tmp_path / "out", 0.3, format=format)
+    found = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert {name: found[name] for name in older} == older
+    assert getattr(load_config(tmp_path / "out"), "rope_parameters", None) == getattr(
+        load_config(directory), "rope_parameters", None
+    )
+
+
+@pytest.mark.parametrize("format", ["auto", "stock"])
+def test_the_head_of_gpt_neox_has_its_name_in_files(format: str, prune: Prune, tmp_path: Path) -> None:
+    """transformers 5 calls it `lm_head`, and nothing else would find it under that."""
+    directory = save_tiny("gpt_neox", tmp_path / "dense")
+    prune(directory, tmp_path / "out", 0.3, format=format)
+    names = {name for file in (tmp_path / "out").glob("*.safetensors") for name in load_file(file)}
+    assert "embed_out.weight" in names
+    assert "lm_head.weight" not in names
+    loaded, information = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", trust_remote_code=True, output_loading_info=True
+    )
+    assert not information["missing_keys"]
+    assert not information["unexpected_keys"]
+    head = loaded.get_output_embeddings().weight
+    torch.testing.assert_close(head, load(directory).get_output_embeddings().weight, rtol=0, atol=0)
+    loaded.save_pretrained(tmp_path / "again")
+    assert "embed_out.weight" in load_file(tmp_path / "again" / "model.safetensors")
