@@ -47,6 +47,11 @@ BUFFERS = (r"\.rotary_emb\.inv_freq$", r"\.(attn|attention)\.(masked_)?bias$")
 SHOWN = 80  # characters at most that an error quotes
 # What no language model has: transformers would name each label, and fetch what a backbone is called.
 NOT_OF_LANGUAGE = ("num_labels", "backbone", "backbone_config")
+# Fields of a config by which transformers would take other weights than those that are pruned, or build another model.
+ELSEWHERE = (
+    *("transformers_weights", "fusion_config", "distributed_config", "kernel_config"),
+    *("quantization_config", "compression_config"),  # the weights are plain by now, or were refused
+)
 
 
 def checked_config(content: Mapping[str, Any], path: Path) -> dict[str, Any]:

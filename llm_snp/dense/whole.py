@@ -15,13 +15,9 @@ from ..families import check_tables, known_family
 from ..system.files import scratch
 from ..system.libraries import ONE_AT_A_TIME, explained
 from .checkpoint import Checkpoint, weight_files
+from .claims import ELSEWHERE
 from .skeleton import computing
 
-# Fields of a config by which transformers would take other weights than those that are pruned, or build another model.
-ELSEWHERE = (
-    *("transformers_weights", "fusion_config", "distributed_config", "kernel_config"),
-    *("quantization_config", "compression_config"),  # the weights are plain by now, or were refused
-)
 SETTINGS = "generation_config.json"
 
 

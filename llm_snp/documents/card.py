@@ -106,7 +106,7 @@ def _results(report: dict[str, Any]) -> list[EvalResult]:
     """What was measured of the pruned model, as the Hub's `model-index` has it."""
     results = []
     for source, measured in report["evaluation"].items():
-        dataset, config, split = CORPORA.get(source, (source, None, None))
+        dataset, config, split = CORPORA.get(source, (_dataset_type(source), None, None))
         length = measured["pruned"]["sequence_length"]
         results.append(
             EvalResult(
@@ -123,8 +123,14 @@ def _results(report: dict[str, Any]) -> list[EvalResult]:
     for task, found in report.get("harness", {}).items():
         args = None if found["num_fewshot"] is None else {"num_few_shot": found["num_fewshot"]}
         for metric, values in found["metrics"].items():
-            results.append(EvalResult(TASK, task, task, metric, values["pruned"]["value"], dataset_args=args))
+            kind = _dataset_type(task)
+            results.append(EvalResult(TASK, kind, task, metric, values["pruned"]["value"], dataset_args=args))
     return results
+
+
+def _dataset_type(name: str) -> str:
+    """A text or task of one's own as the Hub takes it for the id of a dataset, or refuses the whole card."""
+    return re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII).strip("-") or "text"
 
 
 def _summary(report: dict[str, Any]) -> str:

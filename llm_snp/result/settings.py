@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..dense.claims import ELSEWHERE
 from ..dense.tokenizer import SETTINGS as TOKENIZER_SETTINGS
 from ..errors import CheckpointError
 from ..system.libraries import parse_json, reason
@@ -35,19 +36,11 @@ CODE = frozenset(
         "kernel_config",
     )
 )
-# Fields that say where something lay on the machine of whoever saved it, name another file of weights, or say how those
-# are packed: the weights of a result are plain.
+# Fields that say where something lay on the machine of whoever saved it, and by which the weights would be others.
 PLACES = frozenset(
     (
-        "name_or_path",
-        "_name_or_path",
-        "_commit_hash",
-        "transformers_weights",
-        "configuration_files",
-        "fast_tokenizer_files",
-        "gguf_file",
-        "quantization_config",
-        "compression_config",
+        *("name_or_path", "_name_or_path", "_commit_hash", "configuration_files", "fast_tokenizer_files", "gguf_file"),
+        *ELSEWHERE,
     )
 )
 PLACE_ENDINGS = ("_file", "_name_or_path")

@@ -33,8 +33,11 @@ PATH = re.compile(
     r"\b(?!https?:)[A-Za-z][\w+.-]*://\w|(^|[^\w/.<:])//[\w.@+-]+/[\w.@+-]"
 )
 LINE = 3000  # characters at most; what is longer is a text that may speak of such things
-# Whatever the Hub says of it, nothing else can be a repository there: user/name, or one of the old ones without a user.
-HUB_ID = re.compile(r"([\w.-]+/)?[\w.-]+")
+# Whatever the Hub says of it, nothing else can be a model there: user/name, or one of the old ones without a user, by
+# the rules of its client.
+HUB_ID = re.compile(
+    r"(?!.*(--|\.\.))(?!.*\.git$)(?!(datasets|spaces|models|docs|api)/)(\b[\w.-]+\b/)?\b[\w.-]{1,96}\b", re.ASCII
+)
 # A branch, tag or commit on the Hub. Without a connection its client takes one for the name of a file.
 REVISION = re.compile(r"\w[\w.+@#-]*(/\w[\w.+@#-]*)*")
 # Of a model card's metadata, what is still true of the pruned model.

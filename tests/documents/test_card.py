@@ -373,6 +373,24 @@ def test_the_name_of_a_result_is_no_code_and_no_markup(report: dict[str, Any]) -
     assert "`vllm serve DIR --trust-remote-code" in rest
 
 
+@pytest.mark.parametrize("name", ["datasets/..", "..", "-a/.b", "a--b/c", "datasets/x", "a/b.git", "a/ü", "a/b/c"])
+def test_what_can_be_no_model_on_the_hub_is_no_origin(name: str, report: dict[str, Any]) -> None:
+    report["model"] |= {"name": name, "hub": True}
+    assert "base_model" not in metadata(model_card(report))
+
+
+def test_texts_and_tasks_have_names_that_the_hub_takes(report: dict[str, Any]) -> None:
+    """It refuses a card whose `dataset.type` is none for it, which a push at the end of a run would meet."""
+    measured = next(iter(report["evaluation"].values()))
+    report["evaluation"] = {"mein Text (2).txt": measured, "größe": measured, "§": measured, "wikitext2": measured}
+    task = {"metrics": {"acc": {"pruned": {"value": 0.5, "stderr": None}, "higher_is_better": True}}}
+    report["harness"] = {"my own task": task | {"version": 1, "samples": 3, "num_fewshot": 0}}
+    (index,) = metadata(model_card(report))["model-index"]
+    types = [one["dataset"]["type"] for one in index["results"]]
+    assert types == ["mein-Text-2-.txt", "gr-e", "text", "Salesforce/wikitext", "my-own-task"]
+    assert index["results"][0]["dataset"]["name"] == "mein Text (2).txt"
+
+
 @pytest.mark.parametrize(
     "strange",
     [
