@@ -152,6 +152,7 @@ class _Run:
             # Nothing is measured yet, but whether the budget can be met at all is known already.
             check_budget(job.family, job.config, self.skeleton.blocks, job.options)
             processes.on_main(self._check_space)
+            processes.on_main(self.checkpoint.check_finite)  # or it would show where its block is pruned
         with progress.phase("text"):
             self.read = identity | processes.from_main(lambda: digests(texts_read(job.options)))
             self.calibration, self.evaluation = processes.from_main(self._read_text)
@@ -190,8 +191,6 @@ class _Run:
         if self.processes.from_main(lambda: known(self.workspace).resumed):
             report.note(GONE_ON_WITH)
         self.processes.on_main(lambda: self._rehearse(report))
-        self.processes.on_main(lambda: known(self.workspace).begin())
-        self.journal.begin()
         for source, windows in self.evaluation.items():
             report.evaluated(source, "dense", self._dense_perplexity(windows))
         pair = fitted_and_unseen(self.calibration) if self.evaluation else None
@@ -207,6 +206,10 @@ class _Run:
             self.journal,
             progress,
         )
+        if self.journal.waits:  # what this run can be refused for must not cost another one
+            session.stream()
+        self.processes.on_main(lambda: known(self.workspace).begin())
+        self.journal.begin()
         plan = decide(session)
         progress.say(f"plan: {plan.why}")
         for note in report.planned(plan, skeleton.parameters, custom_code=stock_fields(job, plan) is None):

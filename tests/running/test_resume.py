@@ -36,6 +36,7 @@ from llm_snp.result.assembly import PrunedBlocks
 from llm_snp.result.writer import Writer
 from llm_snp.running.resume import GONE_ON_WITH
 from llm_snp.running.run import run
+from llm_snp.system.files import digest_of_json
 from llm_snp.system.manifest import REPORT
 from llm_snp.system.owned import LOCK, OWNER
 from llm_snp.system.signals import ended_by_signals
@@ -276,6 +277,50 @@ def test_overwrite_throws_nothing_away_before_the_new_run_can_begin(
             patch.setattr(f"llm_snp.running.run.{where}", raiser(error))
             stays(code=code)
     runs.finishes(blocks=2)
+
+
+@pytest.mark.parametrize("where", ["running.run.perplexity_streamed", "pruning.session.Stream"])
+def test_overwrite_throws_nothing_away_for_a_model_that_cannot_be_run(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    runs.interrupted()
+    before = state_of(runs.partial)
+    with monkeypatch.context() as patch:
+        patch.setattr(f"llm_snp.{where}", raiser(NumericalError("not finite")))
+        code, _, err = runs("--overwrite", "--quiet")
+    assert (code, state_of(runs.partial)) == (2, before)
+    assert err.strip() == f"llm_snp: not finite; the unfinished run in {runs.partial} stays"
+    runs.finishes(blocks=2)
+
+
+def test_overwrite_takes_no_figures_of_the_run_that_it_replaces(runs: Runs) -> None:
+    runs.interrupted()
+    for path in runs.partial.rglob("dense-*.json"):  # of another model
+        record = json.loads(path.read_text())["record"] | {"perplexity": 1.0}
+        path.write_text(json.dumps({"digest": digest_of_json(record), "record": record}))
+    assert runs("--overwrite", "--quiet")[0] == 0
+    runs.is_whole()
+
+
+@pytest.mark.parametrize("flags", [["--overwrite"], ["--no-evaluate", "--method", "snp", "--allocation", "uniform"]])
+def test_weights_that_are_damaged_show_before_the_work(
+    runs: Runs, dense: Path, tmp_path: Path, flags: list[str]
+) -> None:
+    """In the last block, which is read as the last; nothing could go on from what was done before."""
+    if "--overwrite" in flags:
+        runs.interrupted()
+    before = state_of(runs.partial) if runs.partial.exists() else None
+    model = Path(shutil.copytree(dense, tmp_path / "damaged"))
+    state = load_file(model / "model.safetensors")
+    state[next(name for name in state if f"layers.{BLOCKS - 1}.fc2.weight" in name)][0, 0] = float("nan")
+    save_file(state, model / "model.safetensors", metadata={"format": "pt"})
+    runs.model = model
+    code, _, err = runs(*flags)
+    assert code == 2
+    assert "has 1 entries that are NaN or infinite; the file is damaged" in err
+    assert "perplexity" not in err
+    assert "prune " not in err
+    assert (state_of(runs.partial) if runs.partial.exists() else None) == before
 
 
 # Killed
