@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from contextlib import suppress
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from ..dense.storage import Storage, check_offload
 from ..dense.text import Text
 from ..dense.tokenizer import load_tokenizer
 from ..documents.card import model_card
-from ..documents.report import Report
+from ..documents.report import Report, nodes
 from ..errors import NumericalError, OptionError
 from ..evaluation.harness import check_room
 from ..evaluation.harness_tasks import texts_of
@@ -39,12 +40,12 @@ from ..result.writer import Writer
 from ..system.device import as_at_start, dtype_name, resolve_dtype
 from ..system.journal import Journal
 from ..system.manifest import some
-from ..system.output import check_space
+from ..system.output import check_space, same_disk
 from ..system.processes import Processes
 from ..system.progress import Progress
 from ..system.workspace import Workspace, known
 from .afterwards import afterwards, check_afterwards
-from .estimate import fisher_bytes
+from .estimate import fisher_bytes, streams_of
 from .inputs import inputs_of, memory_of, report_of
 from .rehearsal import rehearse
 from .resume import (
@@ -170,8 +171,16 @@ class _Run:
         needed = sum(file.stat().st_size for file in self.checkpoint.files)
         needed += sum(map(len, self.carried.files.values()))
         widths = [linear(block, site.consumer).out_features for site in job.sites(0)]
-        needed += fisher_bytes(job.options, widths, len(self.skeleton))
-        check_space(job.output, needed - known(self.workspace).written_bytes)
+        needed += fisher_bytes(job.options, widths, len(self.skeleton)) - known(self.workspace).written_bytes
+        check_space(job.output, needed)
+        if (offload := self.storage.offload) is None:
+            return
+        states = streams_of(job.options, job.length, len(self.skeleton), len(widths)) * max(widths)
+        states *= job.options.samples * job.length * self.dtype.itemsize / nodes()
+        if same_disk(offload, job.output):
+            check_space(offload, needed + ceil(states), "the result and the hidden states need", "--offload")
+        else:
+            check_space(offload, ceil(states), "the hidden states need", "--offload")
 
     def _read_text(self) -> tuple[Windows, dict[str, Windows]]:
         job, options = self.job, self.job.options

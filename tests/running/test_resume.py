@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from conftest import BLOCKS, LENGTH, SAMPLES, Prune, Shell, save, tiny_opt
+from conftest import BLOCKS, HIDDEN, LENGTH, SAMPLES, Prune, Shell, save, tiny_opt
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from tiny_models import KNOWN, save_tiny
@@ -36,7 +36,7 @@ from llm_snp.result.assembly import PrunedBlocks
 from llm_snp.result.writer import Writer
 from llm_snp.running.resume import GONE_ON_WITH
 from llm_snp.running.run import run
-from llm_snp.system.files import digest_of_json
+from llm_snp.system.files import digest_of_json, size
 from llm_snp.system.manifest import REPORT
 from llm_snp.system.owned import LOCK, OWNER
 from llm_snp.system.signals import ended_by_signals
@@ -1027,6 +1027,31 @@ def test_disk_full_while_offloading(runs: Runs, disk: Path) -> None:
     assert not list(disk.iterdir())
     assert runs("--quiet", "--resume")[0] == 0
     runs.is_whole()
+
+
+@pytest.mark.parametrize("disk", [60], indirect=True)
+def test_a_disk_too_small_for_the_hidden_states_is_noticed_before_anything_is_computed(runs: Runs, disk: Path) -> None:
+    """There is room for those of one model, and a run has those of the dense and of the pruned one."""
+    states = SAMPLES * LENGTH * HIDDEN * torch.float32.itemsize
+    assert states < shutil.disk_usage(disk).free < 2 * states
+    message = f"the hidden states need up to {size(2 * states)}, but the disk of {disk} has "
+    assert runs.refused("--offload", disk, "--no-evaluate").startswith(message)
+    assert not runs.partial.exists()
+    runs.interrupted()
+    assert message in runs.refused("--offload", disk, "--overwrite")
+    runs.finishes(blocks=2)
+
+
+def test_hidden_states_beside_the_result_need_room_for_both(
+    runs: Runs, dense: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(runs.shell.directory)
+    free = sum(path.stat().st_size for path in dense.iterdir() if path.is_file()) + 50_000
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=free))
+    message = runs.refused("--offload", runs.shell.directory)
+    assert message.startswith("the result and the hidden states need up to ")
+    assert message.endswith("; give --offload on another disk")
+    assert runs("--quiet")[0] == 0
 
 
 @pytest.mark.parametrize("flags", [[], ["--dry-run"]])
