@@ -12,6 +12,7 @@ they load without `trust_remote_code`. By itself it is a light import: torch and
 from . import search_path  # noqa: F401
 
 # isort: on
+from importlib import import_module
 from typing import Any
 
 from .version import __version__
@@ -23,9 +24,7 @@ from .system.imports import when_imported
 
 
 def _register() -> None:
-    from .families.registration import register_auto_classes
-
-    register_auto_classes()
+    import_module(".families", __name__)  # registers them, at its end also where it is what has begun this
 
 
 when_imported("transformers", _register)

@@ -104,6 +104,7 @@ def pruned(dense: Path, prune: Prune, tmp_path_factory: pytest.TempPathFactory) 
     [
         ("import llm_snp", "import transformers.generation.utils"),
         ("from transformers.models.auto import modeling_auto", "import llm_snp"),
+        ("import llm_snp.pruning.job", "import transformers"),  # of which the families are the first to ask for it
     ],
 )
 def test_pruned_models_load_without_their_code(first: str, then: str, pruned: Path, ids: torch.Tensor) -> None:

@@ -154,6 +154,11 @@ class Checkpoint:
                     )
                 yield name, tensor
 
+    def check_finite(self) -> None:
+        """Read everything once. Raises `CheckpointError` as `tensors` does: what is damaged shows before the work."""
+        for _ in self.tensors(self._where):
+            pass
+
     def tensor(self, name: str) -> Tensor:
         """One tensor, as `tensors` gives it."""
         return next(self.tensors([name]))[1]

@@ -21,6 +21,7 @@ from .gguf import GGUF, Gguf, Positions, positions_of
 from .left import check_tables, check_widths, dropped, fewer_blocks, first_attentions
 from .llama_like import LLAMA_LIKE
 from .mixture import expert_of
+from .registration import register_auto_classes
 from .sites import EXPERTS, MLP, SHARED, Rows, Site, linear, parameters_of
 
 __all__ = [
@@ -82,6 +83,7 @@ def _family(model_type: str) -> Family | None:
 
 
 FAMILIES = {model_type: family for model_type in MODEL_TYPES if (family := _family(model_type)) is not None}
+register_auto_classes(FAMILIES.values())
 
 
 def known_family(config: Any) -> Family | None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from . import FAMILIES
+from .base import Family
 
 
-def register_auto_classes() -> None:
-    """Register the pruned classes of all families; doing it again is harmless."""
-    for family in FAMILIES.values():
+def register_auto_classes(families: Iterable[Family]) -> None:
+    """Register the pruned classes of families; doing it again is harmless."""
+    for family in families:
         config_class = family.pruned_class.config_class
         AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
         AutoModel.register(config_class, family.pruned_class.base_class, exist_ok=True)

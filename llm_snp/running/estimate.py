@@ -128,16 +128,7 @@ def estimate(
         on_device = max(on_device, live_blocks * per_block * size + products + ROUTING_PARTS * PART_BYTES)
 
     hidden = size * options.samples * length * d
-    streams = 2.0 if follows_dense else 1.0
-    if options.needs_gradient:
-        share = gradient_windows(options.samples, len(blocks)) / options.samples
-        streams = max(streams, share * (inputs_kept(len(blocks)) + 1))
-    if options.in_steps:  # of the first model, of a parent and of two candidates; and the branches without each layer
-        streams += 4 * options.held_out / options.samples
-        streams += (
-            len(blocks) * len(sites) * min(LEFT_OUT_TOKENS, options.held_out * length) / (options.samples * length)
-        )
-    states = ceil(streams * hidden)
+    states = ceil(streams_of(options, length, len(blocks), len(sites)) * hidden)
     staying = device.type == "cuda" and not options.offload and stays_on(device, hidden)
     if device.type == "cuda":
         on_device += states if staying else WAITING * size * batch * d
@@ -160,6 +151,18 @@ def estimate(
         picked,
     )
     return Estimate(on_device, on_host, on_disk, operations(sizes, options))
+
+
+def streams_of(options: PruneConfig, length: int, blocks: int, sites: int) -> float:
+    """How often a run has the hidden states of all calibration windows at once, at its peak; sites: of a block."""
+    streams = 2.0 if options.target in ("dense", "residual") else 1.0
+    if options.needs_gradient:
+        share = gradient_windows(options.samples, blocks) / options.samples
+        streams = max(streams, share * (inputs_kept(blocks) + 1))
+    if options.in_steps:  # of the first model, of a parent and of two candidates; and the branches without each layer
+        streams += 4 * options.held_out / options.samples
+        streams += blocks * sites * min(LEFT_OUT_TOKENS, options.held_out * length) / (options.samples * length)
+    return streams
 
 
 def passes(family: Family, config: Any, blocks: Sequence[torch.nn.Module], options: PruneConfig) -> float:

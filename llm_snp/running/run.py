@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from contextlib import suppress
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from ..dense.storage import Storage, check_offload
 from ..dense.text import Text
 from ..dense.tokenizer import load_tokenizer
 from ..documents.card import model_card
-from ..documents.report import Report
+from ..documents.report import Report, nodes
 from ..errors import NumericalError, OptionError
 from ..evaluation.harness import Asked, check_room
 from ..evaluation.harness_tasks import texts_of
@@ -40,12 +41,12 @@ from ..result.writer import Writer
 from ..system.device import as_at_start, dtype_name, resolve_dtype
 from ..system.journal import Journal
 from ..system.manifest import some
-from ..system.output import check_space
+from ..system.output import check_space, same_disk
 from ..system.processes import Processes
 from ..system.progress import Progress
 from ..system.workspace import Workspace, known
 from .afterwards import afterwards, check_afterwards
-from .estimate import fisher_bytes
+from .estimate import fisher_bytes, streams_of
 from .inputs import inputs_of, memory_of, report_of
 from .rehearsal import rehearse
 from .resume import (
@@ -156,6 +157,7 @@ class _Run:
             # Nothing is measured yet, but whether the budget can be met at all is known already.
             check_budget(job.family, job.config, self.skeleton.blocks, job.options)
             processes.on_main(self._check_space)
+            processes.on_main(self.checkpoint.check_finite)  # or it would show where its block is pruned
         with progress.phase("text"):
             self.read = identity | processes.from_main(lambda: digests(texts_read(job.options)))
             self.calibration, self.evaluation = processes.from_main(self._read_text)
@@ -173,8 +175,16 @@ class _Run:
         needed = sum(file.stat().st_size for file in self.checkpoint.files)
         needed += sum(map(len, self.carried.files.values()))
         widths = [linear(block, site.consumer).out_features for site in job.sites(0)]
-        needed += fisher_bytes(job.options, widths, len(self.skeleton))
-        check_space(job.output, needed - known(self.workspace).written_bytes)
+        needed += fisher_bytes(job.options, widths, len(self.skeleton)) - known(self.workspace).written_bytes
+        check_space(job.output, needed)
+        if (offload := self.storage.offload) is None:
+            return
+        states = streams_of(job.options, job.length, len(self.skeleton), len(widths)) * max(widths)
+        states *= job.options.samples * job.length * self.dtype.itemsize / nodes()
+        if same_disk(offload, job.output):
+            check_space(offload, needed + ceil(states), "the result and the hidden states need", "--offload")
+        else:
+            check_space(offload, ceil(states), "the hidden states need", "--offload")
 
     def _read_text(self) -> tuple[Windows, dict[str, Windows]]:
         job, options = self.job, self.job.options
@@ -194,8 +204,6 @@ class _Run:
         if self.processes.from_main(lambda: known(self.workspace).resumed):
             report.note(GONE_ON_WITH)
         self.processes.on_main(lambda: self._rehearse(report))
-        self.processes.on_main(lambda: known(self.workspace).begin())
-        self.journal.begin()
         for source, windows in self.evaluation.items():
             report.evaluated(source, "dense", self._dense_perplexity(windows))
         pair = fitted_and_unseen(self.calibration) if self.evaluation else None
@@ -211,6 +219,10 @@ class _Run:
             self.journal,
             progress,
         )
+        if self.journal.waits:  # what this run can be refused for must not cost another one
+            session.stream()
+        self.processes.on_main(lambda: known(self.workspace).begin())
+        self.journal.begin()
         plan = decide(session)
         progress.say(f"plan: {plan.why}")
         for note in report.planned(plan, skeleton.parameters, custom_code=stock_fields(job, plan) is None):

@@ -6,7 +6,8 @@ Only the main process has the folder. Reading is a collective, so that all proce
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +28,25 @@ RECORD = "record"
 class Journal:
     """Records by name in `folder`, each there whole or not at all, and each with its hash.
 
-    waiting: what is there is another run's until `begin`; what is expected is taken down then.
+    waiting: what is there is another run's until `begin`, and not read; what is expected or written is taken down then.
     """
 
     def __init__(self, folder: Path, processes: Processes, progress: Progress | None = None, waiting: bool = False):
         self.folder, self.processes, self.progress = folder, processes, progress or Progress(quiet=True)
         self.rescued: list[str] = []  # what was there, but damaged, and was made again
         self._expected: set[str] = set()
-        self._waiting: list[tuple[str, Mapping[str, Any]]] | None = [] if waiting else None
+        self._waiting: list[Callable[[], None]] | None = [] if waiting else None
+
+    @property
+    def waits(self) -> bool:
+        """Whether what is there is another run's."""
+        return self._waiting is not None
 
     def begin(self) -> None:
-        """Take down what was expected so far, where that had to wait. A collective."""
+        """Take down what was expected or written so far, where that had to wait. A collective."""
         waiting, self._waiting = self._waiting or [], None
-        for name, record in waiting:
-            self.expect(name, record)
+        for take_down in waiting:
+            take_down()
 
     def rescue(self, what: str) -> None:
         """Say, and note for the report, that something of the interrupted run has to be made again, and why."""
@@ -51,6 +57,8 @@ class Journal:
 
     def read(self, name: str) -> dict[str, Any] | None:
         """The record of that name, on all processes; None if there is none, or it is not what was written."""
+        if self._waiting is not None:
+            return None
         return self.processes.from_main(lambda: self._read(name))
 
     def _read(self, name: str, required: bool = False) -> dict[str, Any] | None:
@@ -69,7 +77,9 @@ class Journal:
         return None
 
     def write(self, name: str, record: Mapping[str, Any]) -> None:
-        if self.processes.main:
+        if self._waiting is not None:
+            self._waiting.append(partial(self.write, name, record))
+        elif self.processes.main:
             write_json(self.folder / f"{name}.json", {DIGEST: digest_of_json(dict(record)), RECORD: dict(record)})
 
     def forget(self, names: Iterable[str]) -> None:
@@ -122,7 +132,7 @@ class Journal:
         there is nothing to compare with although there is more in the folder: it may be of another command.
         """
         if self._waiting is not None:
-            self._waiting.append((what, fields))
+            self._waiting.append(partial(self.expect, what, fields))
             return
         earlier, alone = self.processes.from_main(lambda: (self._read(what, required=True), self._alone(what)))
         self._expected.add(what)

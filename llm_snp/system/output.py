@@ -111,17 +111,30 @@ def _runs_in(directory: Path) -> bool:
         return False
 
 
-def check_space(directory: Path, needed: int) -> None:
-    """Raise `OutputError` if the disk that will hold `directory` has less than `needed` bytes free."""
-    existing = directory.absolute()
-    while not existing.exists():
-        existing = existing.parent
+def check_space(directory: Path, needed: int, what: str = "the result needs", flag: str = "--output") -> None:
+    """Raise `OutputError` if the disk that will hold `directory` has less than `needed` bytes free.
+
+    what: needs them; flag: the option that names the directory.
+    """
+    existing = _existing(directory)
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise OutputError(
-            f"the result needs up to {size(needed)}, but the disk of {existing} has {size(free)} free; give --output "
-            "on another disk"
+            f"{what} up to {size(needed)}, but the disk of {existing} has {size(free)} free; give {flag} on another "
+            "disk"
         )
+
+
+def same_disk(one: Path, other: Path) -> bool:
+    """Whether both lie, or will lie, on the same."""
+    return _existing(one).stat().st_dev == _existing(other).stat().st_dev
+
+
+def _existing(directory: Path) -> Path:
+    existing = directory.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    return existing
 
 
 def partial_of(output: Path) -> Path:

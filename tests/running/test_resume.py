@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from conftest import BLOCKS, LENGTH, SAMPLES, Prune, Shell, save, tiny_opt
+from conftest import BLOCKS, HIDDEN, LENGTH, SAMPLES, Prune, Shell, save, tiny_opt
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from tiny_models import KNOWN, save_tiny
@@ -36,6 +36,7 @@ from llm_snp.result.assembly import PrunedBlocks
 from llm_snp.result.writer import Writer
 from llm_snp.running.resume import GONE_ON_WITH
 from llm_snp.running.run import run
+from llm_snp.system.files import digest_of_json, size
 from llm_snp.system.manifest import REPORT
 from llm_snp.system.owned import LOCK, OWNER
 from llm_snp.system.signals import ended_by_signals
@@ -276,6 +277,50 @@ def test_overwrite_throws_nothing_away_before_the_new_run_can_begin(
             patch.setattr(f"llm_snp.running.run.{where}", raiser(error))
             stays(code=code)
     runs.finishes(blocks=2)
+
+
+@pytest.mark.parametrize("where", ["running.run.perplexity_streamed", "pruning.session.Stream"])
+def test_overwrite_throws_nothing_away_for_a_model_that_cannot_be_run(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    runs.interrupted()
+    before = state_of(runs.partial)
+    with monkeypatch.context() as patch:
+        patch.setattr(f"llm_snp.{where}", raiser(NumericalError("not finite")))
+        code, _, err = runs("--overwrite", "--quiet")
+    assert (code, state_of(runs.partial)) == (2, before)
+    assert err.strip() == f"llm_snp: not finite; the unfinished run in {runs.partial} stays"
+    runs.finishes(blocks=2)
+
+
+def test_overwrite_takes_no_figures_of_the_run_that_it_replaces(runs: Runs) -> None:
+    runs.interrupted()
+    for path in runs.partial.rglob("dense-*.json"):  # of another model
+        record = json.loads(path.read_text())["record"] | {"perplexity": 1.0}
+        path.write_text(json.dumps({"digest": digest_of_json(record), "record": record}))
+    assert runs("--overwrite", "--quiet")[0] == 0
+    runs.is_whole()
+
+
+@pytest.mark.parametrize("flags", [["--overwrite"], ["--no-evaluate", "--method", "snp", "--allocation", "uniform"]])
+def test_weights_that_are_damaged_show_before_the_work(
+    runs: Runs, dense: Path, tmp_path: Path, flags: list[str]
+) -> None:
+    """In the last block, which is read as the last; nothing could go on from what was done before."""
+    if "--overwrite" in flags:
+        runs.interrupted()
+    before = state_of(runs.partial) if runs.partial.exists() else None
+    model = Path(shutil.copytree(dense, tmp_path / "damaged"))
+    state = load_file(model / "model.safetensors")
+    state[next(name for name in state if f"layers.{BLOCKS - 1}.fc2.weight" in name)][0, 0] = float("nan")
+    save_file(state, model / "model.safetensors", metadata={"format": "pt"})
+    runs.model = model
+    code, _, err = runs(*flags)
+    assert code == 2
+    assert "has 1 entries that are NaN or infinite; the file is damaged" in err
+    assert "perplexity" not in err
+    assert "prune " not in err
+    assert (state_of(runs.partial) if runs.partial.exists() else None) == before
 
 
 # Killed
@@ -982,6 +1027,31 @@ def test_disk_full_while_offloading(runs: Runs, disk: Path) -> None:
     assert not list(disk.iterdir())
     assert runs("--quiet", "--resume")[0] == 0
     runs.is_whole()
+
+
+@pytest.mark.parametrize("disk", [60], indirect=True)
+def test_a_disk_too_small_for_the_hidden_states_is_noticed_before_anything_is_computed(runs: Runs, disk: Path) -> None:
+    """There is room for those of one model, and a run has those of the dense and of the pruned one."""
+    states = SAMPLES * LENGTH * HIDDEN * torch.float32.itemsize
+    assert states < shutil.disk_usage(disk).free < 2 * states
+    message = f"the hidden states need up to {size(2 * states)}, but the disk of {disk} has "
+    assert runs.refused("--offload", disk, "--no-evaluate").startswith(message)
+    assert not runs.partial.exists()
+    runs.interrupted()
+    assert message in runs.refused("--offload", disk, "--overwrite")
+    runs.finishes(blocks=2)
+
+
+def test_hidden_states_beside_the_result_need_room_for_both(
+    runs: Runs, dense: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(runs.shell.directory)
+    free = sum(path.stat().st_size for path in dense.iterdir() if path.is_file()) + 50_000
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=free))
+    message = runs.refused("--offload", runs.shell.directory)
+    assert message.startswith("the result and the hidden states need up to ")
+    assert message.endswith("; give --offload on another disk")
+    assert runs("--quiet")[0] == 0
 
 
 @pytest.mark.parametrize("flags", [[], ["--dry-run"]])
