@@ -11,7 +11,7 @@ from ..config import DEVICES, DTYPES, NEW, PROMPT, RUNS
 from ..dense.hub import config_dtype, find, load_config, locate
 from ..errors import OptionError, SnpError, at_least, choose
 from ..result.origin import COPIED, find_dense, is_dense_of
-from ..system.manifest import check_weights, has_report, is_result
+from ..system.manifest import check_as_written, has_report, is_result
 from ..system.private import in_cache
 
 HELP = "time a pruned model beside the dense one, and count their memory"
@@ -65,7 +65,7 @@ def main(args: argparse.Namespace) -> None:
     config = load_config(directory)
     report = read_report(directory) if has_report(directory) else None
     if report is not None:
-        check_weights(directory, report)
+        check_as_written(directory, report)
     dense, its_own = _against(args.against, directory, report)
     # A repository's files in the cache of the Hub are not ours to change.
     own = report if its_own and not in_cache(directory) else None

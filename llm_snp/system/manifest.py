@@ -25,6 +25,7 @@ PRIVATE = ".cache/huggingface"  # a folder that the Hub's tools and git leave ou
 MEMORY = f"{PRIVATE}/llm_snp.json"  # see `remembering`
 IGNORE = f"{PRIVATE}/.gitignore"
 WRITTEN = "written"  # in the journal: the names of what else a run has begun to write beside its shards
+SETTINGS = ("config.json", "model.safetensors.index.json")  # with which weights are read
 ADVICE = "give the directory that a run of llm_snp has written"
 HASH = r"[0-9a-f]{32}"  # of a file, as `digest` writes it
 LISTED = 5  # at most so many names are in an error
@@ -166,6 +167,18 @@ def check_weights(directory: Path, report: Mapping[str, Any]) -> None:
         raise CheckpointError(
             f"{first} is no file of the result, and would be read in place of its weights; move it into a directory of "
             "its own"
+        )
+
+
+def check_as_written(directory: Path, report: Mapping[str, Any]) -> None:
+    """The same, and for weights, their index or a config that are not as they were written: reads all of them."""
+    check_weights(directory, report)
+    files = manifest(directory, report)
+    read = {name: found for name, found in files.items() if name.endswith(".safetensors") or name in SETTINGS}
+    if wrong := faults(*changed(directory, read)):
+        raise CheckpointError(
+            f"{directory} is not as it was written: {wrong}; restore that, or prune again (a model that was trained on "
+            "belongs into a directory of its own, without report.json)"
         )
 
 

@@ -402,6 +402,17 @@ def test_bench_says_at_once_what_else_is_in_the_way(result: Path, monkeypatch: p
         run_bench(result)
 
 
+def test_bench_does_not_time_other_weights_as_the_result(result: Path) -> None:
+    """Figures of what was trained on since, say, would stand in the report of what was there."""
+    shard = min(result.glob("*.safetensors"))
+    tensors = load_file(shard)
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, shard, {"format": "pt"})
+    before = (result / "report.json").read_bytes()
+    with pytest.raises(CheckpointError, match=f"is not as it was written: {shard.name} changed; restore that, or"):
+        run_bench(result)
+    assert (result / "report.json").read_bytes() == before
+
+
 def test_bench_against_another_model_keeps_nothing(
     result: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, RopeScalingType
 from torch import Tensor
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from ...config import GGUF_TYPES
 from ...dense.checkpoint import Checkpoint
@@ -26,7 +25,7 @@ from ...documents.writing import read_report
 from ...errors import CheckpointError, DiskFullError, UnsupportedModelError
 from ...families import FAMILIES, Family
 from ...system.files import disk, size, written_aside
-from ...system.manifest import changed, check_weights, faults, has_report, manifest
+from ...system.manifest import check_as_written, has_report
 from ...system.private import public_name
 from ...system.progress import Progress
 from ...version import __version__
@@ -62,7 +61,7 @@ def export(
     config = load_config(directory)
     family = _family(directory, config, report is not None)
     if report is not None:
-        _check_files(directory, report)
+        check_as_written(directory, report)
     skeleton = _skeleton(directory, family, config)
     arranged = layout(family, config, skeleton)
     writer = GGUFWriter(None, arranged.architecture.name)
@@ -104,20 +103,6 @@ def _family(directory: Path, config: Any, reported: bool) -> Family:
         f"{directory} has no report.json and its model is not a pruned one ({config.model_type}); give the directory "
         "that a run of llm_snp has written (for any other model llama.cpp has convert_hf_to_gguf.py)"
     )
-
-
-def _check_files(directory: Path, report: dict[str, Any]) -> None:
-    """Raise `CheckpointError` if weights, their index or the config are not as they were written."""
-    check_weights(directory, report)
-    files = manifest(directory, report)
-    settings = ("config.json", SAFE_WEIGHTS_INDEX_NAME)
-    read = [name for name in files if name.endswith(".safetensors") or name in settings]
-    missing, other = changed(directory, {name: files[name] for name in read})
-    if wrong := faults(missing, other):
-        raise CheckpointError(
-            f"{directory} is not as it was written: {wrong}; restore that, or prune again (a model that was "
-            "trained on belongs into a directory of its own, without report.json)"
-        )
 
 
 def _skeleton(directory: Path, family: Family, config: Any) -> Skeleton:
