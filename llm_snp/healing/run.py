@@ -115,8 +115,6 @@ class _Healing:
             self.teacher = teacher.load(frozen).to(device).requires_grad_(False)
             self.student = student.load(frozen if options.lora else torch.float32)
             generate_plainly(self.student)  # the Trainer saves these settings, and checks them with each state
-        processes.on_main(lambda: known(workspace).begin())
-        self.journal.begin()
 
     def _check_space(self) -> None:
         """The result, and of the training the last state, the best one and the one that is being written."""
@@ -212,6 +210,9 @@ class _Healing:
         """From the start, or from the last state of the run that is gone on with, to the end or the best step."""
         watch.curve.append(trainer.measure() | {"step": 0})
         self.progress.say(self._line(watch.curve[0]))
+        # Not before: what this one can be refused for must not cost another unfinished training.
+        self.processes.on_main(lambda: known(self.workspace).begin())
+        self.journal.begin()
         done, state = self.states.latest()
         if done:
             self.progress.say(f"step {done} was finished before")

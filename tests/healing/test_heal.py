@@ -567,9 +567,16 @@ def test_what_is_wrong_with_tokens_and_text_costs_no_unfinished_training(
         patch.setattr(training.Heal, "_load_best_model", interrupted)
         assert heal(pruned, "--no-evaluate")[0] == 130
     states = sorted(Path("healed.partial/.llm_snp/training").iterdir())
+
+    def nothing() -> None:
+        raise NumericalError("the loss is not finite")
+
     (tmp_path / "short.txt").write_text("Too little.")
     for wrong in (("--tokens", "10"), ("--text", str(tmp_path / "short.txt")), ("--batch", "10000")):
         assert heal(pruned, "--no-evaluate", "--overwrite", *wrong)[0] == 2
+    with monkeypatch.context() as patch:  # a teacher whose logits overflow, say
+        patch.setattr(training.Heal, "measure", lambda self: nothing())
+        assert heal(pruned, "--no-evaluate", "--overwrite")[0] == 2
     assert sorted(Path("healed.partial/.llm_snp/training").iterdir()) == states
 
 
