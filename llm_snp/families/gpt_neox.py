@@ -43,5 +43,6 @@ GPT_NEOX = Family(
     pruned_class=SnpGPTNeoXForCausalLM,
     stock={"neurons": field("intermediate_size")},
     renames=((r"^embed_out\.", "lm_head."),) if RENAMED else (),
+    stored=((r"^lm_head\.", "embed_out."),) if RENAMED else (),
     check=whole_heads("intermediate_size"),
 )

@@ -63,3 +63,23 @@ class SnpGPTNeoXForCausalLM(Narrowed, GPTNeoXForCausalLM):  # type: ignore[misc]
     blocks_path = "gpt_neox.layers"
     cut = staticmethod(narrow_gpt_neox_block)
     consumers = ("attention.dense", "mlp.dense_4h_to_h")
+
+
+def _head_as_in_files() -> None:
+    """Let transformers 5, which calls the head `lm_head`, read and write it as `embed_out`, as for the stock model.
+
+    That is its name in files, and in the class of transformers before 5.
+    """
+    try:
+        from transformers.conversion_mapping import (
+            get_checkpoint_conversion_mapping,
+            register_checkpoint_conversion_mapping,
+        )
+    except ImportError:
+        return
+    conversions = get_checkpoint_conversion_mapping(GPTNeoXForCausalLM.__name__)
+    if conversions is not None:
+        register_checkpoint_conversion_mapping(SnpGPTNeoXForCausalLM.__name__, conversions, overwrite=True)
+
+
+_head_as_in_files()
