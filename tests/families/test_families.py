@@ -6,6 +6,7 @@ import ast
 import copy
 import inspect
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -525,6 +526,24 @@ def test_a_causal_mask_may_be_the_largest_tensor(
         save_file(state | {key: mask}, directory / "model.safetensors")
         report = prune(directory, tmp_path / str(kind), 0.3)
         assert report["model"]["dtype"] == "float16"
+
+
+def test_the_head_of_gpt_neox_is_read_under_its_name_in_files(
+    checkpoints: dict[str, Path], prune: Prune, tmp_path: Path, ids: torch.Tensor
+) -> None:
+    """transformers 5 has another for it, which files with the name of before must not lose; here, and elsewhere."""
+    output = tmp_path / "out"
+    prune(checkpoints["gpt_neox"], output, 0.3)
+    expected = logits(load(output), ids)
+    for path in output.glob("*.safetensors"):
+        state = {re.sub(r"^lm_head\.", "embed_out.", key): value for key, value in load_file(path).items()}
+        save_file(state, path, metadata={"format": "pt"})
+    index = output / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace('"lm_head.weight"', '"embed_out.weight"'))
+    model, info = AutoModelForCausalLM.from_pretrained(output, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert torch.equal(logits(model.float().eval(), ids), expected)
+    assert torch.equal(torch.tensor(elsewhere(output, tmp_path, ids)["logits"]), expected)
 
 
 COUNTED = ("llama", "llama-tied", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3")
