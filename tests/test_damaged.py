@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from llm_snp.config import PruneConfig
 from llm_snp.dense import readers
-from llm_snp.dense.hub import card_metadata
+from llm_snp.dense.card import card_metadata
 from llm_snp.dense.readers import documents
 from llm_snp.errors import CorpusError, OptionError, OutputError
 from llm_snp.healing.options import HealConfig

@@ -32,9 +32,9 @@ from safetensors.torch import load_file, save_file
 from tiny_models import KNOWN, save_tiny
 
 from llm_snp.config import PruneConfig
+from llm_snp.dense.card import card_metadata
 from llm_snp.dense.checkpoint import Checkpoint
 from llm_snp.dense.data import calibration_windows, evaluation_windows
-from llm_snp.dense.hub import card_metadata
 from llm_snp.dense.tokenizer import load_tokenizer
 from llm_snp.documents.card import model_card
 from llm_snp.documents.report import summary

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from ..core.allocation import SiteCurve
+from ..dense.card import card_metadata
 from ..dense.checkpoint import Checkpoint
 from ..dense.data import Windows
-from ..dense.hub import card_metadata
 from ..evaluation.harness_table import harness_rows
 from ..evaluation.perplexity import Perplexity
 from ..evaluation.speed_table import speed_table

@@ -20,7 +20,7 @@ from tiny_models import save_tiny
 from transformers import AutoTokenizer
 
 import llm_snp
-from llm_snp.dense.hub import card_metadata
+from llm_snp.dense.card import card_metadata
 from llm_snp.dense.tokenizer import load_tokenizer
 from llm_snp.errors import CheckpointError
 from llm_snp.evaluation.speed import load_model
