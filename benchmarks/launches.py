@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import Any
 from unittest.mock import patch
 
-from torch.autograd import DeviceType
+from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.profiler import profile, record_function, supported_activities
 from torch.utils._python_dispatch import TorchDispatchMode
 

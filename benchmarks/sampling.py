@@ -26,7 +26,7 @@ def place(frame: FrameType | None) -> str:
         if code.co_filename.startswith(OURS):
             own = f"{Path(code.co_filename).relative_to(OURS)}:{code.co_name}"
             return f"{own} > {called}" if called else own
-        called = code.co_qualname if sys.version_info >= (3, 11) else code.co_name
+        called = getattr(code, "co_qualname", code.co_name)  # from Python 3.11 on with its class
         frame = frame.f_back
     return "outside"
 
@@ -57,5 +57,5 @@ class Sampling(Stopwatch):
         while not self._ended.wait(PERIOD):
             now = time.perf_counter()
             phase = self._stack[-1:] or [REST]
-            self.found[phase[0], place(sys._current_frames().get(self._main))] += now - before
+            self.found[phase[0], place(sys._current_frames().get(self._main))] += now - before  # type: ignore[assignment]
             before = now

@@ -22,8 +22,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from llm_snp.cli import BAD_INPUT
-from llm_snp.dense.data import documents
 from llm_snp.dense.hub import EMBEDDED
+from llm_snp.dense.readers import documents
 from llm_snp.errors import CorpusError, SnpError
 
 LENGTH = 256
