@@ -154,6 +154,10 @@ class Checkpoint:
                     )
                 yield name, tensor
 
+    def spelled(self, name: str) -> str:
+        """A tensor's name as its file has it."""
+        return self._where[name][1]
+
     def check_finite(self) -> None:
         """Read everything once. Raises `CheckpointError` as `tensors` does: what is damaged shows before the work."""
         for _ in self.tensors(self._where):

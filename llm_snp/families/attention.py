@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from torch import Tensor
@@ -34,10 +35,22 @@ def head_width(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
+def key_heads_field(config: Any) -> str | None:
+    """How a config names its number of key/value heads, None where it has none: a class that knows no such field does
+    not read it, whatever a config.json has.
+    """
+    return next((name for name in KEY_HEADS if hasattr(config, name) and _knows(config.__class__, name)), None)
+
+
+@cache
+def _knows(kind: Any, name: str) -> bool:
+    return hasattr(kind(), name)
+
+
 def heads_of(config: Any) -> Heads:
     """Those of each dense block."""
-    queries = config.num_attention_heads
-    keys = next((getattr(config, name) for name in KEY_HEADS if hasattr(config, name)), None) or queries
+    queries, name = config.num_attention_heads, key_heads_field(config)
+    keys = (name and getattr(config, name)) or queries
     if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
         keys = 1  # falcon
     return Heads(queries, keys, head_width(config))

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from .attention import ATTENTION, KEY_HEADS, Attention, Shape, heads_of, shape_of
+from .attention import ATTENTION, Attention, Shape, heads_of, key_heads_field, shape_of
 from .left import dropped
 from .mixture import Mixture
 from .sites import EXPERTS, SHARED, Rows, Site, linear, parameters_of
@@ -191,7 +191,7 @@ class Family:
         shared = of.keys == 1 < site.units  # the heads that go are query heads
         heads = widths.get("queries", widths["heads"] if shared else widths["heads"] * of.queries // of.keys)
         read = widths.get("queries", 1 if shared else widths["heads"])
-        name = next((name for name in KEY_HEADS if hasattr(config, name)), None)
+        name = key_heads_field(config)
         fields = {"num_attention_heads": heads} | ({} if name is None else {name: read})
         head_dim = {"head_dim": of.width if attention is None else attention.kernel_width(widths)}
         for unit, count in of_mlp.items():

@@ -256,7 +256,10 @@ class _Healing:
     def _write(self, tensors: dict[str, Tensor], report: dict[str, Any]) -> list[str]:
         workspace = known(self.workspace)
         with self.progress.phase("save"):
-            writer = self.rewriting.write(workspace.directory, tensors)
+            spelled = self.pair.student.checkpoint.spelled  # as the files had them, or older readers miss them
+            writer = self.rewriting.write(
+                workspace.directory, {spelled(name): tensor for name, tensor in tensors.items()}
+            )
             open_model(workspace.directory)  # what was written must load
         report["notes"] += self.notes + self.journal.rescued
         finish(workspace, writer.files, report, memory_of(self.options, self.pair, self.read), self.progress)

@@ -71,9 +71,9 @@ def look_at(api: HfApi, repo: str, overwrite: bool, private: bool) -> Repository
         raise OptionError(f"{repo!r} is no name for a repository ({reason(error)}); give user/name") from error
     if "/" not in repo:
         raise OptionError(f"{repo!r} does not say whose repository it is; give user/name")
+    check_token()
     if get_token() is None:
         raise HubError("there is no token for the Hugging Face Hub; run `hf auth login`, or set HF_TOKEN")
-    check_token()
     try:
         _check_permission(api.whoami(), repo)
         try:

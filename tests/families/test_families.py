@@ -528,6 +528,16 @@ def test_a_causal_mask_may_be_the_largest_tensor(
         assert report["model"]["dtype"] == "float16"
 
 
+@pytest.mark.parametrize("name", ["opt", "gpt_neox", "gpt2"])
+def test_a_field_that_the_family_does_not_read(name: str, prune: Prune, tmp_path: Path) -> None:
+    """A config.json may have key heads by number where no class of the family has them."""
+    directory = save_tiny(name, tmp_path / "dense")
+    fields = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(fields | {"num_key_value_heads": 1}))
+    prune(directory, tmp_path / "out", 0.3)
+    load(tmp_path / "out")
+
+
 def test_the_head_of_gpt_neox_is_read_under_its_name_in_files(
     checkpoints: dict[str, Path], prune: Prune, tmp_path: Path, ids: torch.Tensor
 ) -> None:

@@ -343,15 +343,20 @@ def test_a_stock_result_stays_one(heal: Healer, dense: Path, prune: Prune, tmp_p
     assert kl(Path("healed"), dense, held_out) < kl(tmp_path / "stock", dense, held_out)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox"])
 def test_other_families_heal(name: str, heal: Healer, prune: Prune, tmp_path: Path, held_out: Path) -> None:
-    """Tied and transposed weights, query heads that read one key."""
+    """Tied and transposed weights, query heads that read one key, a head with another name in files."""
     model = save_tiny(name, tmp_path / name)
     prune(model, tmp_path / "pruned", 0.3, target="none")
     code, _, err = heal(tmp_path / "pruned", "--lora", 4, "--learning-rate", "1e-2")
     assert code == 0, err
     assert kl(Path("healed"), model, held_out) < kl(tmp_path / "pruned", model, held_out)
     assert without_weights(Path("healed")) == without_weights(tmp_path / "pruned")
+    keys = [
+        {path.name: set(load_file(path)) for path in of.glob("*.safetensors")}
+        for of in (tmp_path / "pruned", Path("healed"))
+    ]
+    assert keys[0] == keys[1]
 
 
 @pytest.mark.parametrize("flags", [(), ("--lora", "4")], ids=["all", "lora"])
