@@ -31,10 +31,10 @@ KEPT = "kept"
 # What a result brings along that needs a class of its own: its family's file of `llm_snp.modeling`, with what that
 # imports, under this name.
 MODELING = "modeling_snp.py"
-# What configs have of rotary positions beside transformers 5's `rope_parameters`.
-ROTARY_FIELDS = (
+# What configs have of rotary positions beside transformers 5's `rope_parameters`, and its `dtype`.
+OLDER_FIELDS = (
     *("rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor"),
-    *("rotary_emb_base", "rotary_pct"),
+    *("rotary_emb_base", "rotary_pct", "torch_dtype"),
 )
 
 
@@ -187,19 +187,19 @@ def write_rest(
     if needs_code:
         files[MODELING] = modeling
     fields = json.loads(config.to_json_string())
-    files["config.json"] = as_file(dict(sorted((_rotary_fields(job) | fields).items())))
+    files["config.json"] = as_file(dict(sorted((_older_fields(job) | fields).items())))
     writer.bytes(files)
     writer.index()
 
 
-def _rotary_fields(job: Job) -> dict[str, Any]:
-    """Of the dense model's config what older versions and engines know of its rotary positions.
+def _older_fields(job: Job) -> dict[str, Any]:
+    """Of the dense model's config what older versions and engines look for.
 
     transformers 5 writes `rope_parameters` alone, in which transformers 4, say, sees nothing, and takes its defaults.
     """
     path = job.directory / "config.json"
     fields = without_code(read_object(path, content_of(path)))
-    return {name: fields[name] for name in ROTARY_FIELDS if name in fields}
+    return {name: fields[name] for name in OLDER_FIELDS if name in fields}
 
 
 def open_result(directory: Path, job: Job, dtype: torch.dtype) -> Skeleton:

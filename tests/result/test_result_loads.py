@@ -184,7 +184,7 @@ def test_rotary_positions_as_older_versions_and_engines_read_them(format: str, p
     fields = json.loads((directory / "config.json").read_text())
     fields.pop("rope_parameters", None)
     scaling = {"rope_type": "linear", "factor": 4.0}
-    older = {"rope_theta": 500000.0, "rope_scaling": scaling}
+    older = {"rope_theta": 500000.0, "rope_scaling": scaling, "torch_dtype": "float32"}
     (directory / "config.json").write_text(json.dumps(fields | older))
     prune(directory, tmp_path / "out", 0.3, format=format)
     found = json.loads((tmp_path / "out" / "config.json").read_text())
