@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import gc
 import io
-import json
 import logging
 import math
 import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,72 +23,13 @@ from ..dense.hub import load_config
 from ..dense.tokenizer import load_tokenizer
 from ..dense.whole import generate_plainly, whole_model
 from ..errors import CheckpointError, DeviceMemoryError, NumericalError, OptionError
-from ..system.files import digest_of_json
 from ..system.libraries import explained
 from .harness_tasks import find_tasks
-from .speed import positions
 
 # Draws for standard errors without a formula, of perplexities, say: 2 % exact. The harness's 100,000 take minutes.
 BOOTSTRAP = 1000
-# What a task may call the number of tokens to write, and lm_eval's for one that does not say.
-NEW_TOKENS, USUALLY_WRITTEN = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"), 256
 # Of a model's settings for `generate`, what others measure its tasks with, too.
 PENALTIES = ("repetition_penalty", "no_repeat_ngram_size")
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What a task asks of a model. most: tokens at most that it may write; sha256: of the questions and how they are
-    judged, as far as that is no code.
-    """
-
-    most: int
-    sha256: str
-
-
-def check_tasks(tasks: Sequence[str]) -> dict[str, Asked]:
-    """Load every task with its data, fetched from the Hub if need be, and make its questions, so that nothing is
-    missing or wrong hours later. Returns what each task asks.
-
-    Raises `OptionError` if lm_eval is not installed, or something is no task that it can load or whose data it does not
-    fit, `HubError` or `CorpusError` if data cannot be had.
-    """
-    asked = {}
-    with _quiet_log(), _own_random_numbers(torch.device("cpu")):
-        for request in find_tasks(tasks):
-            loaded = request.load()
-            with request.at_home(), _silence(), _of(request.name, "asked"):
-                _seeded(loaded, 0)
-                for task in loaded["tasks"].values():
-                    task.build_all_requests(rank=0, world_size=1)
-                instances = [one for task in loaded["tasks"].values() for one in task.instances]
-                judged = [(name, task.dump_config()) for name, task in loaded["tasks"].items()]
-                content = [judged, [(one.request_type, one.args, one.doc) for one in instances]]
-                sha256 = digest_of_json(json.loads(json.dumps(content, default=lambda value: type(value).__name__)))
-                asked[request.name] = Asked(max(map(_written, instances), default=0), sha256)
-    return asked
-
-
-def check_room(asked: Mapping[str, Asked], config: Any) -> None:
-    """Raise `OptionError` if a model has too few positions for what a task lets it write (`check_tasks`)."""
-    limit = positions(config)
-    for name, task in asked.items():
-        if limit is not None and task.most >= limit:
-            raise OptionError(
-                f"task {name} lets a model write {task.most} tokens, but this one has {limit} positions, of which the "
-                "question needs some; leave it out"
-            )
-
-
-def _written(request: Any) -> int:
-    """How many tokens a model may write for one of the harness's requests."""
-    if request.request_type != "generate_until":
-        return 0
-    options = request.args[1]
-    asked = next((options[name] for name in NEW_TOKENS if options.get(name) is not None), USUALLY_WRITTEN)
-    if type(asked) is not int or asked < 1:
-        raise ValueError(f"{asked!r} tokens are to be written")
-    return asked
 
 
 def evaluate_harness(
@@ -119,12 +58,12 @@ def evaluate_harness(
     are not finite, and `OptionError` if a task cannot be run on this model.
     """
     found = dict(known or {})
-    with _quiet_log(), _own_random_numbers(device):
+    with quiet_log(), own_random_numbers(device):
         requests = [(request, request.load()) for request in find_tasks([task for task in tasks if task not in found])]
         model = _open_model(directory.resolve(), device, dtype, batch_size) if requests else None
         for request, loaded in requests:
             with request.at_home():
-                found[request.name] = _results(_run(model, request.name, loaded, seed, limit))
+                found[request.name] = results_of(model, request.name, loaded, seed, limit)
             keep(request.name, found[request.name])
     del model
     gc.collect()  # the harness's wrapper is in a cycle with the model
@@ -133,8 +72,6 @@ def evaluate_harness(
 
 def _open_model(directory: Path, device: torch.device, dtype: torch.dtype, batch_size: int) -> Any:
     """A whole model, in the harness's wrapper."""
-    from lm_eval.models.huggingface import HFLM
-
     tokenizer = load_tokenizer(directory)
     model = whole_model(
         directory,
@@ -147,9 +84,16 @@ def _open_model(directory: Path, device: torch.device, dtype: torch.dtype, batch
     except torch.OutOfMemoryError as error:
         raise DeviceMemoryError(f"{device} has no room for the whole of {directory}; use --device cpu") from error
     generate_plainly(model, PENALTIES)
+    model.register_forward_hook(_check_logits)
+    return wrapped(model, tokenizer, batch_size)
+
+
+def wrapped(model: Any, tokenizer: Any, batch_size: int) -> Any:
+    """A model of transformers as the harness takes one."""
+    from lm_eval.models.huggingface import HFLM
+
     if tokenizer.eos_token_id is None:  # the harness cuts, begins and pads texts with it, and fails without
         tokenizer.eos_token = tokenizer.bos_token or tokenizer.convert_ids_to_tokens(0)
-    model.register_forward_hook(_check_logits)
     return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
 
 
@@ -157,6 +101,11 @@ def _check_logits(module: torch.nn.Module, inputs: Any, output: Any) -> None:
     """Without this the harness takes the first choice of all for the likeliest."""
     if not math.isfinite(output.logits.max().item()):
         raise NumericalError("the model's logits are not finite; use --dtype float32 or bfloat16")
+
+
+def results_of(model: Any, name: str, tasks: Mapping[str, Any], seed: int, limit: int | None) -> dict[str, Any]:
+    """What is kept of the harness's results for the tasks of one request."""
+    return _results(_run(model, name, tasks, seed, limit))
 
 
 def _run(model: Any, name: str, tasks: Mapping[str, Any], seed: int, limit: int | None) -> dict[str, Any]:
@@ -168,9 +117,9 @@ def _run(model: Any, name: str, tasks: Mapping[str, Any], seed: int, limit: int 
 
     options = {"limit": limit, "bootstrap_iters": BOOTSTRAP, "log_samples": False}
     while True:
-        _seeded(tasks, seed)
+        seeded(tasks, seed)
         try:
-            with _of(name, "run on this model"):
+            with of_task(name, "run on this model"):
                 return _evaluated(name, lambda: evaluate(model, tasks, **options))
         except torch.OutOfMemoryError as error:
             if model.batch_size_per_gpu == 1:
@@ -180,7 +129,7 @@ def _run(model: Any, name: str, tasks: Mapping[str, Any], seed: int, limit: int 
         torch.cuda.empty_cache()
 
 
-def _seeded(tasks: Mapping[str, Any], seed: int) -> None:
+def seeded(tasks: Mapping[str, Any], seed: int) -> None:
     """Ask the same questions with the same examples each time."""
     random.seed(seed)
     np.random.seed(seed)
@@ -190,14 +139,14 @@ def _seeded(tasks: Mapping[str, Any], seed: int) -> None:
         task.set_fewshot_seed(seed)
 
 
-def _of(name: str, done: str) -> AbstractContextManager[None]:
+def of_task(name: str, done: str) -> AbstractContextManager[None]:
     """A task is code of others, which may raise anything."""
     return explained(lambda why: OptionError(f"task {name} cannot be {done} ({why}); leave it out"))
 
 
 def _evaluated(name: str, evaluate: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     try:
-        with _silence():
+        with silence():
             return evaluate()
     except OverflowError as error:
         raise NumericalError(f"task {name}: a perplexity is too large for a number") from error
@@ -250,7 +199,7 @@ def _number(value: Any) -> float | None:
 
 
 @contextmanager
-def _own_random_numbers(device: torch.device) -> Iterator[None]:
+def own_random_numbers(device: torch.device) -> Iterator[None]:
     """Leave the generators that the harness seeds as they were."""
     python, numbers = random.getstate(), np.random.get_state()
     try:
@@ -262,7 +211,7 @@ def _own_random_numbers(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet_log() -> Iterator[None]:
+def quiet_log() -> Iterator[None]:
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -273,7 +222,7 @@ def _quiet_log() -> Iterator[None]:
 
 
 @contextmanager
-def _silence() -> Iterator[None]:
+def silence() -> Iterator[None]:
     """No bars and prints, and no process per core for the standard errors."""
     switch = "DISABLE_MULTIPROC"  # lm_eval's
     before = os.environ.get(switch)

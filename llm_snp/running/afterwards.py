@@ -15,7 +15,8 @@ from ..config import RUNS, PruneConfig
 from ..dense.hub import config_dtype
 from ..documents.writing import check_there, store
 from ..errors import DeviceMemoryError, Interrupted, ReplacedError, SnpError, first_line
-from ..evaluation.harness import Asked, check_tasks, evaluate_harness
+from ..evaluation.harness import evaluate_harness
+from ..evaluation.harness_check import Asked, check_tasks
 from ..evaluation.harness_table import compare
 from ..evaluation.harness_tasks import tasks_of
 from ..evaluation.speed import measure_speed, measurements

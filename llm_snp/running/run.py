@@ -24,7 +24,7 @@ from ..dense.tokenizer import load_tokenizer
 from ..documents.card import model_card
 from ..documents.report import Report, nodes
 from ..errors import NumericalError, OptionError
-from ..evaluation.harness import Asked, check_room
+from ..evaluation.harness_check import Asked, check_room, rehearse_tasks
 from ..evaluation.harness_tasks import texts_of
 from ..evaluation.perplexity import Perplexity, perplexity_streamed, worst
 from ..families import check_tables, linear
@@ -93,6 +93,8 @@ def _pruned(options: PruneConfig) -> tuple[Job, dict[str, Any], Mapping[str, Ask
                 progress.say(f"{job.output} is finished already")
                 return job, earlier, asked, progress, processes.main
             processes.on_main(lambda: check_sources(texts_read(options)))
+            if asked:
+                processes.on_main(lambda: rehearse_tasks(list(asked), job.directory, job.config))
             workspace = processes.on_main(
                 lambda: Workspace(job.output, options.overwrite, options.resume, inputs_of(job))
             )

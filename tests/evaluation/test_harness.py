@@ -22,6 +22,7 @@ pytest.importorskip("lm_eval", reason="lm-evaluation-harness (llm_snp[harness]) 
 
 import datasets
 
+from llm_snp.dense.hub import load_config
 from llm_snp.dense.tokenizer import load_tokenizer
 from llm_snp.errors import (
     CheckpointError,
@@ -33,7 +34,8 @@ from llm_snp.errors import (
     SnpError,
 )
 from llm_snp.evaluation import harness, harness_tasks
-from llm_snp.evaluation.harness import Asked, check_room, check_tasks, evaluate_harness
+from llm_snp.evaluation.harness import evaluate_harness
+from llm_snp.evaluation.harness_check import Asked, check_room, check_tasks, rehearse_tasks
 from llm_snp.evaluation.harness_table import compare, harness_rows
 from llm_snp.evaluation.harness_tasks import tasks_of, texts_of
 
@@ -344,6 +346,31 @@ def test_room_for_what_a_task_lets_a_model_write(dense: Path, task: Callable[...
         file = str(task("writing", max_gen_toks=strange))
         said = refused(OptionError, lambda file=file: check_tasks([file]))
         assert said.startswith(f"task {file} cannot be asked (")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"aggregation": "nosuch"},
+        {"do_sample": "false\n  foo: 3"},
+        {"do_sample": "false\n  num_beams: 0"},
+        {"output_type": 'generate_until\nfilter_list: [{name: x, filter: [{function: regex, regex_pattern: "("}]}]'},
+    ],
+)
+def test_how_a_task_generates_and_counts_is_tried_at_the_start(
+    wrong: dict[str, str], task: Callable[..., Path], dense: Path
+) -> None:
+    """The harness looks at it only when there are answers, which is after hours of pruning."""
+    file = str(task("writing", **wrong))
+    with suppress(OptionError):
+        check_tasks([file])
+        assert refused(OptionError, lambda: rehearse_tasks([file], dense, load_config(dense))).startswith(
+            f"task {file} c"
+        )
+
+
+def test_tasks_that_are_right_are_rehearsed(dense: Path) -> None:
+    rehearse_tasks([CHOICE, TEXT, WRITING], dense, load_config(dense))
 
 
 def test_questions_are_told_apart_by_what_they_ask(task: Callable[..., Path]) -> None:

@@ -116,7 +116,7 @@ def test_the_random_numbers_of_the_device_are_kept(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(torch.random, "fork_rng", fork_rng)
     for device in (GPU, CPU):
-        with harness._own_random_numbers(device):
+        with harness.own_random_numbers(device):
             pass
     assert kept == [[GPU], []]
 
