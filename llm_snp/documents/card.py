@@ -72,8 +72,9 @@ def _metadata(report: dict[str, Any], title: str) -> ModelCardData:
     known = [CORPORA[source][0] for source in sources if source in CORPORA]
     datasets = dict.fromkeys([*_list(card.get("datasets")), *known])
     results = _results(report) or None
+    made_of = [report["model"], *reversed(report.get("parents", []))]  # the nearest that is there
     return ModelCardData(
-        base_model=hub_id(report["model"]),
+        base_model=next(filter(None, map(hub_id, made_of)), None),
         library_name="transformers",
         pipeline_tag=TASK,
         tags=list(dict.fromkeys([*_list(card.get("tags")), *TAGS])),

@@ -15,7 +15,9 @@ from ..errors import CheckpointError
 from ..evaluation.harness_tasks import tasks_of, texts_of
 from ..pruning.job import Job
 from ..result.origin import ancestors
-from ..system.manifest import is_result
+from ..system.manifest import check_as_written, is_result
+
+CHANGED_SINCE = "the model's weights have changed since they were pruned, as by training: its report is of before"
 
 
 def inputs_of(job: Job) -> dict[Path, bool]:
@@ -40,6 +42,15 @@ def report_of(directory: Path) -> dict[str, Any] | None:
     with suppress(CheckpointError):
         return read_report(directory) if is_result(directory) else None
     return None
+
+
+def changed_since(directory: Path, before: Mapping[str, Any]) -> bool:
+    """Whether a result has other weights than its report is of, as one that was trained in place. Reads all of them."""
+    try:
+        check_as_written(directory, before)
+    except CheckpointError:
+        return True
+    return False
 
 
 def memory_of(job: Job, read: Mapping[str, str]) -> dict[str, Any]:

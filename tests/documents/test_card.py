@@ -133,6 +133,15 @@ def test_what_the_dense_model_says_of_itself_is_carried_over(report: dict[str, A
     assert metadata(model_card(report))["datasets"] == ["allenai/c4"]
 
 
+def test_the_nearest_model_on_the_hub_is_the_base_model(report: dict[str, Any]) -> None:
+    """Of one that was pruned twice, of which what lies between is here only."""
+    report["model"] |= {"name": "once", "hub": False}
+    report["sparsity"]["of_dense"] = 0.5
+    models = ("meta/first", True), (HUB_ID, True), ("twice", False)
+    report["parents"] = [{"name": name, "hub": hub, "removed": 0.1, "healed": 0} for name, hub in models]
+    assert metadata(model_card(report))["base_model"] == HUB_ID
+
+
 def test_a_local_directory_is_no_base_model(report: dict[str, Any]) -> None:
     """Even if it has the name of one on the Hub; a report that does not say claims nothing."""
     for name in ("models/tiny", "./models/tiny", "~/tiny", "/a/b", "a/b/c", "tiny", HUB_ID):

@@ -90,6 +90,19 @@ def test_what_was_trained_and_saved_in_between(once: Path, dense: Path, prune: P
     assert "It had been pruned before: " in model_card(report)
 
 
+def test_what_was_trained_in_place_says_so(once: Path, prune: Prune, tmp_path: Path) -> None:
+    """The report beside the weights is of what they were before."""
+    model = copied(once, tmp_path / "trained")
+    assert not any("have changed since" in note for note in prune(model, tmp_path / "untrained", 0.1)["notes"])
+    shard = min(model.glob("*.safetensors"))
+    save_file({name: tensor + 0.001 for name, tensor in load_file(shard).items()}, shard, {"format": "pt"})
+    report = prune(model, tmp_path / "out", 0.1)
+    assert (
+        "the model's weights have changed since they were pruned, as by training: its report is of before"
+        in report["notes"]
+    )
+
+
 def test_twice_to_the_same_widths_is_as_good_as_once(
     dense: Path, prune: Prune, tmp_path: Path, ids: torch.Tensor
 ) -> None:
