@@ -46,8 +46,9 @@ PLACES = frozenset(
 PLACE_ENDINGS = ("_file", "_name_or_path")
 # What holds a secret, whatever that looks like, with words that are told apart by "_".
 SECRETS = re.compile(
-    r"(?i:^(token|authorization|(set_)?cookies?)$|(^|_)(api_?key|secret|pass(wd|word|phrase)|credentials?|private_?key|"
-    r"(access|auth|hub|hf|api|bearer|github|gitlab|session|refresh)_?token)(_|$)|[a-z0-9]_key$)|"
+    r"(?i:^(token|authorization|(set_)?cookies?)$|"
+    r"(^|_)(api_?keys?|secrets?|pass(wd|word|phrase)s?|credentials?|private_?keys?|access_?keys?(_id)?|"
+    r"(access|auth|oauth|hub|hf|api|bearer|github|gitlab|session|refresh)_?tokens?)(_|$)|[a-z0-9]_keys?$)|"
     r"^[A-Z0-9_]*_(TOKEN|PASS|PAT|PWD)$"  # as variables of an environment are called
 )
 WORD = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|[-. ]")  # begins at it: clientSecret, api-key

@@ -548,7 +548,7 @@ TOKEN = "hf_" + "aB3" * 11
     [
         *("api_key", "WANDB_API_KEY", "password", "hub_token", "client_secret", "use_auth_token"),
         *("clientSecret", "secretAccessKey", "dbPassword", "X-API-Key", "Authorization", "api-key", "AWSSecretKey"),
-        *("token", "hubToken", "Set-Cookie"),
+        *("token", "hubToken", "Set-Cookie", "api_keys", "secrets", "passwords", "oauthToken", "accessKeyId"),
     ],
 )
 def test_what_is_called_a_secret_does_not_travel(name: str) -> None:
