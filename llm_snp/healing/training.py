@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ EVALUATIONS = 8  # of the held-out windows, spread over the run; after each the 
 PATIENCE = 2  # evaluations in a row without a new best, after which the run ends
 WARM_UP = 0.05  # of the steps
 BETA2 = 0.95  # AdamW's second: the usual 0.999 remembers more steps than such a run has
+AS_IN_FILES = "save_original_format"  # of transformers 5: whether tensors get the names that older files have
 NAMES = ("loss", "kl", "nll")
 
 
@@ -198,6 +201,9 @@ class Heal(Trainer):  # type: ignore[misc]
         super().__init__(student, arguments, train_dataset=windows, eval_dataset=windows[:1], callbacks=[watch])
         self.model_accepts_loss_kwargs = False  # the loss is a mean over one batch, of which a step may have several
         self.remove_callback(PrinterCallback)
+        if AS_IN_FILES in signature(student.save_pretrained).parameters:
+            # States are loaded by the model's own names, and those in other ones passed over without a word.
+            student.save_pretrained = partial(student.save_pretrained, **{AS_IN_FILES: False})
 
     def _get_train_sampler(self, *arguments: Any) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)

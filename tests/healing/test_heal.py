@@ -395,6 +395,30 @@ def test_an_interruption_changes_nothing(
     assert "and --evaluate is None now and was [] there" in heal.refused(pruned, *flags, "--resume")
 
 
+@pytest.mark.parametrize("format", ["auto", "stock"])
+def test_an_interruption_changes_nothing_where_files_have_other_names(
+    format: str, heal: Healer, prune: Prune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of GPT-NeoX's head: a state is read by the names that the model has, and what is missing is not told."""
+    prune(save_tiny("gpt_neox", tmp_path / "dense"), tmp_path / "pruned", 0.3, target="none", format=format)
+    flags = ("--no-evaluate", "--learning-rate", "3e-3")
+    assert heal(tmp_path / "pruned", *flags, "--output", "whole")[0] == 0
+    saved: list[int] = []
+    on_save = Watch.on_save
+
+    def at_the_second(self: Watch, args: Any, state: Any, control: Any, **options: Any) -> None:
+        on_save(self, args, state, control, **options)
+        saved.append(state.global_step)
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Watch, "on_save", at_the_second)
+    assert heal(tmp_path / "pruned", *flags)[0] == 130
+    code, _, err = heal(tmp_path / "pruned", *flags, "--resume")
+    assert code == 0, err
+    assert weight_files(Path("healed")) == weight_files(Path("whole"))
+
+
 def test_no_state_goes_before_the_next_one_is_noted(
     heal: Healer, pruned: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
