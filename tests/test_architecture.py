@@ -114,7 +114,7 @@ def test_a_family_is_a_short_file_or_a_row() -> None:
 
 
 def test_what_people_read_is_made_from_the_report_only() -> None:
-    tree = ast.parse(MODULES["documents/report"].read_text())
+    tree = ast.parse(MODULES["documents/summary"].read_text())
     functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
     reads = {"before", "harness_rows", "healing_line", "printable", "speed_table", "steps_lines"}
     allowed = {*functions, *dir(__builtins__), "Any", "Path", "Report", *reads}

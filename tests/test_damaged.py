@@ -298,6 +298,8 @@ def test_a_pipe_is_no_text(shell: Shell, dense: Path) -> None:
         (["--output", "loop"], "--output loop cannot be made: "),
         (["--output", "x" * 300], "File name too long"),
         (["--output", "caf\udce9"], "--output is 'caf\\udce9', which is no UTF-8 text"),
+        # As of a shell's variable that is not set.
+        *((["--overwrite", flag, ""], f"{flag} is empty; give something") for flag in ("--output", "--push-to-hub")),
         (["--offload", "~nobody-there"], "--offload ~nobody-there is no directory that can be written to"),
         (["--offload", "x" * 300], "is no directory that can be written to"),
         (["--calibration", "~nobody-there/a.txt"], "~nobody-there/a.txt is neither a file nor a known corpus"),

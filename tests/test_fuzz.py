@@ -37,8 +37,8 @@ from llm_snp.dense.checkpoint import Checkpoint
 from llm_snp.dense.data import calibration_windows, evaluation_windows
 from llm_snp.dense.tokenizer import load_tokenizer
 from llm_snp.documents.card import model_card
-from llm_snp.documents.report import summary
 from llm_snp.documents.shareable import shareable
+from llm_snp.documents.summary import summary
 from llm_snp.documents.writing import read_report, write_documents
 from llm_snp.errors import SnpError
 from llm_snp.running.preview import preview, preview_text

@@ -47,7 +47,7 @@ def check(args: argparse.Namespace) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Prune, or tell what pruning would do, and print it. Raises `SnpError`."""
-    from ..documents.report import summary
+    from ..documents.summary import summary
     from ..running.preview import preview, preview_text
     from ..running.run import run
     from ..system.allocator import give_back_freed_memory

@@ -28,8 +28,9 @@ def check(args: argparse.Namespace) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Write the documents, print their paths and what the run came to. Raises `SnpError` if DIR is no result."""
-    from ..documents.report import summary
+    from ..documents.summary import summary
     from ..documents.writing import kept, read_report, write_documents, write_page
+    from ..result.assembly import has_own_code
 
     if args.output is not None:
         report = read_report(args.directory)
@@ -45,4 +46,4 @@ def main(args: argparse.Namespace) -> None:
         print(f"written  {path}")
     print()
     # A result that was moved is where it was found now.
-    print(summary(report | {"output": str(args.directory)}))
+    print(summary(report | {"output": str(args.directory)}, has_own_code(args.directory)))

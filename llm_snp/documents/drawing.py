@@ -6,8 +6,8 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from .comparison import comparisons, duration
-from .report import relative_error
 from .shareable import before
+from .summary import relative_error
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -17,9 +17,9 @@ from .drawing import site_names
 from .healing import after_pruning, healing_rows, healing_sentences
 from .page_template import CSS, TEMPLATE
 from .plots import PLOTS, figures, style
-from .report import relative_error
 from .shareable import before, hub_id, shareable, texts_of
 from .steps import HEAD, steps_rows, steps_sentences
+from .summary import relative_error
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

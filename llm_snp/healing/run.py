@@ -16,7 +16,8 @@ from ..config import PruneConfig, shares
 from ..dense.data import Windows, check_known, evaluation_windows
 from ..dense.readers import check_sources, digests
 from ..dense.whole import generate_plainly
-from ..documents.report import nodes, summary
+from ..documents.report import nodes
+from ..documents.summary import summary
 from ..documents.writing import rehearse
 from ..errors import CheckpointError, CorpusError, HubError, NumericalError, OutputError, first_line
 from ..evaluation.perplexity import Perplexity, perplexity_loaded, perplexity_of, worst

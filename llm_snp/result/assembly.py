@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ import torch
 from ..dense.checkpoint import Checkpoint, respelled
 from ..dense.hub import load_config
 from ..dense.skeleton import Skeleton
-from ..documents.report import Report, block_line
+from ..documents.report import Report
+from ..documents.summary import block_line
+from ..errors import CheckpointError
 from ..families import EXPERTS, FAMILIES, OF_PRUNED, Family, dropped, fewer_blocks
 from ..pruning.executor import BlockLoss, SiteLoss
 from ..pruning.job import Job
@@ -158,6 +161,15 @@ def own_code(fields: Mapping[str, Any]) -> tuple[dict[str, str], bytes] | None:
         if family.pruned_model_type == fields.get("model_type"):
             return auto_map(family), modeling_file(family)
     return None
+
+
+def has_own_code(directory: Path) -> bool:
+    """Whether a result has the code that this version writes, and would have by its config."""
+    config, code = directory / "config.json", directory / MODELING
+    with suppress(CheckpointError):
+        own = own_code(read_object(config, content_of(config)))
+        return own is not None and code.is_file() and content_of(code) == own[1]
+    return False
 
 
 def modeling_file(family: Family) -> bytes:

@@ -15,8 +15,9 @@ SHOWN = 60  # characters at most that an error quotes
 def text(value: Any, flag: str) -> str:
     """A string from a string, a path, a `torch.device` or a `torch.dtype`.
 
-    Raises `OptionError` for another type, and for what no document could name: a null character, or bytes of a file
-    name that are no UTF-8 (which Python has as lone surrogates).
+    Raises `OptionError` for another type, for none at all, as of a shell's variable that is not set, and for what no
+    document could name: a null character, or bytes of a file name that are no UTF-8 (which Python has as lone
+    surrogates).
     """
     if type(value).__module__ == "torch" and type(value).__name__ in ("device", "dtype"):
         value = str(value).removeprefix("torch.")
@@ -24,6 +25,8 @@ def text(value: Any, flag: str) -> str:
         value = os.fspath(value)
     if not isinstance(value, str):
         raise _wrong(value, flag, "a text")
+    if not value.strip():
+        raise OptionError(f"{flag} is empty; give something, or leave it out")
     plain = str(value)
     if not encodable(plain) or "\0" in plain:
         raise OptionError(f"{flag} is {plain!a}, which is no UTF-8 text: a result could not name it; rename it")

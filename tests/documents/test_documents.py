@@ -23,7 +23,7 @@ from PIL import Image
 from llm_snp.documents.comparison import comparisons, duration, scaled
 from llm_snp.documents.page import html_page
 from llm_snp.documents.plots import PLOTS, figures, plot_images
-from llm_snp.documents.report import block_line
+from llm_snp.documents.summary import block_line
 from llm_snp.documents.writing import read_report, store, write_documents
 from llm_snp.errors import CheckpointError, OutputError
 from llm_snp.system import files

@@ -10,9 +10,9 @@ import pytest
 import torch
 from conftest import Prune, load, logits
 
-from llm_snp.documents.report import summary
 from llm_snp.documents.schema import fault
 from llm_snp.documents.shareable import shareable
+from llm_snp.documents.summary import summary
 
 pytestmark = pytest.mark.documents
 

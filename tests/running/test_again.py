@@ -15,8 +15,8 @@ from conftest import BLOCKS, Prune, Shell, copied, load, logits, weight_files
 from safetensors.torch import load_file, save_file
 
 from llm_snp.documents.card import model_card
-from llm_snp.documents.report import summary
 from llm_snp.documents.shareable import shareable
+from llm_snp.documents.summary import summary
 from llm_snp.errors import OptionError
 from llm_snp.healing.options import HealConfig
 from llm_snp.healing.pair import find_pair

@@ -40,7 +40,7 @@ from llm_snp.dense.hub import load_config
 from llm_snp.dense.mixture import fitted_and_unseen
 from llm_snp.dense.skeleton import Skeleton
 from llm_snp.dense.stream import Stream
-from llm_snp.documents.report import summary
+from llm_snp.documents.summary import summary
 from llm_snp.errors import NumericalError
 from llm_snp.families import FAMILIES
 from llm_snp.modeling.opt import SnpOPTForCausalLM

@@ -10,7 +10,7 @@ import torch
 from conftest import Prune, Shell, load, logits, weight_files
 from pruned_models import save_pruned
 
-from llm_snp.documents.report import summary
+from llm_snp.documents.summary import summary
 from llm_snp.system.journal import Journal
 
 CHEAP: dict[str, Any] = {"method": "everything", "attention": "heads", "sensitivity": "relative", "samples": 16}

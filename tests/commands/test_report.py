@@ -1,0 +1,37 @@
+"""`report DIR`: what it says of a result that may be a stranger's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from conftest import Prune, copied
+
+from llm_snp.cli import main
+from llm_snp.result.assembly import MODELING
+
+
+@pytest.mark.parametrize("format", ["auto", "stock"])
+def test_a_result_of_ones_own_is_loaded_as_its_card_says(
+    format: str, prune: Prune, dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prune(dense, tmp_path / "out", format=format)
+    capsys.readouterr()
+    assert main(["report", str(tmp_path / "out")]) == 0
+    trust = ", trust_remote_code=True" if format == "auto" else ""
+    last = f"load it  AutoModelForCausalLM.from_pretrained({str(tmp_path / 'out')!r}{trust})"
+    assert capsys.readouterr().out.splitlines()[-1] == last
+
+
+def test_nobody_is_told_to_run_other_code(
+    prune: Prune, dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A stranger's result may have any; with llm_snp's own classes it loads without."""
+    prune(dense, tmp_path / "out")
+    strange = copied(tmp_path / "out", tmp_path / "strange")
+    (strange / MODELING).write_text("raise SystemExit('this was run')\n" + (strange / MODELING).read_text())
+    capsys.readouterr()
+    assert main(["report", str(strange)]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[-1] == f"load it  import llm_snp; AutoModelForCausalLM.from_pretrained({str(strange)!r})"
+    assert out[-2].startswith("code     modeling_snp.py there is not what this version writes")
