@@ -12,6 +12,7 @@ from ..config import GGUF_TYPES
 from ..errors import OptionError, choose
 from ..system.files import disk, size
 from ..system.manifest import expect_directory, is_result, manifest
+from ..system.output import check_outside_cache
 
 MAGIC = b"GGUF"  # what such a file begins with
 HELP = "write a result as a GGUF file, for llama.cpp, Ollama and LM Studio"
@@ -49,6 +50,7 @@ def check(args: argparse.Namespace) -> None:
         raise OptionError(f"--gguf {args.gguf} is a directory; give the name of a file")
     if not os.path.isdir(args.gguf.parent):
         raise OptionError(f"--gguf {args.gguf}: there is no directory {args.gguf.parent}; make it first")
+    check_outside_cache(args.gguf, "--gguf")
     if os.path.lexists(args.gguf) and not args.overwrite:
         raise OptionError(f"--gguf {args.gguf} exists; give another name, or --overwrite")
     if is_result(args.gguf.parent) and args.gguf.name in manifest(args.gguf.parent):

@@ -14,6 +14,7 @@ from ..errors import CheckpointError, OptionError, OutputError, ReplacedError
 from ..system.files import alone, digest, digest_of_bytes, disk, inside, write_bytes, write_together
 from ..system.libraries import explained
 from ..system.manifest import FILES, REPLACING, REPORT, announced, changed, expect_result, is_result, manifest, sealed
+from ..system.output import check_outside_cache
 from ..system.private import in_cache
 from .card import model_card
 from .page import html_page, is_page
@@ -180,6 +181,7 @@ def write_page(path: Path, report: dict[str, Any]) -> None:
     """Write only the page, to a new file or over an earlier page. Raises `OptionError` for any other file."""
     page = html_page(report).encode()  # takes a while, in which something else may come there
     with disk(path):
+        check_outside_cache(path, "--output")
         if path.suffix.lower() not in (".html", ".htm"):
             raise OptionError(f"--output {path} is no name for a page; give one that ends in .html")
         if is_result(path.parent) and path.name in manifest(path.parent):

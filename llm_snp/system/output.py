@@ -23,11 +23,7 @@ def check_output(output: Path, overwrite: bool) -> None:
         resolved = output.resolve()
         if os.path.ismount(resolved):
             raise OutputError(f"--output {output} is a mount point, which cannot be replaced; give a directory in it")
-        if lies_in_cache(resolved):
-            raise OutputError(
-                f"--output {output} lies in the cache of the Hub, whose tools remove it when they clean up; give a "
-                "directory elsewhere"
-            )
+        check_outside_cache(output, "--output")
         partial = partial_of(resolved)
         if os.path.lexists(partial) and not is_ours(partial):
             raise in_the_way(partial)
@@ -48,6 +44,15 @@ def check_output(output: Path, overwrite: bool) -> None:
         aside = aside_of(resolved)
         if not was_put_aside((resolved if resolved.exists() else partial) / JOURNAL, aside):
             check_aside(aside)
+
+
+def check_outside_cache(path: Path, flag: str) -> None:
+    """Raise `OutputError` for what would be written among the snapshots in the Hub's cache."""
+    if lies_in_cache(path):
+        raise OutputError(
+            f"{flag} {path} lies in the cache of the Hub, whose tools remove it when they clean up; give a place "
+            "elsewhere"
+        )
 
 
 def check_partial(output: Path) -> None:

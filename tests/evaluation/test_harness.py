@@ -369,7 +369,9 @@ def test_how_a_task_generates_and_counts_is_tried_at_the_start(
         )
 
 
-def test_tasks_that_are_right_are_rehearsed(dense: Path) -> None:
+def test_tasks_that_are_right_are_rehearsed(dense: Path, task: Callable[..., Path]) -> None:
+    dated = str(task(version="1.0\n  2024-01-01: new questions"))
+    assert check_tasks([dated])
     rehearse_tasks([CHOICE, TEXT, WRITING], dense, load_config(dense))
 
 

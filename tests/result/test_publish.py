@@ -662,6 +662,10 @@ def test_a_copy_in_the_cache_of_the_hub_is_read_and_not_written(
     for output in (snapshot / "x", snapshot.parent / "x"):
         with pytest.raises(OutputError, match="lies in the cache of the Hub, whose tools remove it when they clean up"):
             check_output(output, overwrite=True)
+    capsys.readouterr()
+    for words in (["export", str(pruned), "--gguf"], ["report", str(snapshot), "--output"]):
+        assert main([*words, str(snapshot / "x.gguf.html")]) == 2
+        assert "lies in the cache of the Hub" in capsys.readouterr().err
     assert {path: (path.is_symlink(), path.read_bytes()) for path in snapshot.rglob("*") if path.is_file()} == before
 
 
