@@ -162,8 +162,13 @@ def changed(directory: Path, files: Mapping[str, str]) -> tuple[list[str], list[
 
 def check_weights(directory: Path, report: Mapping[str, Any]) -> None:
     """Raise `CheckpointError` for weights that are none of the result's, and would be read in their place."""
-    first = directory / "model.safetensors"
-    if os.path.lexists(first) and first.name not in manifest(directory, report):
+    first, files = directory / "model.safetensors", manifest(directory, report)
+    if os.path.lexists(first) and first.name not in files:
+        if any(name.endswith(".safetensors") and not os.path.lexists(directory / name) for name in files):
+            raise CheckpointError(
+                f"{first} is in place of the result's weights, as training leaves it that saves where it began: what "
+                f"{REPORT} says is of others; move the model into a directory of its own, without that"
+            )
         raise CheckpointError(
             f"{first} is no file of the result, and would be read in place of its weights; move it into a directory of "
             "its own"

@@ -179,6 +179,13 @@ def test_weights_beside_a_result_are_not_taken_for_its_own(
     assert not Path("there.gguf").exists()
 
 
+def test_a_model_that_was_trained_in_place_is_told_so(heal: Healer, pruned: Path, tmp_path: Path) -> None:
+    """save_pretrained removes the shards, so "move it" would leave none."""
+    result = copied(pruned, tmp_path / "there")
+    load(result).save_pretrained(result)
+    assert "is in place of the result's weights, as training leaves it" in heal.refused(result, "--no-evaluate")
+
+
 def test_other_ways_to_train_that_the_environment_asks_for_are_refused(
     heal: Healer, pruned: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
