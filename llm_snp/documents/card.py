@@ -196,7 +196,12 @@ def _how_to_serve(report: dict[str, Any], name: str) -> str:
         flags = " --trust-remote-code" * own + " --model-impl transformers" * backend
         rows.append(("vLLM", f"`vllm serve {quoted}{flags}`"))
     if kind in BLOCKWISE_IN_GGUF and fewer <= {"heads", "neurons"}:
-        rows.append(("llama.cpp", f"`python -m llm_snp export {quoted} --gguf {file}`, then `llama-server -m {file}`"))
+        fetch = ""
+        if "/" in name and hub_id({"name": name, "hub": True}):
+            quoted, whole = shlex.quote(name.rpartition("/")[2]), quoted
+            fetch = f"`hf download {whole} --local-dir {quoted}`, "
+        export = f"{fetch}`python -m llm_snp export {quoted} --gguf {file}`"
+        rows.append(("llama.cpp", f"{export}, then `llama-server -m {file}`"))
     if not rows:
         return ""
     sizes = " vLLM needs heads of a size that its attention kernels have: multiples of 8 on GPUs." if own else ""

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..dense.data import check_known
 from ..dense.tokenizer import load_tokenizer
 from ..errors import OptionError
 from ..system.files import digest_of_json
@@ -92,7 +93,11 @@ def rehearse_tasks(tasks: Sequence[str], directory: Path, config: Any) -> None:
     sizes = {"n_positions": positions(config) or POSITIONS, "n_embd": 8, "n_layer": 1, "n_head": 1}
     tiny = AutoConfig.for_model("gpt2", vocab_size=config.vocab_size, **sizes)
     with quiet_log(), own_random_numbers(torch.device("cpu")):
-        model = wrapped(AutoModelForCausalLM.from_config(tiny).eval(), load_tokenizer(directory), 1)
+        stand_in = AutoModelForCausalLM.from_config(tiny).eval()
+        stand_in.get_input_embeddings().register_forward_pre_hook(
+            lambda module, inputs: check_known(inputs[0], config.vocab_size, directory)
+        )
+        model = wrapped(stand_in, load_tokenizer(directory), 1)
         for request in find_tasks(tasks):
             loaded = request.load()
             with request.at_home():

@@ -31,8 +31,9 @@ class Heads:
 
 
 def head_width(config: Any) -> int:
-    """w, also where config.json does not name it."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    """w, also where config.json does not name it, or no class of the family reads what it names."""
+    named = getattr(config, "head_dim", None) if key_heads_field(config) else None
+    return named or config.hidden_size // config.num_attention_heads
 
 
 def key_heads_field(config: Any) -> str | None:

@@ -163,6 +163,7 @@ class _Run:
         with progress.phase("text"):
             self.read = identity | processes.from_main(lambda: digests(texts_read(job.options)))
             self.calibration, self.evaluation = processes.from_main(self._read_text)
+            processes.on_main(self._check_room_for_texts)
             self.journal.expect("calibration", calibration_identity(self.calibration))
 
     def _rehearse(self, report: Report) -> None:
@@ -187,6 +188,14 @@ class _Run:
             check_space(offload, needed + ceil(states), "the result and the hidden states need", "--offload")
         else:
             check_space(offload, ceil(states), "the hidden states need", "--offload")
+
+    def _check_room_for_texts(self) -> None:
+        """On the disk of --offload, for the longest text that perplexity is measured on: that pass needs one stream."""
+        if self.storage.offload is not None and self.evaluation:
+            tokens = max(windows.tokens.numel() for windows in self.evaluation.values())
+            width = max(linear(self.skeleton.blocks[0], site.consumer).out_features for site in self.job.sites(0))
+            states = ceil(tokens * width * self.dtype.itemsize / nodes())
+            check_space(self.storage.offload, states, "the hidden states of a text to evaluate on need", "--offload")
 
     def _read_text(self) -> tuple[Windows, dict[str, Windows]]:
         job, options = self.job, self.job.options

@@ -346,6 +346,16 @@ def test_limits_and_notes(report: dict[str, Any]) -> None:
     assert "- windows have 32 tokens" in card
 
 
+def test_on_the_hub_it_is_fetched_before_it_is_exported(report: dict[str, Any]) -> None:
+    """`export` takes a directory, and who reads the card there has none."""
+    report["model"] |= {"type": "llama", "custom_code": False}
+    for block in report["blocks"]:
+        block["attention"] = {"kept": 1, "units": 4, "unit": "heads"}
+    row = dict(section(model_card(report, name="ann/small-snp-30"), "Serve it"))["llama.cpp"]
+    fetched = "`hf download ann/small-snp-30 --local-dir small-snp-30`, `python -m llm_snp export small-snp-30 --gguf "
+    assert row.startswith(fetched)
+
+
 def test_llama_cpp_is_named_where_it_has_blocks_of_their_own_widths() -> None:
     """The card imports no family, so it keeps a list; Qwen3, which has to be tied for it, is not on that."""
     assert set(BLOCKWISE_IN_GGUF) == {kind for kind, rows in GGUF.items() if DECI in rows}

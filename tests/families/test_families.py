@@ -528,12 +528,13 @@ def test_a_causal_mask_may_be_the_largest_tensor(
         assert report["model"]["dtype"] == "float16"
 
 
+@pytest.mark.parametrize("field", [{"num_key_value_heads": 1}, {"head_dim": 2}])
 @pytest.mark.parametrize("name", ["opt", "gpt_neox", "gpt2"])
-def test_a_field_that_the_family_does_not_read(name: str, prune: Prune, tmp_path: Path) -> None:
-    """A config.json may have key heads by number where no class of the family has them."""
+def test_a_field_that_the_family_does_not_read(name: str, field: dict[str, int], prune: Prune, tmp_path: Path) -> None:
+    """A config.json may have a number of key heads, or their width, where no class of the family has it."""
     directory = save_tiny(name, tmp_path / "dense")
     fields = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps(fields | {"num_key_value_heads": 1}))
+    (directory / "config.json").write_text(json.dumps(fields | field))
     prune(directory, tmp_path / "out", 0.3)
     load(tmp_path / "out")
 
