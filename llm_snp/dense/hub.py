@@ -7,6 +7,7 @@ import os
 import stat
 from contextlib import nullcontext
 from fnmatch import fnmatch
+from importlib.metadata import version
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from ..system.files import scratch, write_text
 from ..system.libraries import explained, parse_json, reason
 from ..system.private import HUB_ID
 from .claims import check_within, checked_config
+from .rotary import older_fields
 from .terms import called_terms
 
 if TYPE_CHECKING:  # where a model is can be told without torch
@@ -167,6 +169,8 @@ def load_config(directory: Path) -> Any:
     if not isinstance(content, dict) or "model_type" not in content:
         raise CheckpointError(f'{path} is no config of transformers: it names no "model_type"')
     fields = checked_config(content, path)
+    if int(version("transformers").split(".")[0]) < 5:  # it would pass what 5 has saved over without a word
+        fields = older_fields(fields) | fields
     kind = content["model_type"]
 
     def refusal(cause: str) -> CheckpointError:

@@ -14,6 +14,7 @@ import torch
 
 from ..dense.checkpoint import Checkpoint, respelled
 from ..dense.hub import load_config
+from ..dense.rotary import older_fields
 from ..dense.skeleton import Skeleton
 from ..documents.report import Report
 from ..documents.summary import block_line
@@ -34,11 +35,7 @@ KEPT = "kept"
 # What a result brings along that needs a class of its own: its family's file of `llm_snp.modeling`, with what that
 # imports, under this name.
 MODELING = "modeling_snp.py"
-# What configs have of rotary positions beside transformers 5's `rope_parameters`, and its `dtype`.
-OLDER_FIELDS = (
-    *("rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor"),
-    *("rotary_emb_base", "rotary_pct", "torch_dtype"),
-)
+TYPE = "torch_dtype"  # as versions before 5 call it
 
 
 class PrunedBlocks:
@@ -211,7 +208,7 @@ def _older_fields(job: Job) -> dict[str, Any]:
     """
     path = job.directory / "config.json"
     fields = without_code(read_object(path, content_of(path)))
-    return {name: fields[name] for name in OLDER_FIELDS if name in fields}
+    return older_fields(fields) | ({TYPE: fields[TYPE]} if TYPE in fields else {})
 
 
 def open_result(directory: Path, job: Job, dtype: torch.dtype) -> Skeleton:

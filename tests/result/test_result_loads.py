@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, OPTFor
 
 import llm_snp.pruning.plan
 from llm_snp.dense.hub import EMBEDDED, load_config
+from llm_snp.dense.rotary import older_fields
 from llm_snp.families import FAMILIES
 
 
@@ -192,6 +193,20 @@ def test_rotary_positions_as_older_versions_and_engines_read_them(format: str, p
     assert getattr(load_config(tmp_path / "out"), "rope_parameters", None) == getattr(
         load_config(directory), "rope_parameters", None
     )
+
+
+def test_rotary_positions_of_a_model_that_transformers_5_has_saved() -> None:
+    llama3 = {"rope_type": "llama3", "factor": 8.0}
+    made = older_fields({"rope_parameters": llama3 | {"rope_theta": 5e5, "partial_rotary_factor": 0.5}})
+    assert made == {"rope_theta": 5e5, "rope_scaling": llama3, "partial_rotary_factor": 0.5}
+    assert older_fields({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}) == {
+        "rope_theta": 1e6,
+        "rope_scaling": None,
+    }
+    several = {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}
+    assert older_fields({"rope_parameters": several}) == older_fields({}) == {}
+    given = {"rope_theta": 2e4, "rope_scaling": None}
+    assert older_fields(given | {"rope_parameters": {"rope_theta": 1e6}}) == given
 
 
 @pytest.mark.parametrize("format", ["auto", "stock"])
