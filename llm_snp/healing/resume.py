@@ -171,9 +171,14 @@ def finished_before(options: HealConfig, pair: Pair) -> bool:
     if not options.resume or not is_result(output) or (options.overwrite and not untidy):
         return False
     earlier = recall(output).get("healing")
+    if not isinstance(earlier, dict):
+        raise ResumeError(
+            f"--resume: {options.destination} is a result, but no healing of this machine; give another --output, or "
+            "--overwrite"
+        )
     read = identity_of(pair, Rewriting(pair.student.directory)) | digests(shares(options.text))
     for name, now in memory_of(options, pair, read)["healing"].items():
-        before = earlier.get(name) if isinstance(earlier, dict) else None
+        before = earlier.get(name)
         if before != now:
             raise ResumeError(
                 f"--resume: {options.destination} is finished, and {name} is {now!r} now and was {before!r} there; "

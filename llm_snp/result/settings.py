@@ -47,10 +47,12 @@ PLACE_ENDINGS = ("_file", "_name_or_path")
 # What holds a secret, whatever that looks like, with words that are told apart by "_".
 SECRETS = re.compile(
     r"(?i:^(token|authorization|(set_)?cookies?)$|"
-    r"(^|_)(api_?keys?|secrets?|pass(wd|word|phrase)s?|credentials?|private_?keys?|access_?keys?(_id)?|"
-    r"(access|auth|oauth|hub|hf|api|bearer|github|gitlab|session|refresh)_?tokens?)(_|$)|[a-z0-9]_keys?$)|"
+    r"(^|_)(api_?keys?|secrets?|pass(wd|word|phrase)s?|credentials?|private_?keys?|access_?keys?(_id)?|connection_?string|"
+    r"(access|auth|oauth|private|hub|hf|api|bearer|github|gitlab|session|refresh)_?tokens?)(_|$)|[a-z0-9]_keys?$)|"
     r"^[A-Z0-9_]*_(TOKEN|PASS|PAT|PWD)$"  # as variables of an environment are called
 )
+# Who ran what made it, and where.
+PEOPLE = re.compile(r"(?i:^(user_?name|host_?name|launched_by|created_by|e_?mail|author_?email)$|^(user|host)$)")
 WORD = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|[-. ]")  # begins at it: clientSecret, api-key
 TEMPLATE_FIELD = "chat_template"
 WORDS = ("content", TEMPLATE_FIELD, "template")  # what a tokenizer reads or writes, whatever it looks like
@@ -73,6 +75,8 @@ def _names_code(name: Any, value: Any, file: str) -> bool:
         return True
     if isinstance(name, str) and (name.endswith(PLACE_ENDINGS) or _is_secret(name) or is_private(name)):
         return True
+    if isinstance(name, str) and file not in TOKENIZER_SETTINGS and PEOPLE.search(WORD.sub("_", name)):
+        return True  # a tokenizer has words for a user
     if not isinstance(value, str) or not is_private(value):
         return False
     words = name in WORDS and file in TOKENIZER_SETTINGS

@@ -179,6 +179,12 @@ def test_weights_beside_a_result_are_not_taken_for_its_own(
     assert not Path("there.gguf").exists()
 
 
+def test_a_result_that_no_healing_made_is_not_gone_on_with(heal: Healer, pruned: Path, tmp_path: Path) -> None:
+    copied(pruned, Path("healed"))
+    said = heal.refused(pruned, "--no-evaluate", "--resume")
+    assert said == "--resume: healed is a result, but no healing of this machine; give another --output, or --overwrite"
+
+
 def test_a_model_that_was_trained_in_place_is_told_so(heal: Healer, pruned: Path, tmp_path: Path) -> None:
     """save_pretrained removes the shards, so "move it" would leave none."""
     result = copied(pruned, tmp_path / "there")

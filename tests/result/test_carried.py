@@ -549,10 +549,18 @@ TOKEN = "hf_" + "aB3" * 11
         *("api_key", "WANDB_API_KEY", "password", "hub_token", "client_secret", "use_auth_token"),
         *("clientSecret", "secretAccessKey", "dbPassword", "X-API-Key", "Authorization", "api-key", "AWSSecretKey"),
         *("token", "hubToken", "Set-Cookie", "api_keys", "secrets", "passwords", "oauthToken", "accessKeyId"),
+        *("private_token", "connection_string"),
     ],
 )
 def test_what_is_called_a_secret_does_not_travel(name: str) -> None:
     assert without_code({name: "7f3", "b": {name: {"key": "7f3"}}}) == {"b": {}}
+
+
+def test_who_ran_what_and_where_does_not_travel() -> None:
+    """As a script writes its arguments into a config; a tokenizer may have words by such names."""
+    fields = {"hostname": "gpu01", "user": "ann", "launchedBy": "ann@gpu01", "e_mail": "ann@example.org", "users": 3}
+    assert without_code(fields) == {"users": 3}
+    assert without_code({"user": "<|user|>"}, "tokenizer_config.json") == {"user": "<|user|>"}
 
 
 def test_what_a_model_reads_is_no_secret() -> None:
