@@ -29,7 +29,7 @@ def card_metadata(directory: Path) -> dict[str, Any]:
     with suppress(OSError):  # a card is for people: one that cannot be read takes nothing from the model
         if path.is_file() and within(path, directory):
             with path.open("rb") as file:
-                matter = _front_matter(file.read(CARD_BYTES))
+                matter = front_matter(file.read(CARD_BYTES))
     found = _parsed(matter) if len(matter) <= FRONT_MATTER else {}
     if not found:  # one line that is wrong, or a hundred benchmarks, takes nothing from the licence
         for section in _sections(matter):
@@ -39,7 +39,7 @@ def card_metadata(directory: Path) -> dict[str, Any]:
     return carried_words(found)
 
 
-def _front_matter(card: bytes) -> str:
+def front_matter(card: bytes) -> str:
     """A card without its text, which may be of another encoding."""
     head = re.match(rb"(?:\xef\xbb\xbf)?\s*---\n(.*?)\n---[ \t]*(?:\n|$)", re.sub(rb"\r\n?", b"\n", card), re.DOTALL)
     matter = b"" if head is None else head[1]

@@ -21,9 +21,14 @@ _MORE = (
     r"mistral|meta|google|en|zh|cn|de|fr|es|it|ja|jp|ko|kr|ru"
 )
 _GAP = r"[ ._-]+"
+# With any word before it, which may be its maker's, or a product's that the model has nothing to do with.
 TERMS = re.compile(
     rf"(notices?|copying|copyrights?|terms|third[ ._-]?party|([\w-]*[_-])?polic(y|ies)|"
     rf"(.*[^a-z])?((un)?licen[cs]es?|eula|terms.of.(use|service)))({_GAP}({_MORE}))*(\.\w+)?",
+    re.IGNORECASE | re.ASCII,
+)
+ONLY = re.compile(
+    rf"((acceptable|prohibited|{_MORE}){_GAP})*(notices?|copying|copyrights?|terms|third|(un)?licen[cs]es?|eula|polic(y|ies)).*",
     re.IGNORECASE | re.ASCII,
 )
 # Of such words a text of terms has two at least.
@@ -47,7 +52,8 @@ def may_be_terms(path: Path) -> bool:
 def is_terms(path: Path) -> bool:
     """Whether a file that may be such terms is some: by its name alone, or by what it says as well."""
     words = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", path.name)  # LicenseAgreement.txt
-    return TERMS.fullmatch(words) is not None or _reads_as_terms(path)
+    named = TERMS.fullmatch(words) is not None
+    return (named and (ONLY.match(words) is not None or path.suffix.lower() == ".pdf")) or _reads_as_terms(path)
 
 
 def _reads_as_terms(path: Path) -> bool:

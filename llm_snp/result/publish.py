@@ -12,6 +12,7 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
+from ..dense.card import front_matter
 from ..dense.tokenizer import check_tokenizer
 from ..documents.card import model_card, plots_of
 from ..documents.page import html_page
@@ -34,7 +35,8 @@ from ..system.manifest import (
     some,
     strays,
 )
-from ..system.private import in_cache
+from ..system.private import in_cache, public_words
+from ..system.progress import one_line
 from ..version import __version__
 from .assembly import MODELING, own_code
 from .carried import travels
@@ -225,7 +227,8 @@ def _documents(
 def _card(directory: Path, report: dict[str, Any], repo: str) -> str | None:
     """The card for `repo`, or None if a person has edited the one that is there.
 
-    Raises `CheckpointError` for a link: what it leads to may be nothing that is for others.
+    Raises `CheckpointError` for a link: what it leads to may be nothing that is for others; and for places in the
+    metadata of one that was edited, which programs write there, too.
     """
     path = directory / CARD
     if path.is_symlink() or (path.exists() and not path.is_file()):
@@ -235,4 +238,12 @@ def _card(directory: Path, report: dict[str, Any], repo: str) -> str | None:
     text = path.read_text(encoding="utf-8", errors="replace")
     titles = {plot_path(one): plot.title for one, plot in PLOTS.items()}  # not the card's: that may be a stranger's
     plots = [(titles[shown], shown) for _, shown in plots_of(text) if shown in titles]
-    return None if card_is_edited(directory, report) else model_card(report, repo, plots)
+    if not card_is_edited(directory, report):
+        return model_card(report, repo, plots)
+    place = next((line for line in front_matter(path.read_bytes()).splitlines() if public_words(line) != line), None)
+    if place is not None:
+        raise CheckpointError(
+            f"{path} has a place of this machine, or a secret, in its metadata ({one_line(place)}), which peft puts "
+            "there, say, and would be published; take that out, or remove the file and let `report` make it anew"
+        )
+    return None

@@ -17,6 +17,8 @@ from ..pruning.job import Job
 from ..result.origin import ancestors
 from ..system.manifest import check_as_written, is_result
 
+ADAPTER = "adapter_config.json"  # peft's
+UNREAD = f"{ADAPTER} lies beside the weights, and is not read: merge the adapter first to prune it, too"
 CHANGED_SINCE = "the model's weights have changed since they were pruned, as by training: its report is of before"
 
 
@@ -44,13 +46,18 @@ def report_of(directory: Path) -> dict[str, Any] | None:
     return None
 
 
-def changed_since(directory: Path, before: Mapping[str, Any]) -> bool:
-    """Whether a result has other weights than its report is of, as one that was trained in place. Reads all of them."""
+def remarks(directory: Path, before: Mapping[str, Any] | None) -> list[str]:
+    """What whoever has the model may not know: what lies there and is not read, and a report that is of other weights.
+
+    before: of the run that made it, whose weights are read for that.
+    """
+    found = [UNREAD] if os.path.lexists(directory / ADAPTER) else []
     try:
-        check_as_written(directory, before)
+        if before is not None:
+            check_as_written(directory, before)
     except CheckpointError:
-        return True
-    return False
+        found.append(CHANGED_SINCE)
+    return found
 
 
 def memory_of(job: Job, read: Mapping[str, str]) -> dict[str, Any]:

@@ -47,7 +47,7 @@ from ..system.progress import Progress
 from ..system.workspace import Workspace, known
 from .afterwards import afterwards, check_afterwards
 from .estimate import fisher_bytes, streams_of
-from .inputs import changed_since, inputs_of, memory_of, report_of
+from .inputs import inputs_of, memory_of, remarks, report_of
 from .rehearsal import rehearse
 from .resume import (
     GONE_ON_WITH,
@@ -212,10 +212,8 @@ class _Run:
         job, skeleton, progress = self.job, self.skeleton, self.progress
         before = self.processes.from_main(lambda: report_of(job.directory))
         report = Report(job, self.checkpoint, self.calibration, self.dtype, self.stored, self.processes.count, before)
-        if before and self.processes.from_main(lambda: changed_since(job.directory, before)):
-            report.note(
-                "the model's weights have changed since they were pruned, as by training: its report is of before"
-            )
+        for remark in self.processes.from_main(lambda: remarks(job.directory, before)):
+            report.note(remark)
         if self.processes.from_main(lambda: known(self.workspace).resumed):
             report.note(GONE_ON_WITH)
         self.processes.on_main(lambda: self._rehearse(report))

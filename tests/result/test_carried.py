@@ -772,6 +772,19 @@ def test_what_generate_takes_travels(dense: Path, tmp_path: Path) -> None:
     assert json.loads(Carried(directory).files["generation_config.json"]) == fields
 
 
+def test_a_product_s_licence_is_told_by_what_it_says(dense: Path, tmp_path: Path) -> None:
+    """By its name alone it is the key of something else that lies there; a maker's licence of the model has words."""
+    directory = Path(shutil.copytree(dense, tmp_path / "model"))
+    (directory / "gurobi_license.txt").write_text("LICENSEID=123\nHOSTNAME=gpu01\n")
+    (directory / "access_policy.txt").write_text("allow user ann on gpu01\n")
+    (directory / "ACME_LICENSE.txt").write_text("Copyright ACME. Permission is hereby granted ...\n")
+    (directory / "Llama-2_LICENSE.txt").write_text("see the web\n")
+    (directory / "USE_POLICY.md").write_text("be good\n")
+    carried = Carried(directory)
+    assert {"ACME_LICENSE.txt", "Llama-2_LICENSE.txt", "USE_POLICY.md"} <= set(carried.files)
+    assert sorted(carried.unclear) == ["access_policy.txt", "gurobi_license.txt"]
+
+
 def test_a_page_of_terms_stays_where_it_is_and_the_report_says_so(prune: Prune, dense: Path, tmp_path: Path) -> None:
     """A browser runs what is in it, and `push` would publish it beside our own page."""
     directory = Path(shutil.copytree(dense, tmp_path / "model"))

@@ -669,6 +669,15 @@ def test_a_copy_in_the_cache_of_the_hub_is_read_and_not_written(
     assert {path: (path.is_symlink(), path.read_bytes()) for path in snapshot.rglob("*") if path.is_file()} == before
 
 
+def test_a_card_that_a_program_wrote_a_place_into_is_not_published(hub: HubServer, result: Path) -> None:
+    """peft does where an adapter is saved beside a model: with its path, as what it is an adapter of."""
+    card = result / "README.md"
+    card.write_text(card.read_text().replace("---\n", "---\nbase_model: /home/ann/models/x\n", 1))
+    said = refusal(CheckpointError, REPO, directory=result)
+    assert "has a place of this machine, or a secret, in its metadata (base_model: /home/ann/models/x)" in said
+    assert REPO not in hub.repositories
+
+
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
 def test_a_pipe_is_not_read(result: Path, name: str) -> None:
     (result / name).unlink()

@@ -21,6 +21,7 @@ from llm_snp.errors import OptionError
 from llm_snp.healing.options import HealConfig
 from llm_snp.healing.pair import find_pair
 from llm_snp.healing.resume import inputs_of
+from llm_snp.running.inputs import ADAPTER, UNREAD
 from llm_snp.system.journal import Journal
 
 
@@ -88,6 +89,12 @@ def test_what_was_trained_and_saved_in_between(once: Path, dense: Path, prune: P
     gone = load(dense).num_parameters() - load(tmp_path / "out").num_parameters()
     assert report["sparsity"]["of_dense"] == pytest.approx(gone / report["sparsity"]["dense_block_parameters"])
     assert "It had been pruned before: " in model_card(report)
+
+
+def test_an_adapter_beside_the_weights_is_told(once: Path, prune: Prune, tmp_path: Path) -> None:
+    model = copied(once, tmp_path / "model")
+    (model / ADAPTER).write_text("{}")
+    assert UNREAD in prune(model, tmp_path / "out", 0.1)["notes"]
 
 
 def test_what_was_trained_in_place_says_so(once: Path, prune: Prune, tmp_path: Path) -> None:
