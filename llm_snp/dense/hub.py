@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from contextlib import nullcontext
 from fnmatch import fnmatch
@@ -154,6 +155,11 @@ def _download(model: str, revision: str | None, weights: bool) -> Path:
             raise CheckpointError(f"{model} is neither a local directory nor a valid Hub id") from error
 
 
+def transformers_is(*least: int) -> bool:
+    """Whether transformers has this version at least, such as (4, 56): what a config has says of another's only."""
+    return tuple(map(int, re.findall(r"\d+", version("transformers"))[: len(least)])) >= least
+
+
 def load_config(directory: Path) -> Any:
     """The transformers config of a model directory. Raises `CheckpointError` if it cannot be read."""
     from transformers import AutoConfig
@@ -169,7 +175,7 @@ def load_config(directory: Path) -> Any:
     if not isinstance(content, dict) or "model_type" not in content:
         raise CheckpointError(f'{path} is no config of transformers: it names no "model_type"')
     fields = checked_config(content, path)
-    if int(version("transformers").split(".")[0]) < 5:  # it would pass what 5 has saved over without a word
+    if not transformers_is(5):  # it would pass what 5 has saved over without a word
         fields = older_fields(fields) | fields
     kind = content["model_type"]
 

@@ -16,6 +16,7 @@ from ..system.files import scratch
 from ..system.libraries import ONE_AT_A_TIME, explained
 from .checkpoint import Checkpoint, weight_files
 from .claims import ELSEWHERE
+from .hub import transformers_is
 from .skeleton import computing
 
 SETTINGS = "generation_config.json"
@@ -32,8 +33,7 @@ def whole_model(directory: Path, config: Any, dtype: torch.dtype | None, sentenc
     config = computing(config)
     for name in ELSEWHERE:
         config.__dict__.pop(name, None)
-    # The name of the argument before transformers 4.56.
-    options = {} if dtype is None else {"dtype" if hasattr(config, "dtype") else "torch_dtype": dtype}
+    options = {} if dtype is None else {"dtype" if transformers_is(4, 56) else "torch_dtype": dtype}
     names = [*weight_files(directory), SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME, SETTINGS]
     with scratch() as folder, explained(sentence), ONE_AT_A_TIME:
         for name in names:

@@ -17,7 +17,7 @@ from tiny_models import save_tiny
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, OPTForCausalLM, PreTrainedModel
 
 import llm_snp.pruning.plan
-from llm_snp.dense.hub import EMBEDDED, load_config
+from llm_snp.dense.hub import EMBEDDED, load_config, transformers_is
 from llm_snp.dense.rotary import older_fields
 from llm_snp.families import FAMILIES
 
@@ -193,6 +193,17 @@ def test_rotary_positions_as_older_versions_and_engines_read_them(format: str, p
     assert getattr(load_config(tmp_path / "out"), "rope_parameters", None) == getattr(
         load_config(directory), "rope_parameters", None
     )
+
+
+@pytest.mark.parametrize(("installed", "newer"), [("4.50.0", False), ("4.56.0.dev0", True), ("5.0.0rc1", True)])
+def test_versions_are_compared_and_not_what_a_config_has(
+    installed: str, newer: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A config that a newer transformers has saved has its fields in an older one, too."""
+    monkeypatch.setattr("llm_snp.dense.hub.version", lambda name: installed)
+    assert transformers_is(4, 56) is newer
+    assert transformers_is(4, 50)
+    assert transformers_is(5) is installed.startswith("5")
 
 
 def test_rotary_positions_of_a_model_that_transformers_5_has_saved() -> None:
