@@ -196,19 +196,17 @@ def write_rest(
     if needs_code:
         files[MODELING] = modeling
     fields = json.loads(config.to_json_string())
-    files["config.json"] = as_file(dict(sorted((_older_fields(job) | fields).items())))
+    files["config.json"] = as_file(dict(sorted((_older_fields(carried.config) | fields).items())))
     writer.bytes(files)
     writer.index()
 
 
-def _older_fields(job: Job) -> dict[str, Any]:
+def _older_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     """Of the dense model's config what older versions and engines look for.
 
     transformers 5 writes `rope_parameters` alone, in which transformers 4, say, sees nothing, and takes its defaults.
     """
-    path = job.directory / "config.json"
-    fields = without_code(read_object(path, content_of(path)))
-    return older_fields(fields) | ({TYPE: fields[TYPE]} if TYPE in fields else {})
+    return older_fields(config) | ({TYPE: config[TYPE]} if TYPE in config else {})
 
 
 def open_result(directory: Path, job: Job, dtype: torch.dtype) -> Skeleton:

@@ -54,14 +54,15 @@ PROBE = (
 class Carried:
     """The files that travel, by their name in the result, read once.
 
-    directory: of the dense model; left: names of terms of use that stay there, because they may have scripts, or are a
-    folder, or too large for text; unclear: of files that may be a person's own. Raises `CheckpointError` for what
-    cannot be read or is not what it should be, links that lead out of the directory, and a tokenizer whose class is
-    code of the directory.
+    directory: of the dense model; config: what its config.json says, but for what must not travel; left: names of terms
+    of use that stay there, because they may have scripts, or are a folder, or too large for text; unclear: of files
+    that may be a person's own. Raises `CheckpointError` for what cannot be read or is not what it should be, links that
+    lead out of the directory, and a tokenizer whose class is code of the directory.
     """
 
     def __init__(self, directory: Path):
         self.directory = directory
+        self.config = without_code(read_object(directory / "config.json", content_of(directory / "config.json")))
         check_tokenizer_class(directory)
         found = [path for name in TOKENIZER_FILES if (path := directory / name).is_file()]
         found += sorted(path for path in (directory / TEMPLATES).glob("*.jinja") if path.is_file())
@@ -109,7 +110,7 @@ class Carried:
         Where it would choose another one, the settings that travel name the class from here on. Raises `OutputError` if
         there is no room to try it, in the system's directory for temporary files.
         """
-        fields = without_code(read_object(self.directory / "config.json", content_of(self.directory / "config.json")))
+        fields = self.config
         advice, dense = "save it with `save_pretrained` of its own class, and give that", _told_apart_by(tokenizer)
         if self._travelling(fields, advice) != dense:
             raise CheckpointError(
