@@ -11,13 +11,14 @@ from typing import Any
 
 from ..config import shares
 from ..dense.readers import digests
+from ..documents.writing import read_report
 from ..errors import CheckpointError, ResumeError
 from ..result.finishing import finished_all_the_same
 from ..result.rewriting import Rewriting
 from ..result.settings import content_of
 from ..system.files import digest, digest_of_bytes, disk
 from ..system.journal import DIGEST, Journal
-from ..system.manifest import JOURNAL, is_result
+from ..system.manifest import JOURNAL, check_as_written, is_result
 from ..system.remembering import recall
 from ..system.workspace import STATES, Workspace, tidy
 from ..version import __version__
@@ -184,4 +185,5 @@ def finished_before(options: HealConfig, pair: Pair) -> bool:
                 f"--resume: {options.destination} is finished, and {name} is {now!r} now and was {before!r} there; "
                 "give another --output, or --overwrite"
             )
+    check_as_written(output, read_report(output))
     return True

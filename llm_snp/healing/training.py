@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.utils import CONFIG_NAME
 
 from ..core.linalg import strips
 from ..errors import NumericalError, OptionError
@@ -139,8 +140,9 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             control.should_training_stop = True
 
     def on_save(self, args: Any, state: Any, control: Any, **options: Any) -> None:
-        best = state.best_model_checkpoint
-        self.saved(state.global_step, Path(args.output_dir, f"checkpoint-{state.global_step}"), best and Path(best))
+        best, folder = state.best_model_checkpoint, Path(args.output_dir, f"checkpoint-{state.global_step}")
+        (folder / CONFIG_NAME).unlink(missing_ok=True)  # nobody needs it, and another transformers may not read it
+        self.saved(state.global_step, folder, best and Path(best))
 
 
 def _entry(logged: dict[str, float]) -> dict[str, float]:

@@ -25,7 +25,7 @@ from ..result.finishing import finished_all_the_same
 from ..result.origin import WEIGHTS_READ
 from ..system.files import digest
 from ..system.keeping import kept_for_later
-from ..system.manifest import JOURNAL, is_result
+from ..system.manifest import JOURNAL, check_as_written, is_result
 from ..system.remembering import recall
 from ..system.workspace import Workspace, tidy
 from ..version import __version__
@@ -72,9 +72,9 @@ def texts_read(options: PruneConfig) -> list[str]:
 def finished_before(job: Job) -> dict[str, Any] | None:
     """The report of a result that is already there and was asked for with the same options, for --resume.
 
-    Raises `ResumeError` naming the first option that is another one, or what was read and has changed since. With
-    --overwrite an earlier result is to be replaced, unless the run that is gone on with has made it and was killed
-    before it had tidied up.
+    Raises `ResumeError` naming the first option that is another one, or what was read and has changed since, and
+    `CheckpointError` for a result that is not as it was written. With --overwrite an earlier result is to be replaced,
+    unless the run that is gone on with has made it and was killed before it had tidied up.
     """
     options, output = job.options, job.output.resolve()
     untidy = (output / JOURNAL).exists()
@@ -115,6 +115,7 @@ def finished_before(job: Job) -> dict[str, Any] | None:
                 f"--resume: {job.output} is finished, and {name} is {found.get(name)!r} now and was {read.get(name)!r} "
                 "then: it is no result of what is there now; give another --output, or --overwrite"
             )
+    check_as_written(output, report)
     # As the run itself gave it: the report in the file has names where the caller has paths.
     evaluation: dict[str, Any] = {}
     for source, both in zip(texts_of(options.evaluate or ()), report["evaluation"].values(), strict=False):

@@ -165,6 +165,17 @@ def test_tasks_that_were_run_are_not_run_again(shell: Shell, dense: Path, monkey
     assert "tasks" not in recall(shell.output)
 
 
+def test_a_result_that_was_damaged_since_is_not_finished(shell: Shell, dense: Path) -> None:
+    """Whoever resumes to be sure is told."""
+    short = ("--samples", SAMPLES, "--sequence-length", LENGTH, "--calibration", shell.text, "--output", shell.output)
+    assert shell.run(dense, *short, "--no-evaluate", "--quiet")[0] == 0
+    shard = min(shell.output.glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    code, _, err = shell.run(dense, *short, "--no-evaluate", "--quiet", "--resume")
+    assert code == 2
+    assert f"is not as it was written: {shard.name} changed" in err
+
+
 def test_a_task_that_is_not_there_is_known_before_the_work(
     shell: Shell, dense: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
