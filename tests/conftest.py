@@ -169,6 +169,15 @@ def ids() -> torch.Tensor:
     return torch.randint(4, VOCABULARY, (3, 40), generator=torch.Generator().manual_seed(7))
 
 
+def raising(error: BaseException) -> Callable[..., Any]:
+    """In place of a function that meets such a fault."""
+
+    def function(*arguments: Any, **options: Any) -> Any:
+        raise error
+
+    return function
+
+
 def copied(result: Path, to: Path) -> Path:
     """A copy of a result that knows what the result knows of this machine."""
     shutil.copytree(result, to)

@@ -32,6 +32,7 @@ from conftest import (
     load,
     logits,
     paragraphs,
+    raising,
     save,
     tiny_opt,
     weight_files,
@@ -331,11 +332,7 @@ def test_weights_that_there_is_no_memory_to_map(
     shell: Shell, dense: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     """Where the address space is limited; they are no worse for it."""
-
-    def full(*_: Any, **options: Any) -> None:
-        raise error
-
-    monkeypatch.setattr("llm_snp.dense.checkpoint.safe_open", full)
+    monkeypatch.setattr("llm_snp.dense.checkpoint.safe_open", raising(error))
     assert shell.refused(dense).startswith(f"the device ran out of memory ({error}); use ")
 
 
@@ -343,10 +340,7 @@ def test_weights_that_there_is_no_memory_to_map(
 def test_no_memory_before_there_is_anything(
     shell: Shell, dense: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    def full(*_: Any, **options: Any) -> None:
-        raise error
-
-    monkeypatch.setattr("llm_snp.running.run.open_job", full)
+    monkeypatch.setattr("llm_snp.running.run.open_job", raising(error))
     if isinstance(error, RuntimeError):
         with pytest.raises(RuntimeError):
             shell.prune(dense)
@@ -548,13 +542,6 @@ def test_a_token_that_cannot_be_read(
         monkeypatch.delenv(name, raising=False)
     message = shell.refused("facebook/opt-125m", *flags)
     assert message.startswith(f"the token for the Hugging Face Hub cannot be read from {path} (")
-
-
-def raising(error: Exception) -> Callable[..., Any]:
-    def function(*args: Any, **kwargs: Any) -> Any:
-        raise error
-
-    return function
 
 
 class ClientError(Exception):

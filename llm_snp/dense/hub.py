@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import stat
 from contextlib import nullcontext
 from fnmatch import fnmatch
 from importlib.metadata import version
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
+
+from packaging.version import Version
 
 from ..errors import CheckpointError, HubError
 from ..system.files import scratch, write_text
@@ -157,7 +158,7 @@ def _download(model: str, revision: str | None, weights: bool) -> Path:
 
 def transformers_is(*least: int) -> bool:
     """Whether transformers has this version at least, such as (4, 56): what a config has says of another's only."""
-    return tuple(map(int, re.findall(r"\d+", version("transformers"))[: len(least)])) >= least
+    return Version(version("transformers")).release[: len(least)] >= least
 
 
 def load_config(directory: Path) -> Any:

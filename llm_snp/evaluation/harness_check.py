@@ -13,7 +13,7 @@ import torch
 from ..dense.data import check_known
 from ..dense.tokenizer import load_tokenizer
 from ..errors import OptionError
-from ..system.files import digest_of_json
+from ..system.files import digest_of_bytes
 from .harness import of_task, own_random_numbers, quiet_log, results_of, seeded, silence, wrapped
 from .harness_tasks import find_tasks
 from .speed import positions
@@ -25,12 +25,12 @@ POSITIONS = 2048  # of a model that says none
 
 @dataclass(frozen=True)
 class Asked:
-    """What a task asks of a model. most: tokens at most that it may write; sha256: of the questions and how they are
+    """What a task asks of a model. most: tokens at most that it may write; digest: of the questions and how they are
     judged, as far as that is no code.
     """
 
     most: int
-    sha256: str
+    digest: str
 
 
 def check_tasks(tasks: Sequence[str]) -> dict[str, Asked]:
@@ -57,8 +57,7 @@ def check_tasks(tasks: Sequence[str]) -> dict[str, Asked]:
 
 def _digest(content: Any) -> str:
     """A hash of what may hold code and dates, by their types, and dates as keys, which are left out."""
-    text = json.dumps(content, default=lambda value: type(value).__name__, skipkeys=True)
-    return digest_of_json(json.loads(text))
+    return digest_of_bytes(json.dumps(content, default=lambda value: type(value).__name__, skipkeys=True).encode())
 
 
 def check_room(asked: Mapping[str, Asked], config: Any) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from typing import Any
 
 from torch import Tensor
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, GPTNeoXModel
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXAttention, eager_attention_forward
 
-from .narrowing import Narrowed, narrow_layer
+from .narrowing import Narrowed, convert_as, narrow_layer
 from .rotary import NarrowHeads, lose
 
 
@@ -66,13 +65,5 @@ class SnpGPTNeoXForCausalLM(Narrowed, GPTNeoXForCausalLM):  # type: ignore[misc]
     consumers = ("attention.dense", "mlp.dense_4h_to_h")
 
 
-# transformers 5 calls the head `lm_head`, and `embed_out` in files, by the name of the class; transformers 4 always so.
-with suppress(ImportError):
-    from transformers.conversion_mapping import (
-        get_checkpoint_conversion_mapping,
-        register_checkpoint_conversion_mapping,
-    )
-
-    conversions = get_checkpoint_conversion_mapping(GPTNeoXForCausalLM.__name__)
-    if conversions:
-        register_checkpoint_conversion_mapping(SnpGPTNeoXForCausalLM.__name__, conversions, overwrite=True)
+# transformers 5 calls the head `lm_head`, and `embed_out` in files, by the name of the class.
+convert_as(SnpGPTNeoXForCausalLM.__name__, GPTNeoXForCausalLM.__name__)

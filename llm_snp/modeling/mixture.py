@@ -9,15 +9,14 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
+from .narrowing import convert_as
 from .rotary import NarrowHeads, narrow_gated, narrow_grouped
 
 
 def as_in_files(config_class: Any) -> None:
     """Let transformers make one tensor of those of all experts, and several again, as it does for the stock model."""
-    conversions = get_checkpoint_conversion_mapping(config_class.__base__.model_type)
-    register_checkpoint_conversion_mapping(config_class.model_type, conversions, overwrite=True)
+    convert_as(config_class.model_type, config_class.__base__.model_type)
 
 
 def narrow_mixture_block(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -167,3 +167,18 @@ class ConfigView:
         if name.startswith("__") or "_config" not in self.__dict__:  # copying and pickling ask an empty object
             raise AttributeError(name)
         return getattr(self.__dict__["_config"], name)
+
+
+def convert_as(own: str, stock: str) -> None:
+    """Let transformers 5 turn the names in files into those of a model, and back, as it does for the stock one.
+
+    own, stock: both a type of model, or both the name of a class. Before 5 models have the names of files.
+    """
+    with suppress(ImportError):
+        from transformers.conversion_mapping import (
+            get_checkpoint_conversion_mapping,
+            register_checkpoint_conversion_mapping,
+        )
+
+        if conversions := get_checkpoint_conversion_mapping(stock):
+            register_checkpoint_conversion_mapping(own, conversions, overwrite=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..dense.checkpoint import weight_files
 from .assembly import MODELING, own_code
 from .carried import Carried
-from .settings import content_of, read_object, without_code
+from .settings import content_of
 from .writer import Writer
 
 
@@ -24,10 +24,8 @@ class Rewriting:
 
     def __init__(self, source: Path):
         self.carried = Carried(source)
-        path = source / "config.json"
-        self.settings = content_of(path)
-        self._fields = without_code(read_object(path, self.settings))
-        self._own = own_code(self._fields)
+        self.settings = content_of(source / "config.json")
+        self._own = own_code(self.carried.config)
         self._files = sorted(weight_files(source).items())
 
     def write(self, directory: Path, tensors: Mapping[str, Tensor]) -> Writer:
@@ -39,7 +37,7 @@ class Rewriting:
         shards[-1] += [name for name in tensors if name not in named]  # what the files spell otherwise than the class
         shards = [shard for shard in shards if shard]
         writer = Writer(directory, len(shards))
-        files, fields = dict(self.carried.files), dict(self._fields)
+        files, fields = dict(self.carried.files), dict(self.carried.config)
         if self._own:
             fields["auto_map"], files[MODELING] = self._own
         files["config.json"] = (json.dumps(fields, indent=2, sort_keys=True) + "\n").encode()

@@ -82,7 +82,7 @@ def _measured(job: Job, which: str, asked: Mapping[str, Asked], dtype: torch.dty
     """
     seed, directory = job.options.seed, job.directory if which == "dense" else job.output
     settings = (which, str(directory.resolve()), str(job.device), str(dtype), seed)
-    keys = {task: digest_of_json([*settings, found.sha256]) for task, found in asked.items()}
+    keys = {task: digest_of_json([*settings, found.digest]) for task, found in asked.items()}
     kept = recall(job.output).get(TASKS, {})
     known = {task: kept[key] for task, key in keys.items() if key in kept}
 

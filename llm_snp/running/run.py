@@ -172,12 +172,17 @@ class _Run:
         if self.job.options.push_to_hub:
             check_card(model_card(trial, self.job.options.push_to_hub))
 
+    @property
+    def _widths(self) -> list[int]:
+        """What each site of a block writes."""
+        block = self.skeleton.blocks[0]
+        return [linear(block, site.consumer).out_features for site in self.job.sites(0)]
+
     def _check_space(self) -> None:
         """The result is no larger than the dense model; what an interrupted run has written is there already."""
-        job, block = self.job, self.skeleton.blocks[0]
+        job, widths = self.job, self._widths
         needed = sum(file.stat().st_size for file in self.checkpoint.files)
         needed += sum(map(len, self.carried.files.values()))
-        widths = [linear(block, site.consumer).out_features for site in job.sites(0)]
         needed += fisher_bytes(job.options, widths, len(self.skeleton)) - known(self.workspace).written_bytes
         check_space(job.output, needed)
         if (offload := self.storage.offload) is None:
@@ -193,8 +198,7 @@ class _Run:
         """On the disk of --offload, for the longest text that perplexity is measured on: that pass needs one stream."""
         if self.storage.offload is not None and self.evaluation:
             tokens = max(windows.tokens.numel() for windows in self.evaluation.values())
-            width = max(linear(self.skeleton.blocks[0], site.consumer).out_features for site in self.job.sites(0))
-            states = ceil(tokens * width * self.dtype.itemsize / nodes())
+            states = ceil(tokens * max(self._widths) * self.dtype.itemsize / nodes())
             check_space(self.storage.offload, states, "the hidden states of a text to evaluate on need", "--offload")
 
     def _read_text(self) -> tuple[Windows, dict[str, Windows]]:

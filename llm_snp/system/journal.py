@@ -35,16 +35,12 @@ class Journal:
         self.folder, self.processes, self.progress = folder, processes, progress or Progress(quiet=True)
         self.rescued: list[str] = []  # what was there, but damaged, and was made again
         self._expected: set[str] = set()
-        self._waiting: list[Callable[[], None]] | None = [] if waiting else None
-
-    @property
-    def waits(self) -> bool:
-        """Whether what is there is another run's."""
-        return self._waiting is not None
+        self.waits = waiting  # for `begin`: what is there is another run's
+        self._waiting: list[Callable[[], None]] = []
 
     def begin(self) -> None:
         """Take down what was expected or written so far, where that had to wait. A collective."""
-        waiting, self._waiting = self._waiting or [], None
+        waiting, self._waiting, self.waits = self._waiting, [], False
         for take_down in waiting:
             take_down()
 
@@ -57,7 +53,7 @@ class Journal:
 
     def read(self, name: str) -> dict[str, Any] | None:
         """The record of that name, on all processes; None if there is none, or it is not what was written."""
-        if self._waiting is not None:
+        if self.waits:
             return None
         return self.processes.from_main(lambda: self._read(name))
 
@@ -77,7 +73,7 @@ class Journal:
         return None
 
     def write(self, name: str, record: Mapping[str, Any]) -> None:
-        if self._waiting is not None:
+        if self.waits:
             self._waiting.append(partial(self.write, name, record))
         elif self.processes.main:
             write_json(self.folder / f"{name}.json", {DIGEST: digest_of_json(dict(record)), RECORD: dict(record)})
@@ -131,7 +127,7 @@ class Journal:
         To be called before anything else is written. Raises `ResumeError` naming the first field that differs, or if
         there is nothing to compare with although there is more in the folder: it may be of another command.
         """
-        if self._waiting is not None:
+        if self.waits:
             self._waiting.append(partial(self.expect, what, fields))
             return
         earlier, alone = self.processes.from_main(lambda: (self._read(what, required=True), self._alone(what)))

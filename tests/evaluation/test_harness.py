@@ -377,15 +377,15 @@ def test_tasks_that_are_right_are_rehearsed(dense: Path, task: Callable[..., Pat
 
 def test_questions_are_told_apart_by_what_they_ask(task: Callable[..., Path]) -> None:
     """What is known of a task is of these questions, judged in this way."""
-    found = [check_tasks([CHOICE])[CHOICE].sha256 for _ in range(2)]
+    found = [check_tasks([CHOICE])[CHOICE].digest for _ in range(2)]
     assert found[0] == found[1]
     file = task()
-    before = check_tasks([str(file)])[str(file)].sha256
+    before = check_tasks([str(file)])[str(file)].digest
     data = file.with_name("small_choice.jsonl")
     data.write_text("\n".join(data.read_text().splitlines()[1:]))
-    fewer = check_tasks([str(file)])[str(file)].sha256
+    fewer = check_tasks([str(file)])[str(file)].digest
     file.write_text(file.read_text().replace("metric: acc\n", "metric: acc_norm\n"))
-    assert len({before, fewer, check_tasks([str(file)])[str(file)].sha256}) == 3
+    assert len({before, fewer, check_tasks([str(file)])[str(file)].digest}) == 3
 
 
 def test_no_fewer_examples_than_none(dense: Path, tmp_path: Path) -> None:

@@ -96,6 +96,21 @@ def interrupted(*arguments: Any, **options: Any) -> None:
     raise KeyboardInterrupt
 
 
+def stopped_at_the_second_state(patch: pytest.MonkeyPatch) -> list[int]:
+    """Have a training interrupted once, when its second state is saved; the steps at which states were."""
+    saved: list[int] = []
+    on_save = Watch.on_save
+
+    def save(self: Watch, args: Any, state: Any, control: Any, **options: Any) -> None:
+        on_save(self, args, state, control, **options)
+        saved.append(state.global_step)
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+
+    patch.setattr(Watch, "on_save", save)
+    return saved
+
+
 def report_of(directory: Path) -> dict[str, Any]:
     return json.loads((directory / "report.json").read_text())  # type: ignore[no-any-return]
 
@@ -378,17 +393,8 @@ def test_an_interruption_changes_nothing(
 ) -> None:
     """Killed at the second state: the same command with --resume comes to the same bytes."""
     assert heal(pruned, *flags, "--no-evaluate", "--output", "whole")[0] == 0
-    saved: list[int] = []
-    on_save = Watch.on_save
-
-    def at_the_second(self: Watch, args: Any, state: Any, control: Any, **options: Any) -> None:
-        on_save(self, args, state, control, **options)
-        saved.append(state.global_step)
-        if len(saved) == 2:
-            raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
-        patch.setattr(Watch, "on_save", at_the_second)
+        saved = stopped_at_the_second_state(patch)
         code, out, err = heal(pruned, *flags, "--no-evaluate")
     assert (code, out) == (130, "")
     assert f"after step {saved[-1]} is kept in {Path('healed.partial').absolute()}; go on with: python -m" in err
@@ -416,16 +422,7 @@ def test_an_interruption_changes_nothing_where_files_have_other_names(
     prune(save_tiny("gpt_neox", tmp_path / "dense"), tmp_path / "pruned", 0.3, target="none", format=format)
     flags = ("--no-evaluate", "--learning-rate", "3e-3")
     assert heal(tmp_path / "pruned", *flags, "--output", "whole")[0] == 0
-    saved: list[int] = []
-    on_save = Watch.on_save
-
-    def at_the_second(self: Watch, args: Any, state: Any, control: Any, **options: Any) -> None:
-        on_save(self, args, state, control, **options)
-        saved.append(state.global_step)
-        if len(saved) == 2:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Watch, "on_save", at_the_second)
+    stopped_at_the_second_state(monkeypatch)
     assert heal(tmp_path / "pruned", *flags)[0] == 130
     code, _, err = heal(tmp_path / "pruned", *flags, "--resume")
     assert code == 0, err

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import LENGTH, SAMPLES, Prune, Shell, copied, save, tiny_opt, weight_files
+from conftest import LENGTH, SAMPLES, Prune, Shell, copied, raising, save, tiny_opt, weight_files
 from hub_server import USER, HubServer
 
 from llm_snp.documents.page import html_page
@@ -224,10 +224,7 @@ def test_a_result_survives_ctrl_c_while_it_is_timed(shell: Shell, dense: Path, m
 def test_a_result_survives_a_machine_without_memory(
     shell: Shell, dense: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    def full(*models: object, **options: object) -> None:
-        raise error
-
-    monkeypatch.setattr("llm_snp.running.afterwards.measure_speed", full)
+    monkeypatch.setattr("llm_snp.running.afterwards.measure_speed", raising(error))
     code, _, err = shell.prune(dense, "--measure-speed")
     assert code == 2
     assert f"ran out of memory with a whole model on it ({first_line(error)}); the pruned model is finished in" in err
