@@ -92,11 +92,14 @@ def test_errors_need_nothing() -> None:
 
 
 def test_the_card_reads_only_the_report() -> None:
-    assert own("documents/card") == {"documents/shareable", "documents/healing", "documents/steps"}
+    parts = {"documents/card_metadata", "documents/markdown"}
+    assert own("documents/card") == {"documents/shareable", "documents/healing", "documents/steps", *parts}
+    assert set().union(*map(own, parts)) == {"documents/shareable"}
     for words in ("documents/healing", "documents/steps"):
         assert not own(words) | foreign(words)
     assert own("documents/shareable") == {"config", "system/plain", "system/private"}
-    assert foreign("documents/card") <= {"huggingface_hub"}
+    for part in ("documents/card", *parts):
+        assert foreign(part) <= {"huggingface_hub"}
 
 
 @pytest.mark.parametrize("name", OWN)

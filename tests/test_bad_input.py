@@ -985,7 +985,7 @@ def test_a_disk_that_is_really_full(shell: Shell, dense: Path, small_disk: Path)
     message = shell.refused(dense, "--output", small_disk / "out", "--sparsity", "0.5")
     assert message.startswith("the result needs up to ")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("llm_snp.running.run.check_space", lambda *a: None)
+        patch.setattr("llm_snp.running.room.check_space", lambda *a: None)
         code, _, message = shell.prune(dense, "--output", small_disk / "out", "--sparsity", "0.5")
     assert code == 2
     assert "cannot be written: the disk is full" in message

@@ -5,29 +5,22 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import ModelCardData
 
+from .card_metadata import as_list, card_metadata
 from .healing import after_pruning, healing_rows, healing_sentences
-from .shareable import CORPORA, before, hub_id, shareable, texts_of, told_apart
+from .markdown import as_text, change, code, listed, table_of
+from .shareable import before, hub_id, shareable, texts_of
 from .steps import HEAD, steps_rows, steps_sentences
 
-TAGS = ("llm_snp", "pruned", "structured-pruning")
-CARRIED = ("license", "license_name", "license_link", "language")  # from the dense model's card, as they are
-TASK = "text-generation"
 # Model types whose attention vLLM cannot run where blocks have widths of their own; those of which llama.cpp takes
 # other heads and neurons in every block; and those of which vLLM's own class reads no width of a head.
 NOT_IN_VLLM = ("falcon", "gpt2", "mixtral", "qwen2_moe", "qwen3_moe", "olmoe")
 BLOCKWISE_IN_GGUF, NO_HEAD_WIDTH = ("llama", "mistral", "qwen2"), ("qwen2",)
 CODE_SPAN = frozenset("`|<[")  # with these a command in a table would end, or be more than a command
-MARKUP = re.compile(r"[\\<\[]|&(?=#?\w+;)")  # `&#58;` is a colon before addresses are looked for
-# What an address has, which is made a link of; and a word joiner, with which it is none.
-ADDRESS = re.compile(r":(?=//)|www(?=\.)|(?<=\S)@(?=\S)|(mailto|xmpp)(?=:)", re.IGNORECASE)
-UNSEEN = "\u2060"
-# How a heading, quotation, list, rule or block of code begins: where a backslash makes text of it.
-BLOCK = re.compile(r"^(?=#+(\s|$)|>|[-+*](\s|$)|~~~|([-_*]\s*){3,}$|=+\s*$)|^\d+(?=[.)](\s|$))")
 PLOT = re.compile(r"^!\[(.*)\]\((plots/[^)]+)\)$", re.MULTILINE)
 
 
@@ -40,11 +33,11 @@ def model_card(report: dict[str, Any], name: str | None = None, plots: Sequence[
     report = shareable(report)
     name = name or report["output"]
     title = name.rsplit("/", 1)[-1]
-    metadata = _metadata(report, title)
+    metadata = card_metadata(report, title)
     command, healings = report["command"], [step["command"] for step in report.get("healing", [])]
-    report = _as_text(report)
+    report = as_text(report)
     sections = [
-        f"# {_as_text(title)}",
+        f"# {as_text(title)}",
         _summary(report),
         _how_to_load(report, name),
         _how_to_serve(report, name),
@@ -66,84 +59,16 @@ def plots_of(card: str) -> list[tuple[str, str]]:
     return PLOT.findall(card)
 
 
-def _metadata(report: dict[str, Any], title: str) -> ModelCardData:
-    card = report["model"].get("card") or {}
-    sources = [one["source"] for one in texts_of(report["calibration"])]
-    known = [CORPORA[source][0] for source in sources if source in CORPORA]
-    datasets = dict.fromkeys([*_list(card.get("datasets")), *known])
-    results = _results(report) or None
-    made_of = [report["model"], *reversed(report.get("parents", []))]  # the nearest that is there
-    return ModelCardData(
-        base_model=next(filter(None, map(hub_id, made_of)), None),
-        library_name="transformers",
-        pipeline_tag=TASK,
-        tags=list(dict.fromkeys([*_list(card.get("tags")), *TAGS])),
-        datasets=list(datasets) or None,
-        model_name=title if results else None,
-        eval_results=results,
-        **{key: card[key] for key in CARRIED if card.get(key)},
-    )
-
-
-def _as_text(content: Any) -> Any:
-    """A copy of a report whose texts Markdown takes for texts: no links, HTML, headings or lists, and nothing is code.
-
-    Addresses, which the Hub makes links of as they are, get a character in them that is not seen.
-    """
-    if isinstance(content, str):
-        plain = MARKUP.sub(r"\\\g<0>", " ".join(content.replace("`", "'").split()))
-        return ADDRESS.sub(rf"\g<0>{UNSEEN}", BLOCK.sub(r"\g<0>\\", plain))
-    if isinstance(content, dict):
-        return dict(zip(told_apart(map(_as_text, content)), map(_as_text, content.values()), strict=True))
-    return [_as_text(one) for one in content] if isinstance(content, list) else content
-
-
-def _list(value: Any) -> list[str]:
-    """What a card may give as one string or as a list."""
-    return [value] if isinstance(value, str) else list(value or ())
-
-
-def _results(report: dict[str, Any]) -> list[EvalResult]:
-    """What was measured of the pruned model, as the Hub's `model-index` has it."""
-    results = []
-    for source, measured in report["evaluation"].items():
-        dataset, config, split = CORPORA.get(source, (_dataset_type(source), None, None))
-        length = measured["pruned"]["sequence_length"]
-        results.append(
-            EvalResult(
-                task_type=TASK,
-                dataset_type=dataset,
-                dataset_name=source,
-                dataset_config=config,
-                dataset_split=split,
-                metric_type="perplexity",
-                metric_name=f"perplexity, windows of {length} tokens",
-                metric_value=measured["pruned"]["perplexity"],
-            )
-        )
-    for task, found in report.get("harness", {}).items():
-        args = None if found["num_fewshot"] is None else {"num_few_shot": found["num_fewshot"]}
-        for metric, values in found["metrics"].items():
-            kind = _dataset_type(task)
-            results.append(EvalResult(TASK, kind, task, metric, values["pruned"]["value"], dataset_args=args))
-    return results
-
-
-def _dataset_type(name: str) -> str:
-    """A text or task of one's own as the Hub takes it for the id of a dataset, or refuses the whole card."""
-    return re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII).strip("-") or "text"
-
-
 def _summary(report: dict[str, Any]) -> str:
     model, sparsity = report["model"], report["sparsity"]
     rows = [
-        ("parameters", *_change(model["parameters"], model["parameters_pruned"], "{:,}")),
-        ("weights, MB", *_change(model["bytes"] / 1e6, model["bytes_pruned"] / 1e6, "{:,.1f}")),
+        ("parameters", *change(model["parameters"], model["parameters_pruned"], "{:,}")),
+        ("weights, MB", *change(model["bytes"] / 1e6, model["bytes_pruned"] / 1e6, "{:,.1f}")),
     ]
     return (
         f"`{model['name']}` with {sparsity['achieved']:.2%} of its decoder blocks' linear parameters removed in one "
         f"shot ({sparsity['of_all_parameters']:.2%} of all), by llm_snp {report['versions']['llm_snp']}. "
-        f"{after_pruning(report)}{_lineage(report)}\n\n{_table(('', before(report), 'pruned', 'change'), rows)}"
+        f"{after_pruning(report)}{_lineage(report)}\n\n{table_of(('', before(report), 'pruned', 'change'), rows)}"
     )
 
 
@@ -205,7 +130,7 @@ def _how_to_serve(report: dict[str, Any], name: str) -> str:
     if not rows:
         return ""
     sizes = " vLLM needs heads of a size that its attention kernels have: multiples of 8 on GPUs." if own else ""
-    table = _table(("engine", "command"), rows)
+    table = table_of(("engine", "command"), rows)
     return f"## Serve it\n\n{table}\n\nThat follows from its shapes; this run started none of them.{sizes}"
 
 
@@ -215,19 +140,19 @@ def _perplexity(report: dict[str, Any]) -> str:
     rows = []
     for source, result in report["evaluation"].items():
         dense, pruned = result["dense"], result["pruned"]
-        figures = _change(dense["perplexity"], pruned["perplexity"], "{:.2f}")
+        figures = change(dense["perplexity"], pruned["perplexity"], "{:.2f}")
         rows.append((source, *figures, f"{pruned['tokens']:,}", str(pruned["sequence_length"])))
     head = ("text", before(report), "pruned", "change", "predicted tokens", "window")
     return (
-        f"## Perplexity\n\n{_table(head, rows)}\n\n"
+        f"## Perplexity\n\n{table_of(head, rows)}\n\n"
         "Consecutive non-overlapping windows, mean over all predicted tokens; lower is better."
     )
 
 
 def _healing(report: dict[str, Any], commands: Sequence[str]) -> str:
     parts = [
-        f"{_code(command)}\n\n{healing_sentences(step)}\n\n"
-        + _table(("perplexity", "teacher", "before", "after"), healing_rows(step))
+        f"{code(command)}\n\n{healing_sentences(step)}\n\n"
+        + table_of(("perplexity", "teacher", "before", "after"), healing_rows(step))
         for command, step in zip(commands, report.get("healing", []), strict=True)
     ]
     return "\n\n".join(["## Healing", *parts]) if parts else ""
@@ -242,7 +167,7 @@ def _harness(report: dict[str, Any]) -> str:
             rows.append((task, metric, *figures, *facts))
     head = ("task", "metric", before(report), "pruned", "examples shown", "samples", "version")
     about = "Measured with the lm-evaluation-harness; ± is one standard error."
-    return f"## Tasks\n\n{_table(head, rows)}\n\n{about}" if rows else ""
+    return f"## Tasks\n\n{table_of(head, rows)}\n\n{about}" if rows else ""
 
 
 def with_error(result: Mapping[str, Any]) -> str:
@@ -276,9 +201,9 @@ def _speed(report: dict[str, Any]) -> str:
     device = speed["device"]
     threads = f", threads: {device['threads']}" if device["type"] == "cpu" else ""
     return (
-        f"## Speed\n\n{_table(head, rows)}\n\nMeasured on {device['name']}, {device['dtype']}{threads}, "
+        f"## Speed\n\n{table_of(head, rows)}\n\nMeasured on {device['name']}, {device['dtype']}{threads}, "
         f"batch {speed['batch']}, {speed['prompt']} prompt tokens, {speed['new']} new ones, {speed['runs']} runs."
-        + _listed(speed["notes"])
+        + listed(speed["notes"])
     )
 
 
@@ -289,12 +214,12 @@ def _removed(report: dict[str, Any]) -> str:
     for block in report["blocks"]:
         kept = (f"{s['kept']} of {s['units']} {s['unit']}" if (s := block.get(site)) else "" for site in sites)
         rows.append((str(block["block"]), *kept))
-    return f"## What is left of each block\n\n{_table(('block', *sites), rows)}"
+    return f"## What is left of each block\n\n{table_of(('block', *sites), rows)}"
 
 
 def _steps(report: dict[str, Any]) -> str:
     rows = steps_rows(report)
-    return f"## What each step took\n\n{_table(HEAD, rows)}\n\n{steps_sentences(report)}" if rows else ""
+    return f"## What each step took\n\n{table_of(HEAD, rows)}\n\n{steps_sentences(report)}" if rows else ""
 
 
 def _how_it_was_made(report: dict[str, Any], command: str) -> str:
@@ -307,13 +232,7 @@ def _how_it_was_made(report: dict[str, Any], command: str) -> str:
         f"{report['plan']['why']}. Errors of each layer, versions and times are in `report.json`. The method is that "
         "of *Subspace Node Pruning* (arXiv 2405.17506) and, where the options above say so, the extensions of llm_snp."
     )
-    return f"## How it was made\n\n{_code(command)}\n\n{made}{_listed(report['notes'])}"
-
-
-def _code(line: str) -> str:
-    """A line set as code, between marks that are longer than any in it: it may be one of them."""
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", line)), default=0))
-    return f"{fence}\n{line}\n{fence}"
+    return f"## How it was made\n\n{code(command)}\n\n{made}{listed(report['notes'])}"
 
 
 def _named(calibration: dict[str, Any]) -> str:
@@ -324,7 +243,7 @@ def _named(calibration: dict[str, Any]) -> str:
 
 def _limits(report: dict[str, Any], metadata: ModelCardData) -> str:
     model = report["model"]
-    licence = _as_text(", ".join(_list(metadata.license_name or metadata.license)))
+    licence = as_text(", ".join(as_list(metadata.license_name or metadata.license)))
     terms = f"its licence ({licence})" if licence else "its licence"
     how = (
         "Trained after pruning, on little text: what that text has nothing of may not have come back."
@@ -343,19 +262,4 @@ def _limits(report: dict[str, Any], metadata: ModelCardData) -> str:
         limits.insert(
             1, "It has code of its own (`modeling_snp.py`): tools that know stock models only cannot load it as it is."
         )
-    return f"## Limits{_listed(limits)}"
-
-
-def _listed(sentences: Sequence[str]) -> str:
-    """A list below a paragraph, if there is anything to list."""
-    return "".join(("\n\n- " if i == 0 else "\n- ") + sentence for i, sentence in enumerate(sentences))
-
-
-def _change(dense: float, pruned: float, style: str) -> tuple[str, str, str]:
-    return style.format(dense), style.format(pruned), f"{pruned / dense - 1:+.1%}" if dense else ""
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [head, ["---"] * len(head), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return f"## Limits{listed(limits)}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from contextlib import suppress
-from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,12 @@ from ..dense.storage import Storage, check_offload
 from ..dense.text import Text
 from ..dense.tokenizer import load_tokenizer
 from ..documents.card import model_card
-from ..documents.report import Report, nodes
+from ..documents.report import Report
 from ..errors import NumericalError, OptionError
 from ..evaluation.harness_check import Asked, check_room, rehearse_tasks
 from ..evaluation.harness_tasks import texts_of
 from ..evaluation.perplexity import Perplexity, perplexity_streamed, worst
-from ..families import check_tables, linear
+from ..families import check_tables
 from ..pruning.decide import decide
 from ..pruning.executor import prune_blocks
 from ..pruning.job import Job, open_job
@@ -41,12 +40,10 @@ from ..result.writer import Writer
 from ..system.device import as_at_start, dtype_name, resolve_dtype
 from ..system.journal import Journal
 from ..system.manifest import some
-from ..system.output import check_space, same_disk
 from ..system.processes import Processes
 from ..system.progress import Progress
 from ..system.workspace import Workspace, known
 from .afterwards import afterwards, check_afterwards
-from .estimate import fisher_bytes, streams_of
 from .inputs import inputs_of, memory_of, remarks, report_of
 from .rehearsal import rehearse
 from .resume import (
@@ -59,6 +56,7 @@ from .resume import (
     settings,
     texts_read,
 )
+from .room import Room
 
 
 def run(options: PruneConfig) -> dict[str, Any]:
@@ -158,12 +156,13 @@ class _Run:
             check_tables(job.family, job.config, self.checkpoint.tables())
             # Nothing is measured yet, but whether the budget can be met at all is known already.
             check_budget(job.family, job.config, self.skeleton.blocks, job.options)
-            processes.on_main(self._check_space)
+            room = Room(job, self.skeleton, self.dtype, storage.offload)
+            processes.on_main(lambda: room.check(self.checkpoint, carried, known(self.workspace).written_bytes))
             processes.on_main(self.checkpoint.check_finite)  # or it would show where its block is pruned
         with progress.phase("text"):
             self.read = identity | processes.from_main(lambda: digests(texts_read(job.options)))
             self.calibration, self.evaluation = processes.from_main(self._read_text)
-            processes.on_main(self._check_room_for_texts)
+            processes.on_main(lambda: room.check_texts(self.evaluation))
             self.journal.expect("calibration", calibration_identity(self.calibration))
 
     def _rehearse(self, report: Report) -> None:
@@ -171,35 +170,6 @@ class _Run:
         trial = rehearse(self.job, self.skeleton, report, self.tokenizer, self.evaluation)
         if self.job.options.push_to_hub:
             check_card(model_card(trial, self.job.options.push_to_hub))
-
-    @property
-    def _widths(self) -> list[int]:
-        """What each site of a block writes."""
-        block = self.skeleton.blocks[0]
-        return [linear(block, site.consumer).out_features for site in self.job.sites(0)]
-
-    def _check_space(self) -> None:
-        """The result is no larger than the dense model; what an interrupted run has written is there already."""
-        job, widths = self.job, self._widths
-        needed = sum(file.stat().st_size for file in self.checkpoint.files)
-        needed += sum(map(len, self.carried.files.values()))
-        needed += fisher_bytes(job.options, widths, len(self.skeleton)) - known(self.workspace).written_bytes
-        check_space(job.output, needed)
-        if (offload := self.storage.offload) is None:
-            return
-        states = streams_of(job.options, job.length, len(self.skeleton), len(widths)) * max(widths)
-        states *= job.options.samples * job.length * self.dtype.itemsize / nodes()
-        if same_disk(offload, job.output):
-            check_space(offload, needed + ceil(states), "the result and the hidden states need", "--offload")
-        else:
-            check_space(offload, ceil(states), "the hidden states need", "--offload")
-
-    def _check_room_for_texts(self) -> None:
-        """On the disk of --offload, for the longest text that perplexity is measured on: that pass needs one stream."""
-        if self.storage.offload is not None and self.evaluation:
-            tokens = max(windows.tokens.numel() for windows in self.evaluation.values())
-            states = ceil(tokens * max(self._widths) * self.dtype.itemsize / nodes())
-            check_space(self.storage.offload, states, "the hidden states of a text to evaluate on need", "--offload")
 
     def _read_text(self) -> tuple[Windows, dict[str, Windows]]:
         job, options = self.job, self.job.options

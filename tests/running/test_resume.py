@@ -269,12 +269,12 @@ def test_overwrite_throws_nothing_away_before_the_new_run_can_begin(
     assert "short.txt has " in stays("--calibration", str(tmp_path / "short.txt"))
     assert "can be removed from this model" in stays("--sparsity", "0.99")
     for where, error, code in (
-        ("check_space", DiskFullError("the disk is full"), 2),
-        ("load_tokenizer", KeyboardInterrupt(), 130),
-        ("rehearse", KeyboardInterrupt(), 130),
+        ("room.check_space", DiskFullError("the disk is full"), 2),
+        ("run.load_tokenizer", KeyboardInterrupt(), 130),
+        ("run.rehearse", KeyboardInterrupt(), 130),
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(f"llm_snp.running.run.{where}", raiser(error))
+            patch.setattr(f"llm_snp.running.{where}", raiser(error))
             stays(code=code)
     runs.finishes(blocks=2)
 
@@ -1022,7 +1022,7 @@ def test_disk_full_while_offloading(runs: Runs, disk: Path, monkeypatch: pytest.
     with pytest.raises(DiskFullError, match=re.escape(message)):
         Storage(disk).empty((100, 1000), torch.float32)
     with monkeypatch.context() as patch:
-        patch.setattr("llm_snp.running.run.check_space", lambda *arguments: None)
+        patch.setattr("llm_snp.running.room.check_space", lambda *arguments: None)
         code, _, err = runs("--quiet", "--offload", disk)
     assert code == 2
     assert err.startswith(f"llm_snp: {message}")

@@ -1,0 +1,59 @@
+"""Whether the disks have room for what a run writes, which is asked before the work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import ceil
+from pathlib import Path
+
+import torch
+
+from ..dense.checkpoint import Checkpoint
+from ..dense.data import Windows
+from ..dense.skeleton import Skeleton
+from ..documents.report import nodes
+from ..families import linear
+from ..pruning.job import Job
+from ..result.carried import Carried
+from ..system.output import check_space, same_disk
+from .estimate import fisher_bytes, streams_of
+
+
+class Room:
+    """What the run `job` needs of the disk of its output and, if that is another one, of that of `offload`."""
+
+    def __init__(self, job: Job, skeleton: Skeleton, dtype: torch.dtype, offload: Path | None):
+        self.job, self.offload, self.blocks, self.itemsize = job, offload, len(skeleton), dtype.itemsize
+        block = skeleton.blocks[0]
+        self.widths = [linear(block, site.consumer).out_features for site in job.sites(0)]  # what each site writes
+
+    def _states(self, tokens: int, streams: float = 1) -> int:
+        """Bytes of the hidden states that this machine holds."""
+        return ceil(tokens * streams * max(self.widths) * self.itemsize / nodes())
+
+    def check(self, checkpoint: Checkpoint, carried: Carried, written: int) -> None:
+        """The result is no larger than the dense model; `written` bytes of it are there from an interrupted run.
+
+        Raises `OutputError` if there is too little room.
+        """
+        job = self.job
+        needed = sum(file.stat().st_size for file in checkpoint.files) + sum(map(len, carried.files.values()))
+        needed += fisher_bytes(job.options, self.widths, self.blocks) - written
+        check_space(job.output, needed)
+        if self.offload is None:
+            return
+        streams = streams_of(job.options, job.length, self.blocks, len(self.widths))
+        states = self._states(job.options.samples * job.length, streams)
+        if same_disk(self.offload, job.output):
+            check_space(self.offload, needed + states, "the result and the hidden states need", "--offload")
+        else:
+            check_space(self.offload, states, "the hidden states need", "--offload")
+
+    def check_texts(self, evaluation: Mapping[str, Windows]) -> None:
+        """The longest text that perplexity is measured on: that pass needs one stream on the disk of `offload`.
+
+        Raises `OutputError` if there is too little room.
+        """
+        if self.offload is not None and evaluation:
+            states = self._states(max(windows.tokens.numel() for windows in evaluation.values()))
+            check_space(self.offload, states, "the hidden states of a text to evaluate on need", "--offload")
