@@ -99,7 +99,7 @@ def tokenize(tokenizer: Any, text: str, source: str) -> Tensor:
 
 def check_known(ids: Tensor, vocabulary: int, directory: Path) -> None:
     """Raise `CheckpointError` if the tokenizer of a directory gave a token that its model has no embedding of."""
-    largest = int(ids.max())
+    largest = int(ids.max()) if ids.numel() else 0
     if largest >= vocabulary:
         raise CheckpointError(
             f"the tokenizer in {directory} gives token {largest}, but the model has {vocabulary} tokens; it is the "

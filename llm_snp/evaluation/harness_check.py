@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,14 +45,19 @@ def check_tasks(tasks: Sequence[str]) -> dict[str, Asked]:
         for request in find_tasks(tasks):
             loaded = request.load()
             with request.at_home(), silence(), of_task(request.name, "asked"):
-                seeded(loaded, 0)
-                for task in loaded["tasks"].values():
-                    task.build_all_requests(rank=0, world_size=1)
-                instances = [one for task in loaded["tasks"].values() for one in task.instances]
+                instances = _questions(loaded)
                 judged = [(name, task.dump_config()) for name, task in loaded["tasks"].items()]
                 content = [judged, [(one.request_type, one.args, one.doc) for one in instances]]
                 asked[request.name] = Asked(max(map(_written, instances), default=0), _digest(content))
     return asked
+
+
+def _questions(loaded: Mapping[str, Any]) -> list[Any]:
+    """All that the tasks of one request ask, as the harness's instances."""
+    seeded(loaded, 0)
+    for task in loaded["tasks"].values():
+        task.build_all_requests(rank=0, world_size=1)
+    return [one for task in loaded["tasks"].values() for one in task.instances]
 
 
 def _digest(content: Any) -> str:
@@ -85,7 +90,8 @@ def _written(request: Any) -> int:
 def rehearse_tasks(tasks: Sequence[str], directory: Path, config: Any) -> None:
     """Ask a tiny model, with the tokenizer of `directory`, one question of each task, and judge the answer.
 
-    How a task generates, filters and counts is looked at by the harness only then. Raises what `evaluate_harness` does.
+    How a task generates, filters and counts is looked at by the harness only then. Where the tokenizer has tokens that
+    the model has none of, all questions are looked at for one. Raises what `evaluate_harness` does.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -93,11 +99,17 @@ def rehearse_tasks(tasks: Sequence[str], directory: Path, config: Any) -> None:
     tiny = AutoConfig.for_model("gpt2", vocab_size=config.vocab_size, **sizes)
     with quiet_log(), own_random_numbers(torch.device("cpu")):
         stand_in = AutoModelForCausalLM.from_config(tiny).eval()
-        stand_in.get_input_embeddings().register_forward_pre_hook(
-            lambda module, inputs: check_known(inputs[0], config.vocab_size, directory)
-        )
-        model = wrapped(stand_in, load_tokenizer(directory), 1)
+        tokenizer = load_tokenizer(directory)
+        more = max(tokenizer.get_vocab().values()) >= config.vocab_size
+        model = wrapped(stand_in, tokenizer, 1)
         for request in find_tasks(tasks):
             loaded = request.load()
             with request.at_home():
+                for text in _texts(_questions(loaded)) if more else ():
+                    check_known(tokenizer(text, return_tensors="pt").input_ids, config.vocab_size, directory)
                 results_of(model, request.name, loaded, seed=0, limit=1)
+
+
+def _texts(questions: Iterable[Any]) -> Iterator[str]:
+    """What is given to a model of some questions, empty texts left out."""
+    return (text for one in questions for text in one.args if isinstance(text, str) and text)

@@ -375,6 +375,20 @@ def test_tasks_that_are_right_are_rehearsed(dense: Path, task: Callable[..., Pat
     rehearse_tasks([CHOICE, TEXT, WRITING], dense, load_config(dense))
 
 
+def test_no_question_may_have_a_token_beyond_the_embedding(dense: Path, tmp_path: Path) -> None:
+    """The first has none, and the harness asks the others after the work."""
+    first, *others = (set(row["text"].split()) for row in rows("text"))
+    word = next(iter(sorted(others[-1] - first)))
+    tokenizer = load_tokenizer(shutil.copytree(dense, tmp_path / "model"))
+    tokenizer.add_tokens(["never-in-any-text"])
+    tokenizer.save_pretrained(tmp_path / "model")
+    rehearse_tasks([TEXT, CHOICE, WRITING], tmp_path / "model", load_config(dense))
+    tokenizer.add_tokens([word])
+    tokenizer.save_pretrained(tmp_path / "model")
+    said = refused(CheckpointError, lambda: rehearse_tasks([TEXT], tmp_path / "model", load_config(dense)))
+    assert said.endswith("it is the tokenizer of another model")
+
+
 def test_questions_are_told_apart_by_what_they_ask(task: Callable[..., Path]) -> None:
     """What is known of a task is of these questions, judged in this way."""
     found = [check_tasks([CHOICE])[CHOICE].digest for _ in range(2)]
