@@ -36,8 +36,9 @@ from llm_snp.pruning.decide import decide
 from llm_snp.pruning.executor import prune_blocks
 from llm_snp.pruning.job import Job, fit_for_format, fitted, window_length
 from llm_snp.pruning.session import Session
-from llm_snp.result.assembly import modeling_file, open_result, stored_block, write_rest
+from llm_snp.result.assembly import open_result, stored_block, write_rest
 from llm_snp.result.carried import Carried
+from llm_snp.result.own_code import modeling_file
 from llm_snp.result.writer import Writer
 from llm_snp.system.device import device_facts, resolve_device, resolve_dtype
 from llm_snp.system.journal import Journal

@@ -13,14 +13,15 @@ from ..errors import OptionError, choose
 from ..system.files import disk, size
 from ..system.manifest import expect_directory, is_result, manifest
 from ..system.output import check_outside_cache
+from .flags import expanded
 
 MAGIC = b"GGUF"  # what such a file begins with
 HELP = "write a result as a GGUF file, for llama.cpp, Ollama and LM Studio"
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
-    p.add_argument("directory", metavar="DIR", type=Path, help="the result of a run, perhaps trained on since")
-    p.add_argument("--gguf", metavar="FILE", type=Path, help="the file to write, FILE.gguf")
+    p.add_argument("directory", metavar="DIR", type=expanded, help="the result of a run, perhaps trained on since")
+    p.add_argument("--gguf", metavar="FILE", type=expanded, help="the file to write, FILE.gguf")
     p.add_argument(
         "--type",
         default="f16",
@@ -30,7 +31,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--tokenizer-from",
         metavar="DENSE.gguf",
-        type=Path,
+        type=expanded,
         help="take the tokenizer of this file as it is, that of the dense model, instead of the one in DIR",
     )
     p.add_argument("--overwrite", action="store_true", help="replace FILE, if it is a GGUF file")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
+from pathlib import Path
 from typing import Any
 
 from ..config import flag_of
@@ -33,6 +35,11 @@ def add_flags(p: argparse.ArgumentParser, options: type, metavars: dict[str, str
             read = _number_or_word if kind == "float | str" else TYPES.get(kind, str)
             metavar = metavars.get(f.name, f.name.upper())
             p.add_argument(flag, type=read, default=default, metavar=metavar, help=text + names + shown)
+
+
+def expanded(text: str) -> Path:
+    """A path with ~ for the home directory: a shell does not see it in --output=~/page.html."""
+    return Path(os.path.expanduser(text))
 
 
 def _number_or_word(text: str) -> float | str:

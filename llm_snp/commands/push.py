@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from ..system.manifest import expect_result
+from .flags import expanded
 
 HELP = "publish a result on the Hugging Face Hub"
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
-    p.add_argument("directory", metavar="DIR", type=Path, help="the result of a run")
+    p.add_argument("directory", metavar="DIR", type=expanded, help="the result of a run")
     p.add_argument("repo", metavar="USER/NAME", help="the repository on the Hub; it is made if there is none")
     p.add_argument("--private", action="store_true", help="make the repository a private one")
     p.add_argument(

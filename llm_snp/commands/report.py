@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from ..system.files import alone
 from ..system.manifest import expect_result
+from .flags import expanded
 
 HELP = "make the page, the plots and the card of a result anew from its report.json"
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
-    p.add_argument("directory", metavar="DIR", type=Path, help="the result of a run")
+    p.add_argument("directory", metavar="DIR", type=expanded, help="the result of a run")
     p.add_argument(
         "--output",
         metavar="FILE.html",
-        type=Path,
+        type=expanded,
         help="write only the page, to this new file or over an earlier page; DIR stays as it is",
     )
 
@@ -30,7 +30,7 @@ def main(args: argparse.Namespace) -> None:
     """Write the documents, print their paths and what the run came to. Raises `SnpError` if DIR is no result."""
     from ..documents.summary import summary
     from ..documents.writing import kept, read_report, write_documents, write_page
-    from ..result.assembly import has_own_code
+    from ..result.own_code import has_own_code
 
     if args.output is not None:
         report = read_report(args.directory)

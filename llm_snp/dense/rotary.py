@@ -18,8 +18,9 @@ def older_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     """
     given = {name: fields[name] for name in FIELDS if name in fields}
     found = fields.get("rope_parameters")
-    if given or not isinstance(found, Mapping) or THETA not in found:
+    # Phi-3 has its part beside them, and nothing else of before.
+    if given.keys() - {PART} or not isinstance(found, Mapping) or THETA not in found:
         return given
     scaling = {name: value for name, value in found.items() if name not in (THETA, PART)}
     made = {THETA: found[THETA], SCALING: None if scaling.get("rope_type", "default") == "default" else scaling}
-    return made | ({PART: found[PART]} if PART in found else {})
+    return made | ({PART: found[PART]} if PART in found else {}) | given

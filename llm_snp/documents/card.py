@@ -245,12 +245,15 @@ def _limits(report: dict[str, Any], metadata: ModelCardData) -> str:
     model = report["model"]
     licence = as_text(", ".join(as_list(metadata.license_name or metadata.license)))
     terms = f"its licence ({licence})" if licence else "its licence"
-    how = (
-        "Trained after pruning, on little text: what that text has nothing of may not have come back."
-        if report.get("healing")
-        else "Pruned in one shot: the remaining weights were refitted by least squares, and nothing was trained "
-        "afterwards."
-    )
+    if report.get("healing"):
+        how = "Trained after pruning, on little text: what that text has nothing of may not have come back."
+    elif report["options"]["target"] == "none":
+        how = "Pruned in one shot: the remaining weights are as they were, not refitted, and nothing was trained."
+    else:
+        how = (
+            "Pruned in one shot: the remaining weights were refitted by least squares, and nothing was trained "
+            "afterwards."
+        )
     limits = [
         how,
         f"Calibrated on {report['calibration']['source']}: on text that is unlike it (other languages, code, "

@@ -33,7 +33,7 @@ def block_line(data: dict[str, Any]) -> str:
 def summary(data: dict[str, Any], own_code: bool = True) -> str:
     """The table at the end of a run; each text of the report, which may be a stranger's, is within one line.
 
-    own_code: whether code that lies beside the weights is this version's, and nobody else's.
+    own_code: whether code that lies beside the weights, or that settings name, is this version's, and nobody else's.
     """
     data = printable(data)
     model, sparsity = data["model"], data["sparsity"]
@@ -73,7 +73,7 @@ def _how_to_load(directory: str, trust: str, own_code: bool) -> list[str]:
     if own_code:
         return [f"load it  AutoModelForCausalLM.from_pretrained({directory!r}{trust})"]
     return [
-        "code     modeling_snp.py there is not what this version writes: with trust_remote_code=True it would be run",
+        "code     there is not what this version writes, or leads elsewhere: trust_remote_code=True would run it",
         f"load it  import llm_snp; AutoModelForCausalLM.from_pretrained({directory!r})",
     ]
 

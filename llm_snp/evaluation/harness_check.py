@@ -21,6 +21,7 @@ from .speed import positions
 # What a task may call the number of tokens to write, and lm_eval's for one that does not say.
 NEW_TOKENS, USUALLY_WRITTEN = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"), 256
 POSITIONS = 2048  # of a model that says none
+SEVERAL = 16  # answers that every metric has a value of
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,10 @@ def rehearse_tasks(tasks: Sequence[str], directory: Path, config: Any) -> None:
             with request.at_home():
                 for text in _texts(_questions(loaded)) if more else ():
                     check_known(tokenizer(text, return_tensors="pt").input_ids, config.vocab_size, directory)
-                results_of(model, request.name, loaded, seed=0, limit=1)
+                try:
+                    results_of(model, request.name, loaded, seed=0, limit=1)
+                except OptionError:  # a metric may have no value for one answer alone
+                    results_of(model, request.name, loaded, seed=0, limit=SEVERAL)
 
 
 def _texts(questions: Iterable[Any]) -> Iterator[str]:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +16,19 @@ from ..dense.rotary import older_fields
 from ..dense.skeleton import Skeleton
 from ..documents.report import Report
 from ..documents.summary import block_line
-from ..errors import CheckpointError
-from ..families import EXPERTS, FAMILIES, OF_PRUNED, Family, dropped, fewer_blocks
+from ..families import EXPERTS, OF_PRUNED, Family, dropped, fewer_blocks
 from ..pruning.executor import BlockLoss, SiteLoss
 from ..pruning.job import Job
 from ..pruning.plan import Plan
 from ..pruning.weights import State
 from ..system.journal import DIGEST, Journal
 from ..system.progress import Progress
-from .bundle import bundle
 from .carried import Carried, class_of
-from .settings import as_file, content_of, read_object, without_code
+from .own_code import MODELING, auto_map
+from .settings import as_file, without_code
 from .writer import Writer
 
 KEPT = "kept"
-# What a result brings along that needs a class of its own: its family's file of `llm_snp.modeling`, with what that
-# imports, under this name.
-MODELING = "modeling_snp.py"
 TYPE = "torch_dtype"  # as versions before 5 call it
 
 
@@ -150,39 +144,6 @@ def result_config(job: Job, kept: Sequence[dict[str, int]], tokenizer: Any) -> t
     result.architectures = [family.pruned_class.__name__]
     result.auto_map = auto_map(family)
     return result, True
-
-
-def own_code(fields: Mapping[str, Any]) -> tuple[dict[str, str], bytes] | None:
-    """`auto_map` and `modeling_snp.py` of this version, for a result with config `fields`; None if it is stock."""
-    for family in FAMILIES.values():
-        if family.pruned_model_type == fields.get("model_type"):
-            return auto_map(family), modeling_file(family)
-    return None
-
-
-def has_own_code(directory: Path) -> bool:
-    """Whether a result has the code that this version writes, and would have by its config."""
-    config, code = directory / "config.json", directory / MODELING
-    with suppress(CheckpointError):
-        own = own_code(read_object(config, content_of(config)))
-        return own is not None and code.is_file() and content_of(code) == own[1]
-    return False
-
-
-def modeling_file(family: Family) -> bytes:
-    """What a result of a family has as `modeling_snp.py`: of this version, as long as nobody installs another one."""
-    return bundle(Path(inspect.getfile(family.pruned_class))).encode()
-
-
-def auto_map(family: Family) -> dict[str, str]:
-    """Where transformers' Auto classes find those of a result in the file that it brings along."""
-    module, pruned = MODELING.removesuffix(".py"), family.pruned_class
-    classes = {
-        "AutoConfig": pruned.config_class,
-        "AutoModel": pruned.base_class,
-        "AutoModelForCausalLM": pruned,
-    }
-    return {auto: f"{module}.{found.__name__}" for auto, found in classes.items()}
 
 
 def write_rest(

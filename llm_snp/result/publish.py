@@ -38,10 +38,10 @@ from ..system.manifest import (
 from ..system.private import in_cache, public_words
 from ..system.progress import one_line
 from ..version import __version__
-from .assembly import MODELING, own_code
 from .carried import travels
+from .own_code import MODELING, leads_elsewhere, own_code
 from .repository import ATTRIBUTES, CLIENT_ERRORS, look_at, reason, refused, status
-from .settings import SETTINGS, content_of, read_object, without_code
+from .settings import content_of
 
 # What a run writes, beside its code, what travels from the dense model, and report and card.
 WRITTEN = re.compile(
@@ -196,14 +196,10 @@ def _own_code(directory: Path, config: dict[str, Any], files: Iterable[str]) -> 
         raise CheckpointError(
             f"{directory} has {some(others)} in its report, which no run of llm_snp writes; prune again"
         )
-    for name in {"config.json", *SETTINGS}.intersection(files):
-        fields = read_object(directory / name, (directory / name).read_bytes())
-        ours = {"auto_map": own[0]} if own and name == "config.json" else {}
-        if fields != without_code(fields, name) | ours:
-            raise CheckpointError(
-                f"{directory / name} names code, or a place, outside of the result, which no run of llm_snp writes; "
-                "prune again"
-            )
+    if (strange := leads_elsewhere(directory, files)) is not None:
+        raise CheckpointError(
+            f"{strange} names code, or a place, outside of the result, which no run of llm_snp writes; prune again"
+        )
     return {MODELING: own[1]} if own else {}
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from torch import Tensor
 
 from ..dense.checkpoint import weight_files
-from .assembly import MODELING, own_code
 from .carried import Carried
+from .own_code import MODELING, own_code
 from .settings import content_of
 from .writer import Writer
 

@@ -32,9 +32,10 @@ from ..pruning.executor import prune_blocks
 from ..pruning.job import Job, open_job
 from ..pruning.plan import Plan, check_budget
 from ..pruning.session import Session
-from ..result.assembly import PrunedBlocks, modeling_file, open_result, stock_fields, write_rest
+from ..result.assembly import PrunedBlocks, open_result, stock_fields, write_rest
 from ..result.carried import Carried
 from ..result.finishing import finish
+from ..result.own_code import modeling_file
 from ..result.repository import check_card
 from ..result.writer import Writer
 from ..system.device import as_at_start, dtype_name, resolve_dtype

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import Prune, copied
 
 from llm_snp.cli import main
-from llm_snp.result.assembly import MODELING
+from llm_snp.result.own_code import MODELING
 
 
 @pytest.mark.parametrize("format", ["auto", "stock"])
@@ -23,15 +25,36 @@ def test_a_result_of_ones_own_is_loaded_as_its_card_says(
     assert capsys.readouterr().out.splitlines()[-1] == last
 
 
+@pytest.mark.parametrize("where", [MODELING, "config.json", "a repository", "tokenizer_config.json"])
 def test_nobody_is_told_to_run_other_code(
-    prune: Prune, dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    where: str, prune: Prune, dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A stranger's result may have any; with llm_snp's own classes it loads without."""
     prune(dense, tmp_path / "out")
     strange = copied(tmp_path / "out", tmp_path / "strange")
-    (strange / MODELING).write_text("raise SystemExit('this was run')\n" + (strange / MODELING).read_text())
+    (strange / "evil.py").write_text("raise SystemExit('this was run')\n")
+    classes = {"AutoModelForCausalLM": f"{'them/theirs--' * (where == 'a repository')}evil.SnpOPTForCausalLM"}
+    if where == MODELING:
+        (strange / MODELING).write_text("raise SystemExit('this was run')\n" + (strange / MODELING).read_text())
+    elif where == "tokenizer_config.json":
+        settings(strange / where, auto_map={"AutoTokenizer": [None, "evil.Tokenizer"]})
+    else:
+        settings(strange / "config.json", auto_map=classes)
     capsys.readouterr()
     assert main(["report", str(strange)]) == 0
     out = capsys.readouterr().out.splitlines()
     assert out[-1] == f"load it  import llm_snp; AutoModelForCausalLM.from_pretrained({str(strange)!r})"
-    assert out[-2].startswith("code     modeling_snp.py there is not what this version writes")
+    assert out[-2].startswith("code     there is not what this version writes")
+
+
+def settings(path: Path, **fields: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def test_the_home_directory_where_the_shell_leaves_it(
+    prune: Prune, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    prune(dense, tmp_path / "out")
+    assert main(["report", "~/out", "--output=~/page.html"]) == 0
+    assert (tmp_path / "page.html").is_file()

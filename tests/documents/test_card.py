@@ -344,6 +344,9 @@ def test_limits_and_notes(report: dict[str, Any]) -> None:
     for words in ("nothing was trained afterwards", "modeling_snp.py", "Calibrated on calibration.txt", "biases"):
         assert words in limits
     assert "- windows have 32 tokens" in card
+    assert "refitted by least squares" in limits
+    report["options"]["target"] = "none"
+    assert "as they were, not refitted, and nothing was trained" in model_card(report).split("## Limits")[1]
 
 
 def test_on_the_hub_it_is_fetched_before_it_is_exported(report: dict[str, Any]) -> None:

@@ -369,6 +369,14 @@ def test_how_a_task_generates_and_counts_is_tried_at_the_start(
         )
 
 
+def test_a_metric_that_one_answer_has_no_value_of(dense: Path, task: Callable[..., Path]) -> None:
+    file = task("writing", aggregation="!function utils.spread")
+    file.with_name("utils.py").write_text(
+        "import statistics\n\n\ndef spread(found):\n    return statistics.stdev(found)\n"
+    )
+    rehearse_tasks([str(file)], dense, load_config(dense))
+
+
 def test_tasks_that_are_right_are_rehearsed(dense: Path, task: Callable[..., Path]) -> None:
     dated = str(task(version="1.0\n  2024-01-01: new questions"))
     assert check_tasks([dated])

@@ -218,6 +218,8 @@ def test_rotary_positions_of_a_model_that_transformers_5_has_saved() -> None:
     assert older_fields({"rope_parameters": several}) == older_fields({}) == {}
     given = {"rope_theta": 2e4, "rope_scaling": None}
     assert older_fields(given | {"rope_parameters": {"rope_theta": 1e6}}) == given
+    phi3 = {"partial_rotary_factor": 0.5, "rope_parameters": {"rope_type": "default", "rope_theta": 5e2}}
+    assert older_fields(phi3) == {"rope_theta": 5e2, "rope_scaling": None, "partial_rotary_factor": 0.5}
 
 
 @pytest.mark.parametrize("format", ["auto", "stock"])

@@ -44,7 +44,7 @@ from llm_snp.documents.summary import summary
 from llm_snp.errors import NumericalError
 from llm_snp.families import FAMILIES
 from llm_snp.modeling.opt import SnpOPTForCausalLM
-from llm_snp.result import assembly
+from llm_snp.result import assembly, own_code
 from llm_snp.running import run as run_module
 from llm_snp.system.workspace import JOURNAL
 
@@ -228,12 +228,12 @@ def test_an_upgrade_during_the_run_costs_nothing(
     save = assembly.PrunedBlocks.save
 
     def upgraded(*arguments: Any) -> None:
-        monkeypatch.setattr(assembly, "bundle", lambda source: pytest.fail(f"{source} is read late"))
+        monkeypatch.setattr(own_code, "bundle", lambda source: pytest.fail(f"{source} is read late"))
         save(*arguments)
 
     monkeypatch.setattr(assembly.PrunedBlocks, "save", upgraded)
     prune(dense, tmp_path / "after")
-    code = [(tmp_path / name / assembly.MODELING).read_bytes() for name in ("before", "after")]
+    code = [(tmp_path / name / own_code.MODELING).read_bytes() for name in ("before", "after")]
     assert code[0] == code[1]
 
 

@@ -1,0 +1,65 @@
+"""What another version of transformers has written is the same here. `make test-oldest` looks at it both ways."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Prune, Shell, load, logits
+from tiny_models import KNOWN
+from write import FORMATS, OPTIONS
+
+from llm_snp.dense.hub import transformers_is
+from llm_snp.documents.writing import read_report
+
+WRITTEN = os.environ.get("LLM_SNP_WRITTEN")  # the folder that `write.py` was given, with the other version
+pytestmark = [pytest.mark.cpu, pytest.mark.skipif(WRITTEN is None, reason="needs what another version has written")]
+FOLDER = Path(WRITTEN or ".")
+NAMES = [name for name in KNOWN if (FOLDER / name).is_dir()]
+# Transformers itself computes otherwise than it did.
+CHANGED = {} if transformers_is(4, 53) else {"qwen2-partly-sliding": "transformers lets all layers of it slide"}
+
+
+@pytest.fixture(params=NAMES)
+def place(request: pytest.FixtureRequest) -> Path:
+    if why := CHANGED.get(request.param):
+        pytest.skip(why)
+    return FOLDER / request.param
+
+
+def perplexities(report: dict[str, Any]) -> list[float]:
+    return [both[which]["perplexity"] for both in report["evaluation"].values() for which in ("dense", "pruned")]
+
+
+def test_most_families_are_in_both_versions() -> None:
+    assert len(NAMES) > 20
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_result_computes_the_same(place: Path, kind: str) -> None:
+    """Positions, head and widths."""
+    found = torch.load(place / "logits.pt")
+    torch.testing.assert_close(logits(load(place / kind), found["ids"]), found[kind], rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_is_pruned_to_the_same(place: Path, prune: Prune, tmp_path: Path) -> None:
+    text = str(FOLDER / "text.txt")
+    report = prune(place / "dense", tmp_path / "out", 0.3, calibration=text, evaluate=(text,), **OPTIONS)
+    assert perplexities(report) == pytest.approx(perplexities(read_report(place / "auto")), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_result_is_healed_pruned_again_and_timed(place: Path, kind: str, shell: Shell) -> None:
+    healing = ("--text", FOLDER / "text.txt", "--tokens", "1024", "--batch", "8", "--learning-rate", "1e-3", "--quiet")
+    code, out, err = shell.run("heal", place / kind, "--teacher", place / "dense", "--output", "healed", *healing)
+    assert code == 0, err
+    code, out, err = shell.prune("healed", "--sparsity", "0.1")
+    assert code == 0, err
+    [measured] = read_report(Path("healed"))["healing"][0]["evaluation"].values()
+    assert [measured["teacher"], measured["before"]] == pytest.approx(perplexities(read_report(place / kind)), rel=1e-4)
+    short = ("--device", "cpu", "--prompt", "8", "--new", "4", "--runs", "1")
+    code, out, err = shell.run("bench", "out", "--against", place / "dense", *short)
+    assert (code, "dense" in out) == (0, True), err

@@ -1,0 +1,42 @@
+"""Writes tiny models, results made of them, and the logits of both, for another version of transformers to read.
+
+python tests/versions/write.py DIR
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from conftest import LENGTH, SAMPLES, VOCABULARY, load, logits, paragraphs
+from tiny_models import KNOWN, MODELS, save_tiny
+
+from llm_snp import prune
+
+USUAL = ("opt", "gpt2", "gpt_neox", "gemma3_text")  # without positions, or those that every version takes
+FORMATS = ("auto", "stock")
+# Not repaired: training helps then.
+OPTIONS = {"target": "none", "samples": SAMPLES, "sequence_length": LENGTH, "quiet": True}
+
+
+def write(folder: Path) -> None:
+    """The text FOLDER/text.txt, and for each tiny model FOLDER/NAME/dense, a result of every format, and logits.pt."""
+    folder.mkdir(parents=True)
+    text = folder / "text.txt"
+    text.write_text("\n\n".join(paragraphs(60, seed=1)))
+    ids = torch.randint(4, VOCABULARY, (3, 40), generator=torch.Generator().manual_seed(7))
+    for name in KNOWN:
+        place, found = folder / name, {}
+        dense = save_tiny(name, place / "dense", **({} if MODELS[name][0] in USUAL else {"rope_theta": 500.0}))
+        for kind in FORMATS:
+            prune(dense, 0.3, output=place / kind, format=kind, calibration=text, evaluate=(text,), **OPTIONS)
+            found[kind] = logits(load(place / kind), ids)
+        torch.save({"ids": ids, **found}, place / "logits.pt")
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]))
