@@ -35,6 +35,9 @@ ONLY = re.compile(
 LEGAL = (
     *("copyright", "hereby", "warrant", "liabilit", "redistribut", "sublicens", "licensor", "licensee", "permission"),
     *("license agreement", "terms and conditions", "terms of use", "acceptable use", "prohibited use"),
+    *("许可", "授权", "协议", "版权", "免责", "許可", "授權", "協議", "版權"),  # Chinese, both scripts
+    *("ライセンス", "著作権", "許諾", "라이선스", "저작권", "лиценз", "авторск", "urheberrecht", "haftung", "lizenz"),
+    *("droits d'auteur", "responsabilité", "licencia", "derechos de autor", "responsabilidad"),
 )
 READ = 1 << 18  # characters of a text that are looked at
 NO_TERMS = re.compile(r"key|token|secret|password", re.IGNORECASE)  # a licence's key is not for others

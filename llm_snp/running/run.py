@@ -217,6 +217,9 @@ class _Run:
             progress.say(f"note: {note}")
         for name in self.carried.left:
             report.note(f"{name} of the dense model, which is more than text, is not in the result; its terms hold")
+        if unclear := len(self.carried.unclear):  # by its name it may be somebody's own
+            files = "a file" if unclear == 1 else f"{unclear} files"
+            report.note(f"{files} of the dense model that may be terms of use stayed there; if so, these hold as well")
         writer = Writer(self.directory, len(plan.left) + 1)
         blocks = PrunedBlocks(writer, self.journal, skeleton, report, progress)
         prune_blocks(session, plan, blocks.save, blocks.finished)

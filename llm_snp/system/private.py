@@ -32,6 +32,7 @@ PATH = re.compile(
     r"(^|[^\w/.<])/(root/\S|[\w.@+-]+/[\w.@+-])|(^|\W)[A-Za-z]:[\\/]\w|(^|\s)~[\w.-]*/\w|"
     r"\b(?!https?:)[A-Za-z][\w+.-]*://\w|(^|[^\w/.<:])//[\w.@+-]+/[\w.@+-]"
 )
+ADDRESS = re.compile(r"https?://\S+")
 LINE = 3000  # characters at most; what is longer is a text that may speak of such things
 # Whatever the Hub says of it, nothing else can be a model there: user/name, or one of the old ones without a user, by
 # the rules of its client.
@@ -57,8 +58,11 @@ def is_private(text: str) -> bool:
 
 
 def _has_name(path: str) -> bool:
-    """Whether a folder of a relative path is called as whoever runs this; what has two parts may be a repository."""
-    parts = path.split("/")
+    """Whether a folder of a relative path is called as whoever runs this; what has two parts may be a repository.
+
+    In an address on the web it is a name there, which is often the same.
+    """
+    parts = ADDRESS.sub("", path).split("/")
     return len(parts) > 2 and not _names().isdisjoint(parts)
 
 

@@ -635,7 +635,9 @@ def test_folders_of_who_runs_this_do_not_travel(monkeypatch: pytest.MonkeyPatch)
     fields = {"a": "runs/ann/out", "b": "ann/model", "c": "runs/anna/out", "key_dim": 1}
     secrets = dict.fromkeys(("WANDB_KEY", "d_key", "HF_TOKEN", "GITHUB_TOKEN", "AWS_SESSION_TOKEN", "DB_PASS"), "x")
     secrets |= {"passphrase": "x", "training_command": "torchrun --x " * 60 + "--data /mnt/nfs/ann/x"}
-    assert without_code(fields | secrets) == {"b": "ann/model", "c": "runs/anna/out", "key_dim": 1}
+    kept = {"b": "ann/model", "c": "runs/anna/out", "key_dim": 1}
+    kept["link"] = "https://huggingface.co/ann/model/blob/main/LICENSE"  # most people are called there as at home
+    assert without_code(fields | secrets | kept) == kept
 
 
 @pytest.mark.parametrize(
@@ -780,8 +782,9 @@ def test_a_product_s_licence_is_told_by_what_it_says(dense: Path, tmp_path: Path
     (directory / "ACME_LICENSE.txt").write_text("Copyright ACME. Permission is hereby granted ...\n")
     (directory / "Llama-2_LICENSE.txt").write_text("see the web\n")
     (directory / "USE_POLICY.md").write_text("be good\n")
+    (directory / "BAICHUAN-LICENSE.txt").write_text("模型社区许可协议 授权 ...\n", encoding="utf-8")
     carried = Carried(directory)
-    assert {"ACME_LICENSE.txt", "Llama-2_LICENSE.txt", "USE_POLICY.md"} <= set(carried.files)
+    assert {"ACME_LICENSE.txt", "BAICHUAN-LICENSE.txt", "Llama-2_LICENSE.txt", "USE_POLICY.md"} <= set(carried.files)
     assert sorted(carried.unclear) == ["access_policy.txt", "gurobi_license.txt"]
 
 
@@ -794,3 +797,13 @@ def test_a_page_of_terms_stays_where_it_is_and_the_report_says_so(prune: Prune, 
     assert (tmp_path / "out" / "LICENSE").exists()
     assert not [path for path in (tmp_path / "out").iterdir() if path.suffix.lower() in (".html", ".htm")][1:]
     assert sum("which is more than text, is not in the result" in note for note in report["notes"]) == 2
+
+
+def test_what_may_be_terms_and_stays_is_counted_in_the_report(prune: Prune, dense: Path, tmp_path: Path) -> None:
+    """By its name, which may be somebody's own, it is known on this machine only."""
+    directory = Path(shutil.copytree(dense, tmp_path / "model"))
+    (directory / "gurobi_license.txt").write_text("LICENSEID=123\n")
+    prune(directory, tmp_path / "out")
+    content = (tmp_path / "out" / "report.json").read_text()
+    assert "a file of the dense model that may be terms of use stayed there" in content
+    assert "gurobi" not in content
