@@ -661,6 +661,16 @@ def test_output_where_nothing_may_be_written(shell: Shell, dense: Path) -> None:
     assert f"cannot be made: {locked} is not writable" in shell.refused(dense, "--output", locked / "out")
 
 
+def test_a_disk_without_modes_and_locks(
+    shell: Shell, dense: Path, held_out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A share of another system, or a cluster's file system: nothing that a result needs."""
+    monkeypatch.setattr(Path, "chmod", raising(PermissionError(errno.EPERM, os.strerror(errno.EPERM))))
+    monkeypatch.setattr("filelock.UnixFileLock._acquire", raising(NotImplementedError("no flock")))
+    code, _, err = shell.prune(dense, "--method", "best", "--evaluate", held_out)
+    assert code == 0, err
+
+
 def test_earlier_result(shell: Shell, dense: Path) -> None:
     assert shell.prune(dense)[0] == 0
     before = weight_files(shell.output)

@@ -94,6 +94,11 @@ def wrapped(model: Any, tokenizer: Any, batch_size: int) -> Any:
 
     if tokenizer.eos_token_id is None:  # the harness cuts, begins and pads texts with it, and fails without
         tokenizer.eos_token = tokenizer.bos_token or tokenizer.convert_ids_to_tokens(0)
+    pad, known = tokenizer.pad_token_id, model.get_input_embeddings().num_embeddings
+    if (
+        pad is not None and pad >= known > tokenizer.eos_token_id
+    ):  # added for a training; what is padded is not looked at
+        tokenizer.pad_token = tokenizer.eos_token
     return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
 
 

@@ -25,7 +25,7 @@ from ..pruning.job import output_of
 from ..result.finishing import finish
 from ..result.rewriting import Rewriting
 from ..system.device import as_at_start, resolve_device
-from ..system.files import disk
+from ..system.files import digest_of_json, disk
 from ..system.journal import Journal
 from ..system.keeping import kept_for_later
 from ..system.output import check_space
@@ -100,7 +100,10 @@ class _Healing:
                 "settings", {"llm_snp": __version__, **options.settings(), "number of processes": processes.count}
             )
             identity = processes.from_main(lambda: identity_of(pair, self.rewriting))
-            self.journal.expect("models", identity)
+            # States have the names of the model, which are not those of every transformers (GPT-NeoX's head).
+            names = [] if options.lora else sorted(student.checkpoint.names())
+            named = {"the hash of the trained tensors' names, which this transformers gives,": digest_of_json(names)}
+            self.journal.expect("models", identity | named)
             processes.on_main(self._check_space)
         with progress.phase("text"):
             self.read = identity | processes.from_main(lambda: digests(shares(options.text)))

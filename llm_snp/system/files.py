@@ -90,7 +90,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     with disk(path), _temporary(path) as aside:
         mode = aside.stat().st_mode & 0o777
         save_file(_unshared(tensors), aside, metadata={"format": "pt"})
-        aside.chmod(mode)  # safetensors makes files that only their owner can read; this is what the umask asks for
+        # safetensors makes files that only their owner can read; this is what the umask asks for
+        with suppress(OSError):  # not every file system has modes
+            aside.chmod(mode)
         _settle(aside, path)
 
 

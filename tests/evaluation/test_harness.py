@@ -571,6 +571,18 @@ def test_a_tokenizer_without_special_tokens(dense: Path, tmp_path: Path) -> None
     assert list(results) == ["small_choice", "small_text", "small_writing"]
 
 
+def test_what_pads_may_be_a_token_that_the_model_has_none_of(
+    dense: Path, found: dict[str, Any], tmp_path: Path
+) -> None:
+    """Added for a training, as often with Llama; only questions in a batch of several are padded."""
+    tokenizer = load_tokenizer(shutil.copytree(dense, tmp_path / "model"))
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(tmp_path / "model")
+    assert load_tokenizer(tmp_path / "model").pad_token_id == load(dense).config.vocab_size
+    rehearse_tasks([WRITING], tmp_path / "model", load_config(dense))
+    assert evaluate(tmp_path / "model", WRITING) == {"small_writing": found["small_writing"]}
+
+
 def test_batches_get_smaller_where_memory_is_short(
     dense: Path, found: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -429,6 +429,18 @@ def test_an_interruption_changes_nothing_where_files_have_other_names(
     assert weight_files(Path("healed")) == weight_files(Path("whole"))
 
 
+def test_a_state_with_other_names_is_not_gone_on_with(
+    heal: Healer, pruned: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As another transformers gives them to a GPT-NeoX: its head would be that of the beginning, without a word."""
+    with monkeypatch.context() as patch:
+        stopped_at_the_second_state(patch)
+        assert heal(pruned, "--no-evaluate")[0] == 130
+    monkeypatch.setattr(run, "digest_of_json", lambda names: str(len(names)))
+    said = heal.refused(pruned, "--no-evaluate", "--resume")
+    assert said.startswith("--resume: the hash of the trained tensors' names, which this transformers gives, is ")
+
+
 def test_no_state_goes_before_the_next_one_is_noted(
     heal: Healer, pruned: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,10 +10,12 @@ import pytest
 import torch
 from conftest import Prune, Shell, load, logits
 from tiny_models import KNOWN
+from transformers import AutoConfig
 from write import FORMATS, OPTIONS
 
 from llm_snp.dense.hub import transformers_is
 from llm_snp.documents.writing import read_report
+from llm_snp.families import FAMILIES
 
 WRITTEN = os.environ.get("LLM_SNP_WRITTEN")  # the folder that `write.py` was given, with the other version
 pytestmark = [pytest.mark.cpu, pytest.mark.skipif(WRITTEN is None, reason="needs what another version has written")]
@@ -47,19 +49,26 @@ def test_a_result_computes_the_same(place: Path, kind: str) -> None:
 
 def test_a_model_is_pruned_to_the_same(place: Path, prune: Prune, tmp_path: Path) -> None:
     text = str(FOLDER / "text.txt")
-    report = prune(place / "dense", tmp_path / "out", 0.3, calibration=text, evaluate=(text,), **OPTIONS)
+    report = prune(place / "dense", tmp_path / "out", FORMATS["auto"], calibration=text, evaluate=(text,), **OPTIONS)
     assert perplexities(report) == pytest.approx(perplexities(read_report(place / "auto")), rel=1e-4)
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_a_result_is_healed_pruned_again_and_timed(place: Path, kind: str, shell: Shell) -> None:
-    healing = ("--text", FOLDER / "text.txt", "--tokens", "1024", "--batch", "8", "--learning-rate", "1e-3", "--quiet")
-    code, out, err = shell.run("heal", place / kind, "--teacher", place / "dense", "--output", "healed", *healing)
+def test_a_result_is_pruned_again_and_timed(place: Path, kind: str, shell: Shell) -> None:
+    code, _, err = shell.prune(place / kind, "--sparsity", "0.1")
     assert code == 0, err
-    code, out, err = shell.prune("healed", "--sparsity", "0.1")
+    short = ("--device", "cpu", "--prompt", "8", "--new", "4", "--runs", "1")
+    code, _, err = shell.run("bench", "out", "--against", place / "dense", *short)
+    assert code == 0, err
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_result_is_healed(place: Path, kind: str, shell: Shell) -> None:
+    if FAMILIES[AutoConfig.from_pretrained(place / "dense").model_type].mixture:
+        pytest.skip("mixtures of experts are not healed")
+    short = ("--tokens", "8192", "--batch", "8", "--learning-rate", "1e-3", "--device", "cpu", "--quiet")
+    asked = ("--text", FOLDER / "text.txt", "--teacher", place / "dense", "--output", "healed", *short)
+    code, _, err = shell.run("heal", place / kind, *asked)
     assert code == 0, err
     [measured] = read_report(Path("healed"))["healing"][0]["evaluation"].values()
     assert [measured["teacher"], measured["before"]] == pytest.approx(perplexities(read_report(place / kind)), rel=1e-4)
-    short = ("--device", "cpu", "--prompt", "8", "--new", "4", "--runs", "1")
-    code, out, err = shell.run("bench", "out", "--against", place / "dense", *short)
-    assert (code, "dense" in out) == (0, True), err

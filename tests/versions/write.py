@@ -18,7 +18,7 @@ from tiny_models import KNOWN, MODELS, save_tiny
 from llm_snp import prune
 
 USUAL = ("opt", "gpt2", "gpt_neox", "gemma3_text")  # without positions, or those that every version takes
-FORMATS = ("auto", "stock")
+FORMATS = {"auto": 0.5, "stock": 0.3}  # and what is removed
 # Not repaired: training helps then.
 OPTIONS = {"target": "none", "samples": SAMPLES, "sequence_length": LENGTH, "quiet": True}
 
@@ -32,8 +32,8 @@ def write(folder: Path) -> None:
     for name in KNOWN:
         place, found = folder / name, {}
         dense = save_tiny(name, place / "dense", **({} if MODELS[name][0] in USUAL else {"rope_theta": 500.0}))
-        for kind in FORMATS:
-            prune(dense, 0.3, output=place / kind, format=kind, calibration=text, evaluate=(text,), **OPTIONS)
+        for kind, share in FORMATS.items():
+            prune(dense, share, output=place / kind, format=kind, calibration=text, evaluate=(text,), **OPTIONS)
             found[kind] = logits(load(place / kind), ids)
         torch.save({"ids": ids, **found}, place / "logits.pt")
 
