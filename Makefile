@@ -28,12 +28,18 @@ test: $(VENV)/.installed
 test-slow: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
-# What depends on transformers most, with the oldest one that is supported.
-test-oldest:
+# What depends on transformers most, with the oldest one that is supported; and what one has written, with the other.
+test-oldest: $(VENV)/.installed
 	test -x $(VENV)-oldest/bin/python || $(PYTHON) -m venv $(VENV)-oldest
 	$(VENV)-oldest/bin/python -m pip install -q --disable-pip-version-check -c constraints-oldest.txt -e . pytest pytest-xdist
 	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -n auto tests/families tests/result/test_result_loads.py \
 	    tests/running/test_end_to_end.py tests/running/test_again.py tests/result/test_stock_format.py
+	rm -rf $(VENV)-oldest/written
+	OMP_NUM_THREADS=1 $(BIN)/python tests/versions/write_models.py $(VENV)-oldest/written/newest
+	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python tests/versions/write_models.py $(VENV)-oldest/written/oldest
+	OMP_NUM_THREADS=1 LLM_SNP_WRITTEN=$(VENV)-oldest/written/newest $(VENV)-oldest/bin/python -m pytest -n auto \
+	    tests/versions
+	OMP_NUM_THREADS=1 LLM_SNP_WRITTEN=$(VENV)-oldest/written/oldest $(BIN)/python -m pytest -n auto tests/versions
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -56,6 +56,7 @@ def parser(name: str, command: ModuleType) -> argparse.ArgumentParser:
 
 def parse(arguments: Sequence[str]) -> tuple[ModuleType, argparse.Namespace]:
     """The command's module and what its flags say. Raises `OptionError` for what cannot be parsed."""
+    _check_filled(arguments)
     name = arguments[0] if arguments and arguments[0] in COMMANDS else PRUNE
     command = importlib.import_module(f".commands.{name}", __package__)
     p = parser(name, command)
@@ -69,6 +70,15 @@ def parse(arguments: Sequence[str]) -> tuple[ModuleType, argparse.Namespace]:
         already = f", the model is {args.model!r}" if name == PRUNE else ""
         raise OptionError(f"{unknown[0]!r} is one argument too many{already}; see --help")
     return command, args
+
+
+def _check_filled(arguments: Sequence[str]) -> None:
+    """Raise `OptionError` for an empty argument, as of a variable that is not set: as a path it would be this place."""
+    for before, given in zip(("", *arguments), arguments, strict=False):
+        flag, sign, value = given.partition("=") if given.startswith("--") else ("", "=", given)
+        if sign and not value.strip():
+            name = flag or (before if before.startswith("--") else "an argument")
+            raise OptionError(f"{name} is empty; give something, or leave it out")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

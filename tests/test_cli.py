@@ -216,3 +216,18 @@ def test_the_command_can_be_typed_again(processes: int, nodes: int, head: str) -
             assert line.startswith(f"{head} -m llm_snp ")
             _, again = parse(shlex.split(line.split("-m llm_snp ")[1]))
             assert options_of(again).resolved() == options.resolved()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (["report", ""], "an argument"),
+        (["bench", "out", "--against", ""], "--against"),
+        (["export", "out", "--gguf="], "--gguf"),
+        (["--sparsity", "0.3", "--output= "], "--output"),
+    ],
+)
+def test_what_is_empty(arguments: list[str], name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """As of a shell's variable that is not set; as a path it would be the working directory."""
+    assert cli.main(arguments) == 2
+    assert capsys.readouterr().err == f"llm_snp: {name} is empty; give something, or leave it out\n"

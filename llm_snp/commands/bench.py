@@ -57,6 +57,7 @@ def main(args: argparse.Namespace) -> None:
     from ..documents.writing import check_way, read_report, rehearse, store
     from ..evaluation.speed import measure_speed, measurements
     from ..evaluation.speed_table import speed_table
+    from ..result.own_code import has_own_code
     from ..system.device import resolve_device, resolve_dtype
     from ..system.progress import Progress
 
@@ -89,7 +90,7 @@ def main(args: argparse.Namespace) -> None:
         if dense is None and is_result(directory) and "dense" in read_report(directory).get("speed", {}):
             print(f"kept     the earlier figures in {directory}, which compare with the dense model")
             return
-        store(directory, own, "speed", speed)
+        store(directory, own, "speed", speed, own_code=has_own_code(directory))
         print(f"stored   in the report of {directory}")
 
 

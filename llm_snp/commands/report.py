@@ -32,6 +32,7 @@ def main(args: argparse.Namespace) -> None:
     from ..documents.writing import kept, read_report, write_documents, write_page
     from ..result.own_code import has_own_code
 
+    own_code = has_own_code(args.directory)
     if args.output is not None:
         report = read_report(args.directory)
         write_page(args.output, report)
@@ -39,11 +40,11 @@ def main(args: argparse.Namespace) -> None:
     else:
         with alone(args.directory):
             report = read_report(args.directory)
-            written = write_documents(args.directory, report)
+            written = write_documents(args.directory, report, own_code=own_code)
         for path in kept(args.directory, written):
             print(f"kept     {path}, which is not as it was written")
     for path in written:
         print(f"written  {path}")
     print()
     # A result that was moved is where it was found now.
-    print(summary(report | {"output": str(args.directory)}, has_own_code(args.directory)))
+    print(summary(report | {"output": str(args.directory)}, own_code))

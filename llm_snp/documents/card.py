@@ -24,11 +24,13 @@ CODE_SPAN = frozenset("`|<[")  # with these a command in a table would end, or b
 PLOT = re.compile(r"^!\[(.*)\]\((plots/[^)]+)\)$", re.MULTILINE)
 
 
-def model_card(report: dict[str, Any], name: str | None = None, plots: Sequence[tuple[str, str]] = ()) -> str:
+def model_card(
+    report: dict[str, Any], name: str | None = None, plots: Sequence[tuple[str, str]] = (), own_code: bool = True
+) -> str:
     """Markdown with the Hub's metadata in front, without paths of the machine it was made on.
 
     name: what `from_pretrained` gets, a directory (default: that of the result) or a Hub id; plots: title, and path
-    relative to the card, of images to show.
+    relative to the card, of images to show; own_code: whether the code that lies beside the weights is this version's.
     """
     report = shareable(report)
     name = name or report["output"]
@@ -39,7 +41,7 @@ def model_card(report: dict[str, Any], name: str | None = None, plots: Sequence[
     sections = [
         f"# {as_text(title)}",
         _summary(report),
-        _how_to_load(report, name),
+        _how_to_load(report, name, own_code),
         _how_to_serve(report, name),
         _perplexity(report),
         _healing(report, healings),
@@ -85,9 +87,15 @@ def _lineage(report: dict[str, Any]) -> str:
     return f" It had been pruned before{made_of}: {gone}."
 
 
-def _how_to_load(report: dict[str, Any], name: str) -> str:
-    trust, why = "", "It is a checkpoint of the stock class: no code of its own is needed."
-    if report["model"].get("custom_code", True):
+def _how_to_load(report: dict[str, Any], name: str, own_code: bool) -> str:
+    trust, first = "", ""
+    why = "It is a checkpoint of the stock class: no code of its own is needed."
+    if report["model"].get("custom_code", True) and not own_code:
+        first, why = (
+            "import llm_snp  # its classes load it: there is code in this folder that is not what it writes\n",
+            "There is no need to run what lies here: `trust_remote_code` would.",
+        )
+    elif report["model"].get("custom_code", True):
         trust, why = (
             ", trust_remote_code=True",
             (
@@ -99,7 +107,7 @@ def _how_to_load(report: dict[str, Any], name: str) -> str:
     return f"""## Load it
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+{first}from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained({place}{trust})
 tokenizer = AutoTokenizer.from_pretrained({place}{trust})

@@ -27,10 +27,10 @@ CARD = "README.md"
 PAGE = "report.html"
 
 
-def write_documents(directory: Path, report: dict[str, Any], new: bool = False) -> list[Path]:
+def write_documents(directory: Path, report: dict[str, Any], new: bool = False, own_code: bool = True) -> list[Path]:
     """Write plots/*.png, report.html, README.md and report.json; returns the paths of what was written.
 
-    new: `directory` becomes a result by it; else it has that of which the report is.
+    new: `directory` becomes a result by it; else it has that of which the report is. own_code: as `model_card` has it.
 
     They are made as a whole, and written aside, before the first takes its name: a failure leaves those that were
     there, and what is interrupted among their renames is known for ours (`announced`). What a person has edited since
@@ -53,7 +53,7 @@ def write_documents(directory: Path, report: dict[str, Any], new: bool = False) 
     if not edited(directory / CARD, files.get(CARD)):
         titles = [(plot.title, plot_path(name)) for name, plot in PLOTS.items() if plot_path(name) in made]
         with _of(directory):
-            made[CARD] = model_card(public, plots=titles).encode()
+            made[CARD] = model_card(public, plots=titles, own_code=own_code).encode()
     if not new and (taken := sorted(others.intersection(made))):
         raise _in_the_way(directory / taken[0])
     for name in [one for one in (*plots, PAGE) if one in made and files.get(one)]:
@@ -76,11 +76,18 @@ def write_documents(directory: Path, report: dict[str, Any], new: bool = False) 
     return [directory / name for name in (*made, REPORT)]
 
 
-def store(directory: Path, report: dict[str, Any], section: str, measured: Any, seconds: float | None = None) -> None:
+def store(
+    directory: Path,
+    report: dict[str, Any],
+    section: str,
+    measured: Any,
+    seconds: float | None = None,
+    own_code: bool = True,
+) -> None:
     """Put into the report of a result, as it is by now, what was measured, and how long that took; write all documents.
 
-    report: that of the result when it was measured, which gets it as well. Another process may have added to the result
-    meanwhile, or be about to. Raises what `write_documents` does.
+    report: that of the result when it was measured, which gets it as well; own_code: as `model_card` has it.
+    Another process may have added to the result meanwhile, or be about to. Raises what `write_documents` does.
     """
     check_there(directory, report)  # there may be none
     with alone(directory):
@@ -91,7 +98,7 @@ def store(directory: Path, report: dict[str, Any], section: str, measured: Any, 
             if seconds is not None:
                 one["seconds"][section] = seconds
         now["options"]["evaluate"] = report["options"]["evaluate"]  # of tasks, perhaps others than were asked for first
-        write_documents(directory, now)
+        write_documents(directory, now, own_code=own_code)
         report[FILES] = now[FILES]
 
 

@@ -70,7 +70,7 @@ def push(directory: Path, repo: str, private: bool = False, overwrite: bool = Fa
     as_checked = _identities(directory, report)
     files = _files(directory, report)
     api = HfApi()
-    there = look_at(api, repo, overwrite, private)
+    there = look_at(api, repo, overwrite, private, card_is_edited(directory, report))
     content = files | _documents(directory, report, repo, files)
     visibility: dict[str, Any] = {"private": True} if private else {}  # else the owner's default, for most public
     try:

@@ -63,8 +63,11 @@ class Repository:
     commit: str | None
 
 
-def look_at(api: HfApi, repo: str, overwrite: bool, private: bool) -> Repository | None:
-    """What `repo` has, None if it does not exist; raises what `check_push` says."""
+def look_at(api: HfApi, repo: str, overwrite: bool, private: bool, edited: bool = False) -> Repository | None:
+    """What `repo` has, None if it does not exist; raises what `check_push` says.
+
+    edited: whether the card that is to go there has a person's words, and may replace another one that has.
+    """
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
@@ -81,7 +84,7 @@ def look_at(api: HfApi, repo: str, overwrite: bool, private: bool) -> Repository
         except RepositoryNotFoundError:
             return None
         found = Repository(frozenset(file.rfilename for file in info.siblings or ()), info.sha)
-        others = sorted(found.files - _written_there(api, repo, found)) if overwrite else []
+        others = sorted(found.files - _written_there(api, repo, found, edited)) if overwrite else []
     except CLIENT_ERRORS as error:
         raise refused(error, repo) from error
     if private and info.private is not True:
@@ -99,7 +102,7 @@ def look_at(api: HfApi, repo: str, overwrite: bool, private: bool) -> Repository
     return found
 
 
-def _written_there(api: HfApi, repo: str, found: Repository) -> set[str]:
+def _written_there(api: HfApi, repo: str, found: Repository, edited: bool) -> set[str]:
     """The files of a repository that are a result's and as they were when its report came there.
 
     Large files have another hash there than in the report, so what tells is which commit changed each last. A card of
@@ -111,7 +114,7 @@ def _written_there(api: HfApi, repo: str, found: Repository) -> set[str]:
             return {ATTRIBUTES, *[CARD] * bool(bare)}
         _content(api, repo, REPORT, found, folder)
         ours = {ATTRIBUTES, *manifest(folder), *[REPORT] * is_result(folder)} - set(strays(folder))
-        ours |= {CARD} if has_edited_card(folder) else set()  # it came with the report, as the commits tell
+        ours |= {CARD} if edited and has_edited_card(folder) else set()  # it came with the report, as the commits tell
     tree = api.list_repo_tree(repo, recursive=True, expand=True, revision=found.commit)
     changed = {one.path: one.last_commit.date for one in tree if isinstance(one, RepoFile) and one.last_commit}
     return {name for name in ours if REPORT not in changed or changed.get(name, changed[REPORT]) <= changed[REPORT]}

@@ -52,7 +52,11 @@ SECRETS = re.compile(
     r"^[A-Z0-9_]*_(TOKEN|PASS|PAT|PWD)$"  # as variables of an environment are called
 )
 # Who ran what made it, and where.
-PEOPLE = re.compile(r"(?i:^(user_?name|host_?name|launched_by|created_by|e_?mail|author_?email)$|^(user|host)$)")
+PEOPLE = re.compile(
+    r"(?i:(^|_)(users?|user_?names?|logins?|hosts?|host_?names?|e_?mails?(_address(es)?)?)$|"
+    r"(^|_)(made|trained|run|created|launched|written|uploaded|saved|exported|converted|owned)_by$)"
+)
+EMAIL = re.compile(r"[\w.+-]+@[\w-]+(\.[\w-]+)+")
 WORD = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|[-. ]")  # begins at it: clientSecret, api-key
 TEMPLATE_FIELD = "chat_template"
 WORDS = ("content", TEMPLATE_FIELD, "template")  # what a tokenizer reads or writes, whatever it looks like
@@ -75,8 +79,11 @@ def _names_code(name: Any, value: Any, file: str) -> bool:
         return True
     if isinstance(name, str) and (name.endswith(PLACE_ENDINGS) or _is_secret(name) or is_private(name)):
         return True
-    if isinstance(name, str) and file not in TOKENIZER_SETTINGS and PEOPLE.search(WORD.sub("_", name)):
-        return True  # a tokenizer has words for a user
+    if file not in TOKENIZER_SETTINGS:  # a tokenizer has words for a user
+        if isinstance(name, str) and PEOPLE.search(WORD.sub("_", name)) and not isinstance(value, (int, float)):
+            return True
+        if isinstance(value, str) and EMAIL.fullmatch(value):
+            return True
     if not isinstance(value, str) or not is_private(value):
         return False
     words = name in WORDS and file in TOKENIZER_SETTINGS

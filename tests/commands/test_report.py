@@ -45,6 +45,9 @@ def test_nobody_is_told_to_run_other_code(
     out = capsys.readouterr().out.splitlines()
     assert out[-1] == f"load it  import llm_snp; AutoModelForCausalLM.from_pretrained({str(strange)!r})"
     assert out[-2].startswith("code     there is not what this version writes")
+    card = (strange / "README.md").read_text()
+    assert "import llm_snp  # its classes load it" in card
+    assert "trust_remote_code=True" not in card
 
 
 def settings(path: Path, **fields: Any) -> None:

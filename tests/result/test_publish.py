@@ -237,6 +237,13 @@ def test_an_edited_card_goes_up_as_it_is(hub: HubServer, result: Path) -> None:
     assert publish.card_is_edited(result, published)
     push(result, f"{USER}/edited")
     assert hub.repositories[f"{USER}/edited"].files["README.md"] == readme.read_bytes()
+    mine = readme.read_bytes()
+    readme.unlink()
+    with pytest.raises(HubError, match=r"has README\.md on the Hub, which no run of llm_snp wrote"):
+        push(result, f"{USER}/edited", overwrite=True)
+    readme.write_bytes(mine + b"More words.")
+    push(result, f"{USER}/edited", overwrite=True)
+    assert hub.repositories[f"{USER}/edited"].files["README.md"] == readme.read_bytes()
 
 
 def test_what_goes_up_as_it_is_is_told(hub: HubServer, result: Path, capsys: pytest.CaptureFixture[str]) -> None:

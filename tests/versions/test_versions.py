@@ -11,24 +11,20 @@ import torch
 from conftest import Prune, Shell, load, logits
 from tiny_models import KNOWN
 from transformers import AutoConfig
-from write import FORMATS, OPTIONS
+from write_models import FORMATS, OPTIONS
 
-from llm_snp.dense.hub import transformers_is
 from llm_snp.documents.writing import read_report
 from llm_snp.families import FAMILIES
 
-WRITTEN = os.environ.get("LLM_SNP_WRITTEN")  # the folder that `write.py` was given, with the other version
+WRITTEN = os.environ.get("LLM_SNP_WRITTEN")  # the folder that `write_models.py` was given, with the other version
 pytestmark = [pytest.mark.cpu, pytest.mark.skipif(WRITTEN is None, reason="needs what another version has written")]
 FOLDER = Path(WRITTEN or ".")
-NAMES = [name for name in KNOWN if (FOLDER / name).is_dir()]
-# Transformers itself computes otherwise than it did.
-CHANGED = {} if transformers_is(4, 53) else {"qwen2-partly-sliding": "transformers lets all layers of it slide"}
+# Transformers before 4.53 lets all layers of the last one slide.
+NAMES = [name for name in KNOWN if (FOLDER / name).is_dir() and name != "qwen2-partly-sliding"]
 
 
 @pytest.fixture(params=NAMES)
 def place(request: pytest.FixtureRequest) -> Path:
-    if why := CHANGED.get(request.param):
-        pytest.skip(why)
     return FOLDER / request.param
 
 

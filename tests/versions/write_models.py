@@ -1,6 +1,6 @@
 """Writes tiny models, results made of them, and the logits of both, for another version of transformers to read.
 
-python tests/versions/write.py DIR
+python tests/versions/write_models.py DIR
 """
 
 from __future__ import annotations
