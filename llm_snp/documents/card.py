@@ -42,7 +42,7 @@ def model_card(
         f"# {as_text(title)}",
         _summary(report),
         _how_to_load(report, name, own_code),
-        _how_to_serve(report, name),
+        _how_to_serve(report, name, own_code),
         _perplexity(report),
         _healing(report, healings),
         _harness(report),
@@ -116,7 +116,7 @@ tokenizer = AutoTokenizer.from_pretrained({place}{trust})
 {why}"""
 
 
-def _how_to_serve(report: dict[str, Any], name: str) -> str:
+def _how_to_serve(report: dict[str, Any], name: str, own_code: bool) -> str:
     """The engines that can load it, with what to type."""
     kind, own = report["model"]["type"], report["model"].get("custom_code", True)
     sites = [site for block in report["blocks"] for site in block.values() if isinstance(site, dict)]
@@ -125,7 +125,7 @@ def _how_to_serve(report: dict[str, Any], name: str) -> str:
     name = name if CODE_SPAN.isdisjoint(name) else "DIR"
     quoted, file = shlex.quote(name), shlex.quote(name.rstrip("/").rsplit("/", 1)[-1] + ".gguf")
     rows = []
-    if not (own and (kind in NOT_IN_VLLM or any(site["kept"] == 0 for site in sites))):
+    if not (own and (not own_code or kind in NOT_IN_VLLM or any(site["kept"] == 0 for site in sites))):
         flags = " --trust-remote-code" * own + " --model-impl transformers" * backend
         rows.append(("vLLM", f"`vllm serve {quoted}{flags}`"))
     if kind in BLOCKWISE_IN_GGUF and fewer <= {"heads", "neurons"}:
@@ -255,7 +255,7 @@ def _limits(report: dict[str, Any], metadata: ModelCardData) -> str:
     terms = f"its licence ({licence})" if licence else "its licence"
     if report.get("healing"):
         how = "Trained after pruning, on little text: what that text has nothing of may not have come back."
-    elif report["options"]["target"] == "none":
+    elif report["options"]["target"] == "none" or not report["sparsity"]["achieved"]:
         how = "Pruned in one shot: the remaining weights are as they were, not refitted, and nothing was trained."
     else:
         how = (

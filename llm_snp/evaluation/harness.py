@@ -94,11 +94,11 @@ def wrapped(model: Any, tokenizer: Any, batch_size: int) -> Any:
 
     if tokenizer.eos_token_id is None:  # the harness cuts, begins and pads texts with it, and fails without
         tokenizer.eos_token = tokenizer.bos_token or tokenizer.convert_ids_to_tokens(0)
-    pad, known = tokenizer.pad_token_id, model.get_input_embeddings().num_embeddings
-    if (
-        pad is not None and pad >= known > tokenizer.eos_token_id
-    ):  # added for a training; what is padded is not looked at
-        tokenizer.pad_token = tokenizer.eos_token
+    known = model.get_input_embeddings().num_embeddings
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= known:  # one that was added for a training, say
+        choice = (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id, 0)  # nobody looks at it
+        there = next(token for token in choice if token is not None and token < known)
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(there)
     return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
 
 

@@ -17,6 +17,7 @@ from .settings import SETTINGS, content_of, read_object, without_code
 # imports, under this name.
 MODELING = "modeling_snp.py"
 CONFIG = "config.json"
+GENERATE = "custom_generate"  # a folder in which transformers looks for code, whatever the settings say
 
 
 def modeling_file(family: Family) -> bytes:
@@ -62,5 +63,5 @@ def has_own_code(directory: Path) -> bool:
         own, code = own_code(read_object(directory / CONFIG, content_of(directory / CONFIG))), directory / MODELING
         there = [name for name in (CONFIG, *SETTINGS) if (directory / name).exists()]
         same = own is not None and code.is_file() and content_of(code) == own[1]
-        return same and leads_elsewhere(directory, there) is None
+        return same and leads_elsewhere(directory, there) is None and not (directory / GENERATE).exists()
     return False

@@ -13,7 +13,7 @@ from ..dense.tokenizer import SETTINGS as TOKENIZER_SETTINGS
 from ..errors import CheckpointError
 from ..system.libraries import parse_json, reason
 from ..system.plain import encodable
-from ..system.private import PLACE, is_private
+from ..system.private import LINE, PLACE, is_private
 
 GENERATION = "generation_config.json"
 SETTINGS = (*TOKENIZER_SETTINGS, GENERATION)
@@ -53,10 +53,11 @@ SECRETS = re.compile(
 )
 # Who ran what made it, and where.
 PEOPLE = re.compile(
-    r"(?i:(^|_)(users?|user_?names?|logins?|hosts?|host_?names?|e_?mails?(_address(es)?)?)$|"
-    r"(^|_)(made|trained|run|created|launched|written|uploaded|saved|exported|converted|owned)_by$)"
+    r"(?i:(^|_)(users?(_id|_name)?|username|log_?name|logins?|owner|uploader|submitter|"
+    r"hosts?|(host|node)_?names?|e_?mails?(_address(es)?)?)$|"
+    r"(^|_)(\w+ed|made|ran|run|built|written)_by$)"
 )
-EMAIL = re.compile(r"[\w.+-]+@[\w-]+(\.[\w-]+)+")
+EMAIL = re.compile(r"[\w.+-]{1,64}@[\w-]+(\.[\w-]+)+")
 WORD = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|[-. ]")  # begins at it: clientSecret, api-key
 TEMPLATE_FIELD = "chat_template"
 WORDS = ("content", TEMPLATE_FIELD, "template")  # what a tokenizer reads or writes, whatever it looks like
@@ -82,7 +83,7 @@ def _names_code(name: Any, value: Any, file: str) -> bool:
     if file not in TOKENIZER_SETTINGS:  # a tokenizer has words for a user
         if isinstance(name, str) and PEOPLE.search(WORD.sub("_", name)) and not isinstance(value, (int, float)):
             return True
-        if isinstance(value, str) and EMAIL.fullmatch(value):
+        if any(isinstance(one, str) and len(one) <= LINE and EMAIL.search(one) for one in (name, value)):
             return True
     if not isinstance(value, str) or not is_private(value):
         return False

@@ -25,7 +25,7 @@ def test_a_result_of_ones_own_is_loaded_as_its_card_says(
     assert capsys.readouterr().out.splitlines()[-1] == last
 
 
-@pytest.mark.parametrize("where", [MODELING, "config.json", "a repository", "tokenizer_config.json"])
+@pytest.mark.parametrize("where", [MODELING, "config.json", "a repository", "tokenizer_config.json", "generate"])
 def test_nobody_is_told_to_run_other_code(
     where: str, prune: Prune, dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -36,6 +36,9 @@ def test_nobody_is_told_to_run_other_code(
     classes = {"AutoModelForCausalLM": f"{'them/theirs--' * (where == 'a repository')}evil.SnpOPTForCausalLM"}
     if where == MODELING:
         (strange / MODELING).write_text("raise SystemExit('this was run')\n" + (strange / MODELING).read_text())
+    elif where == "generate":  # transformers looks there when it loads
+        (strange / "custom_generate").mkdir()
+        (strange / "evil.py").rename(strange / "custom_generate" / "generate.py")
     elif where == "tokenizer_config.json":
         settings(strange / where, auto_map={"AutoTokenizer": [None, "evil.Tokenizer"]})
     else:
@@ -48,6 +51,7 @@ def test_nobody_is_told_to_run_other_code(
     card = (strange / "README.md").read_text()
     assert "import llm_snp  # its classes load it" in card
     assert "trust_remote_code=True" not in card
+    assert "--trust-remote-code" not in card
 
 
 def settings(path: Path, **fields: Any) -> None:

@@ -22,7 +22,7 @@ pytest.importorskip("lm_eval", reason="lm-evaluation-harness (llm_snp[harness]) 
 
 import datasets
 
-from llm_snp.dense.hub import load_config
+from llm_snp.dense.hub import EMBEDDED, load_config
 from llm_snp.dense.tokenizer import load_tokenizer
 from llm_snp.errors import (
     CheckpointError,
@@ -571,16 +571,27 @@ def test_a_tokenizer_without_special_tokens(dense: Path, tmp_path: Path) -> None
     assert list(results) == ["small_choice", "small_text", "small_writing"]
 
 
+@pytest.mark.parametrize(
+    "added", [{"pad_token": "[PAD]"}, {"pad_token": "[PAD]", "eos_token": "<|im_end|>"}, {"unk_token": "<|u|>"}]
+)
 def test_what_pads_may_be_a_token_that_the_model_has_none_of(
-    dense: Path, found: dict[str, Any], tmp_path: Path
+    added: dict[str, str], dense: Path, found: dict[str, Any], tmp_path: Path
 ) -> None:
     """Added for a training, as often with Llama; only questions in a batch of several are padded."""
     tokenizer = load_tokenizer(shutil.copytree(dense, tmp_path / "model"))
-    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.pad_token = None
+    tokenizer.add_special_tokens(added)
     tokenizer.save_pretrained(tmp_path / "model")
-    assert load_tokenizer(tmp_path / "model").pad_token_id == load(dense).config.vocab_size
+    assert len(load_tokenizer(tmp_path / "model")) > load(dense).config.vocab_size
     rehearse_tasks([WRITING], tmp_path / "model", load_config(dense))
     assert evaluate(tmp_path / "model", WRITING) == {"small_writing": found["small_writing"]}
+
+
+def test_what_an_untrained_model_loses_is_no_reason(task: Callable[..., Path]) -> None:
+    """A text without spaces is one word, whose perplexity is no number for a model that has learnt nothing."""
+    file = task("text")
+    (file.parent / "small_text.jsonl").write_text(json.dumps({"text": "===season" * 24}) + "\n")
+    rehearse_tasks([str(file)], EMBEDDED, load_config(EMBEDDED))
 
 
 def test_batches_get_smaller_where_memory_is_short(

@@ -560,9 +560,16 @@ def test_who_ran_what_and_where_does_not_travel() -> None:
     """As a script writes its arguments into a config; a tokenizer may have words by such names."""
     fields = {"hostname": "gpu01", "user": "ann", "launchedBy": "ann@gpu01", "e_mail": "ann@example.org"}
     fields |= dict.fromkeys(("slurm_user", "runUser", "login", "ssh_host", "hostnames", "trained_by", "madeBy"), "x")
-    fields |= {"contact": "ann.smith@corp.example", "users": ["ann"], "email_address": "x"}
+    fields |= dict.fromkeys(("LOGNAME", "ran_by", "built_by", "nodename", "userId", "uploader", "owner"), "x")
+    fields |= {
+        "contact": "Ann Smith <ann.smith@corp.example>",
+        "ann@corp.example": 1,
+        "authors": ["ann@corp.example"],
+        "users": ["ann"],
+        "email_address": "x",
+    }
     kept = {"users": 3, "user_cost": 1, "contact": "the authors", "normalize_by": "x", "use_cache": True}
-    assert without_code(fields) == without_code(fields, "generation_config.json") == {}
+    assert without_code(fields) == without_code(fields, "generation_config.json") == {"authors": []}
     assert without_code(kept) == kept
     assert without_code({"user": "<|user|>"}, "tokenizer_config.json") == {"user": "<|user|>"}
 
