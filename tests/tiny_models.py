@@ -37,6 +37,7 @@ LLAMA_3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+LONG = {"type": "longrope", "short_factor": [1.0, 1.5], "long_factor": [1.0, 8.0]}  # of heads of 4
 FALCON = {
     "hidden_size": HIDDEN,
     "num_attention_heads": 8,
@@ -91,6 +92,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "phi-normed": ("phi", GROUPED | {"qk_layernorm": True}),
     "phi3": ("phi3", GROUPED),
     "phi3-turned-in-part": ("phi3", WIDE | {"partial_rotary_factor": 0.5}),
+    "phi3-long": ("phi3", GROUPED | {"rope_scaling": LONG, "original_max_position_embeddings": 32}),
     "gpt2": (
         "gpt2",
         {"n_embd": HIDDEN, "n_head": 4, "n_layer": BLOCKS, "n_inner": NEURONS, "n_positions": POSITIONS} | NO_DROPOUT,

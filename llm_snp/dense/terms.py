@@ -40,6 +40,7 @@ LEGAL = (
     *("droits d'auteur", "responsabilité", "licencia", "derechos de autor", "responsabilidad"),
 )
 READ = 1 << 18  # characters of a text that are looked at
+LEAST = 500  # characters of terms; a licence's key, and whose it is, takes less
 NO_TERMS = re.compile(r"key|token|secret|password", re.IGNORECASE)  # a licence's key is not for others
 TERMS_ENDINGS = ("", ".txt", ".md", ".rst", ".pdf", ".lesser")
 # What stays behind and is told of: a browser runs what pages say, an office what documents say; and what is no text.
@@ -63,7 +64,7 @@ def _reads_as_terms(path: Path) -> bool:
     text = ""
     with suppress(OSError), path.open(encoding="utf-8", errors="replace") as file:
         text = " ".join(file.read(READ).lower().split())
-    return sum(word in text for word in LEGAL) >= 2
+    return len(text) >= LEAST and sum(word in text for word in LEGAL) >= 2
 
 
 def stays(path: Path) -> bool:

@@ -484,7 +484,7 @@ def test_terms_and_templates_travel(prune: Prune, dense: Path, tmp_path: Path) -
     for name in TERMS:
         (directory / name).write_text(f"as in {name}")
     for name in TOLD_BY_WORDS:
-        (directory / name).write_text(f"as in {name}: all warranties and any LIABILITY are excluded; Copyright")
+        (directory / name).write_text(f"as in {name}: all warranties and any LIABILITY are excluded; Copyright" * 10)
     others = {"license.py", "LICENSE.sh", "notes.txt", "policy.safetensors", "license_key.txt", "LICENSE.docx"}
     others |= {
         "pay terms.txt",
@@ -790,13 +790,16 @@ def test_a_product_s_licence_is_told_by_what_it_says(dense: Path, tmp_path: Path
     directory = Path(shutil.copytree(dense, tmp_path / "model"))
     (directory / "gurobi_license.txt").write_text("LICENSEID=123\nHOSTNAME=gpu01\n")
     (directory / "access_policy.txt").write_text("allow user ann on gpu01\n")
-    (directory / "ACME_LICENSE.txt").write_text("Copyright ACME. Permission is hereby granted ...\n")
+    (directory / "ACME_LICENSE.txt").write_text("Copyright ACME. Permission is hereby granted ...\n" * 20)
     (directory / "Llama-2_LICENSE.txt").write_text("see the web\n")
     (directory / "USE_POLICY.md").write_text("be good\n")
-    (directory / "BAICHUAN-LICENSE.txt").write_text("模型社区许可协议 授权 ...\n", encoding="utf-8")
+    (directory / "BAICHUAN-LICENSE.txt").write_text("模型社区许可协议 授权 ...\n" * 50, encoding="utf-8")
+    (directory / "license_ann.txt").write_text("许可证密钥 AAAA 授权给 Ann Lee\n", encoding="utf-8")
+    (directory / "license_server.txt").write_text("License key AAAA-BBBB, licensee Ann Lee, licensor ACME\n")
     carried = Carried(directory)
     assert {"ACME_LICENSE.txt", "BAICHUAN-LICENSE.txt", "Llama-2_LICENSE.txt", "USE_POLICY.md"} <= set(carried.files)
-    assert sorted(carried.unclear) == ["access_policy.txt", "gurobi_license.txt"]
+    products = ["access_policy.txt", "gurobi_license.txt", "license_ann.txt", "license_server.txt"]
+    assert sorted(carried.unclear) == products
 
 
 def test_a_page_of_terms_stays_where_it_is_and_the_report_says_so(prune: Prune, dense: Path, tmp_path: Path) -> None:

@@ -215,7 +215,17 @@ def test_rotary_positions_of_a_model_that_transformers_5_has_saved() -> None:
         "rope_scaling": None,
     }
     several = {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}
-    assert older_fields({"rope_parameters": several}) == older_fields({}) == {}
+    gemma3 = {"rope_theta": 1e6, "rope_scaling": None, "rope_local_base_freq": 1e4}
+    assert older_fields({"rope_parameters": several}) == gemma3
+    assert older_fields({"rope_parameters": {"full_attention": None}}) == older_fields({}) == {}
+    factors = {"short_factor": [1.0], "long_factor": [2.0]}
+    long = factors | {"rope_theta": 1e4, "rope_type": "longrope", "original_max_position_embeddings": 32}
+    assert older_fields({"rope_parameters": long, "partial_rotary_factor": 0.75}) == {
+        "rope_theta": 1e4,
+        "rope_scaling": factors | {"type": "longrope"},
+        "original_max_position_embeddings": 32,
+        "partial_rotary_factor": 0.75,
+    }
     given = {"rope_theta": 2e4, "rope_scaling": None}
     assert older_fields(given | {"rope_parameters": {"rope_theta": 1e6}}) == given
     phi3 = {"partial_rotary_factor": 0.5, "rope_parameters": {"rope_type": "default", "rope_theta": 5e2}}

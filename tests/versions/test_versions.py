@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Prune, Shell, load, logits
+from conftest import Prune, Shell
 from tiny_models import KNOWN
 from transformers import AutoConfig
-from write_models import FORMATS, OPTIONS
+from write_models import FORMATS, OPTIONS, computed
 
 from llm_snp.documents.writing import read_report
 from llm_snp.families import FAMILIES
@@ -40,7 +40,7 @@ def test_most_families_are_in_both_versions() -> None:
 def test_a_result_computes_the_same(place: Path, kind: str) -> None:
     """Positions, head and widths."""
     found = torch.load(place / "logits.pt")
-    torch.testing.assert_close(logits(load(place / kind), found["ids"]), found[kind], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(computed(place / kind, found["ids"]), found[kind], rtol=1e-4, atol=1e-5)
 
 
 def test_a_model_is_pruned_to_the_same(place: Path, prune: Prune, tmp_path: Path) -> None:
