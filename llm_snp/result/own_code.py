@@ -11,12 +11,12 @@ from typing import Any
 from ..errors import CheckpointError
 from ..families import FAMILIES, Family
 from .bundle import bundle
-from .settings import SETTINGS, content_of, read_object, without_code
+from .settings import CODE, SETTINGS, content_of, read_object, taken_out
 
 # What a result brings along that needs a class of its own: its family's file of `llm_snp.modeling`, with what that
 # imports, under this name.
 MODELING = "modeling_snp.py"
-CONFIG = "config.json"
+CONFIG, AUTO_MAP = "config.json", "auto_map"
 GENERATE = "custom_generate"  # a folder in which transformers looks for code, whatever the settings say
 
 
@@ -44,17 +44,21 @@ def own_code(fields: Mapping[str, Any]) -> tuple[dict[str, str], bytes] | None:
     return None
 
 
-def leads_elsewhere(directory: Path, files: Iterable[str]) -> Path | None:
-    """Of the settings among `files` of a result, the first that names other code than `own_code`, or a place.
+def foreign(directory: Path, files: Iterable[str]) -> dict[str, list[str]]:
+    """Of the settings among `files` of a result, the fields that lead to other code than `own_code`, or say of a
+    machine or a person what does not travel: their names, by that of the file, where there are some.
 
     Raises `CheckpointError` for settings that cannot be read.
     """
+    found = {}
     for name in sorted({CONFIG, *SETTINGS}.intersection(files)):
         fields = read_object(directory / name, content_of(directory / name))
         own = own_code(fields) if name == CONFIG else None
-        if fields != without_code(fields, name) | ({"auto_map": own[0]} if own else {}):
-            return directory / name
-    return None
+        ours = fields.pop(AUTO_MAP, None) if own else None
+        strange = taken_out(fields, name) + ([AUTO_MAP] if own and ours != own[0] else [])
+        if strange:
+            found[name] = strange
+    return found
 
 
 def has_own_code(directory: Path) -> bool:
@@ -63,5 +67,6 @@ def has_own_code(directory: Path) -> bool:
         own, code = own_code(read_object(directory / CONFIG, content_of(directory / CONFIG))), directory / MODELING
         there = [name for name in (CONFIG, *SETTINGS) if (directory / name).exists()]
         same = own is not None and code.is_file() and content_of(code) == own[1]
-        return same and leads_elsewhere(directory, there) is None and not (directory / GENERATE).exists()
+        led = {name for names in foreign(directory, there).values() for name in names}
+        return same and CODE.isdisjoint(led) and not (directory / GENERATE).exists()
     return False

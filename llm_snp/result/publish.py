@@ -39,7 +39,7 @@ from ..system.private import in_cache, public_words
 from ..system.progress import one_line
 from ..version import __version__
 from .carried import travels
-from .own_code import MODELING, leads_elsewhere, own_code
+from .own_code import MODELING, foreign, own_code
 from .repository import ATTRIBUTES, CLIENT_ERRORS, look_at, reason, refused, status
 from .settings import content_of
 
@@ -196,9 +196,11 @@ def _own_code(directory: Path, config: dict[str, Any], files: Iterable[str]) -> 
         raise CheckpointError(
             f"{directory} has {some(others)} in its report, which no run of llm_snp writes; prune again"
         )
-    if (strange := leads_elsewhere(directory, files)) is not None:
+    for name, fields in foreign(directory, files).items():
         raise CheckpointError(
-            f"{strange} names code, or a place, outside of the result, which no run of llm_snp writes; prune again"
+            f"{directory / name} has {some([field for field in fields if field] or ['a list'])}, which leads to code "
+            "outside of the result, or says of a machine or a person what is not published, and which no run of this "
+            "llm_snp writes; prune again"
         )
     return {MODELING: own[1]} if own else {}
 

@@ -75,6 +75,16 @@ def without_code(fields: Any, file: str = "config.json") -> Any:
     return fields
 
 
+def taken_out(fields: Any, file: str = "config.json") -> list[str]:
+    """The names of the fields that `without_code` takes out, at any depth; "" for one of a list."""
+    pairs: Any = fields.items() if isinstance(fields, Mapping) else ()
+    pairs = ((None, one) for one in fields) if isinstance(fields, (list, tuple)) else pairs
+    found = []
+    for name, one in pairs:
+        found += [str(name or "")] if _names_code(name, one, file) else taken_out(one, file)
+    return found
+
+
 def _names_code(name: Any, value: Any, file: str) -> bool:
     if name in CODE or name in PLACES:
         return True

@@ -54,6 +54,15 @@ def test_nobody_is_told_to_run_other_code(
     assert "--trust-remote-code" not in card
 
 
+def test_what_is_no_code_is_no_reason_to_warn(
+    prune: Prune, dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prune(dense, tmp_path / "out")
+    settings(tmp_path / "out" / "config.json", trained_by="ann")
+    assert main(["report", str(tmp_path / "out")]) == 0
+    assert "trust_remote_code=True" in capsys.readouterr().out.splitlines()[-1]
+
+
 def settings(path: Path, **fields: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 

@@ -129,6 +129,7 @@ def test_the_page_and_the_plots_that_go_up_are_ours(hub: HubServer, result: Path
         ("config.json", {"custom_pipelines": {"text-generation": {"impl": "evil.Evil"}}}),
         ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["evil--t.T", None]}}),
         ("generation_config.json", {"custom_generate": "evil/generate"}),
+        ("config.json", {"trained_by": "ann"}),
     ],
 )
 def test_settings_that_name_other_code_do_not_go_up(
@@ -137,7 +138,8 @@ def test_settings_that_name_other_code_do_not_go_up(
     path = result / name
     fields = json.loads(path.read_bytes()) if path.exists() else {}
     claimed(result, name, json.dumps(fields | field).encode())
-    assert f"{name} names code, or a place, outside of the result" in refusal(CheckpointError, REPO, directory=result)
+    said = refusal(CheckpointError, REPO, directory=result)
+    assert f"{name} has {next(iter(field))}, which leads to code outside of the result, or says of a machine" in said
     assert not hub.repositories
 
 
