@@ -36,7 +36,7 @@ from llm_snp.healing.resume import identity_of
 from llm_snp.healing.run import _full
 from llm_snp.healing.text import material
 from llm_snp.healing.training import Watch, adapted
-from llm_snp.result import assembly
+from llm_snp.result import own_code
 from llm_snp.result.rewriting import Rewriting
 from llm_snp.system.files import digest_of_bytes
 from llm_snp.system.manifest import changed, manifest, sealed
@@ -560,7 +560,7 @@ def test_what_happens_while_it_trains_costs_nothing(
 
     def breaks(self: training.Heal) -> dict[str, float]:
         measured.append(self.state.global_step)
-        monkeypatch.setattr(assembly, "bundle", interrupted)
+        monkeypatch.setattr(own_code, "bundle", interrupted)
         (result / "config.json").unlink(missing_ok=True)
         remember(result, {"model": "/other/model"})
         if len(measured) == 3:
