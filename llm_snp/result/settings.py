@@ -13,7 +13,7 @@ from ..dense.tokenizer import SETTINGS as TOKENIZER_SETTINGS
 from ..errors import CheckpointError
 from ..system.libraries import parse_json, reason
 from ..system.plain import encodable
-from ..system.private import LINE, PLACE, is_private
+from ..system.private import PLACE, has_address, is_private
 
 GENERATION = "generation_config.json"
 SETTINGS = (*TOKENIZER_SETTINGS, GENERATION)
@@ -57,7 +57,7 @@ PEOPLE = re.compile(
     r"hosts?|(host|node)_?names?|e_?mails?(_address(es)?)?)$|"
     r"(^|_)(\w+ed|made|ran|run|built|written)_by$)"
 )
-EMAIL = re.compile(r"[\w.+-]{1,64}@[\w-]+(\.[\w-]+)+")
+OF_A_DIALOGUE = frozenset(("user", "users", "host", "hosts", "owner"))  # whom a tokenizer may have a word for
 WORD = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|[-. ]")  # begins at it: clientSecret, api-key
 TEMPLATE_FIELD = "chat_template"
 WORDS = ("content", TEMPLATE_FIELD, "template")  # what a tokenizer reads or writes, whatever it looks like
@@ -90,15 +90,18 @@ def _names_code(name: Any, value: Any, file: str) -> bool:
         return True
     if isinstance(name, str) and (name.endswith(PLACE_ENDINGS) or _is_secret(name) or is_private(name)):
         return True
-    if file not in TOKENIZER_SETTINGS:  # a tokenizer has words for a user
-        if isinstance(name, str) and PEOPLE.search(WORD.sub("_", name)) and not isinstance(value, (int, float)):
-            return True
-        if any(isinstance(one, str) and len(one) <= LINE and EMAIL.search(one) for one in (name, value)):
-            return True
+    if _says_who(name, value, file in TOKENIZER_SETTINGS):
+        return True
     if not isinstance(value, str) or not is_private(value):
         return False
     words = name in WORDS and file in TOKENIZER_SETTINGS
     return not words or (name == TEMPLATE_FIELD and PLACE.fullmatch(value) is not None)
+
+
+def _says_who(name: Any, value: Any, of_tokenizer: bool) -> bool:
+    if isinstance(name, str) and not isinstance(value, (int, float)) and PEOPLE.search(WORD.sub("_", name)):
+        return not (of_tokenizer and name in OF_A_DIALOGUE)
+    return not of_tokenizer and any(isinstance(one, str) and has_address(one) for one in (name, value))
 
 
 def _is_secret(name: str) -> bool:

@@ -24,6 +24,7 @@ class Room:
 
     def __init__(self, job: Job, skeleton: Skeleton, dtype: torch.dtype, offload: Path | None):
         self.job, self.offload, self.blocks, self.itemsize = job, offload, len(skeleton), dtype.itemsize
+        self.needed = 0  # by the result, as far as it is not written yet
         block = skeleton.blocks[0]
         self.widths = [linear(block, site.consumer).out_features for site in job.sites(0)]  # what each site writes
 
@@ -39,6 +40,7 @@ class Room:
         job = self.job
         needed = sum(file.stat().st_size for file in checkpoint.files) + sum(map(len, carried.files.values()))
         needed += fisher_bytes(job.options, self.widths, self.blocks) - written
+        self.needed = needed
         check_space(job.output, needed)
         if self.offload is None:
             return
@@ -52,8 +54,14 @@ class Room:
     def check_texts(self, evaluation: Mapping[str, Windows]) -> None:
         """The longest text that perplexity is measured on: that pass needs one stream on the disk of `offload`.
 
-        Raises `OutputError` if there is too little room.
+        The result is there by then, if the disk is the same. To be called after `check`. Raises `OutputError` if there
+        is too little room.
         """
-        if self.offload is not None and evaluation:
-            states = self._states(max(windows.tokens.numel() for windows in evaluation.values()))
+        if self.offload is None or not evaluation:
+            return
+        states = self._states(max(windows.tokens.numel() for windows in evaluation.values()))
+        if same_disk(self.offload, self.job.output):
+            what = "the result and the hidden states of a text to evaluate on need"
+            check_space(self.offload, self.needed + states, what, "--offload")
+        else:
             check_space(self.offload, states, "the hidden states of a text to evaluate on need", "--offload")

@@ -33,6 +33,7 @@ PATH = re.compile(
     r"\b(?!https?:)[A-Za-z][\w+.-]*://\w|(^|[^\w/.<:])//[\w.@+-]+/[\w.@+-]"
 )
 ADDRESS = re.compile(r"https?://\S+")
+EMAIL = re.compile(r"[\w.+-]{1,64}@[\w-]+(\.[\w-]+)+")
 LINE = 3000  # characters at most; what is longer is a text that may speak of such things
 # Whatever the Hub says of it, nothing else can be a model there: user/name, or one of the old ones without a user, by
 # the rules of its client.
@@ -55,6 +56,11 @@ def is_private(text: str) -> bool:
     if SECRET.search(text) or PLACE.fullmatch(text):
         return True
     return len(text) <= LINE and (PATH.search(text) is not None or _has_name(text))
+
+
+def has_address(text: str) -> bool:
+    """Whether a line has the address of somebody's mail."""
+    return len(text) <= LINE and EMAIL.search(text) is not None
 
 
 def _has_name(path: str) -> bool:
@@ -150,7 +156,7 @@ def _words(value: Any) -> str | list[str] | None:
     if isinstance(value, str):
         value = value.strip()
         sound = len(value) <= MOST_CHARACTERS and encodable(value) and value.isprintable()
-        return value if sound and not is_private(value) else None
+        return value if sound and not is_private(value) and not has_address(value) else None
     if isinstance(value, list):
         words = [word for one in value[:MOST_WORDS] if isinstance(one, str) and isinstance(word := _words(one), str)]
         return [word for word in words if word]

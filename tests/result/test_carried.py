@@ -571,7 +571,8 @@ def test_who_ran_what_and_where_does_not_travel() -> None:
     kept = {"users": 3, "user_cost": 1, "contact": "the authors", "normalize_by": "x", "use_cache": True}
     assert without_code(fields) == without_code(fields, "generation_config.json") == {"authors": []}
     assert without_code(kept) == kept
-    assert without_code({"user": "<|user|>"}, "tokenizer_config.json") == {"user": "<|user|>"}
+    words = {"user": "<|user|>", "chat_template": "{{ 'write to ann@corp.example' }}"}
+    assert without_code(words | {"created_by": "ann", "hostname": "x"}, "tokenizer_config.json") == words
 
 
 def test_what_a_model_reads_is_no_secret() -> None:
@@ -627,7 +628,7 @@ def test_places_people_and_tokens_do_not_travel(text: str, dense: Path, tmp_path
     assert without_code(words, "tokenizer_config.json") == words
     assert without_code(words) == without_code(words, "generation_config.json") == {}
     directory = Path(shutil.copytree(dense, tmp_path / "model"))
-    card = {"license": "other", "license_link": text, "tags": [text, "good"], "datasets": text}
+    card = {"license": "other", "license_link": text, "tags": [text, "ann@corp.example", "good"], "datasets": text}
     (directory / "README.md").write_text(f"---\n{json.dumps(card)}\n---\n")
     assert card_metadata(directory) == {"license": "other", "tags": ["good"]}
 

@@ -1054,6 +1054,11 @@ def test_hidden_states_beside_the_result_need_room_for_both(
     message = runs.refused("--offload", runs.shell.directory)
     assert message.startswith("the result and the hidden states need up to ")
     assert message.endswith("; give --offload on another disk")
+    # A longer text is evaluated on when the result is there.
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=free + 200_000))
+    message = runs.refused("--offload", runs.shell.directory, "--evaluate", runs.shell.text)
+    assert message.startswith("the result and the hidden states of a text to evaluate on need up to ")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=free))
     assert runs("--quiet")[0] == 0
 
 
