@@ -34,7 +34,7 @@ def _made(found: Any) -> dict[str, Any]:
     kind = found.get("rope_type", "default")
     scaling = {name: value for name, value in found.items() if name not in (THETA, PART)}
     beside = {PART: found[PART]} if PART in found else {}
-    if kind == "longrope":  # Phi-3 takes these three there, and no others
-        beside |= {ORIGINAL: found[ORIGINAL]} if ORIGINAL in found else {}
-        scaling = {"type": kind} | {name: found[name] for name in ("short_factor", "long_factor") if name in found}
+    if kind == "longrope":  # Phi-3 takes "type" there, and no copy of what is in its config
+        beside |= {ORIGINAL: scaling.pop(ORIGINAL)} if ORIGINAL in scaling else {}
+        scaling = {"type": kind} | {name: value for name, value in scaling.items() if name not in ("type", "rope_type")}
     return {THETA: found[THETA], SCALING: None if kind == "default" else scaling} | beside

@@ -196,7 +196,8 @@ def _own_code(directory: Path, config: dict[str, Any], files: Iterable[str]) -> 
         raise CheckpointError(
             f"{directory} has {some(others)} in its report, which no run of llm_snp writes; prune again"
         )
-    for name, fields in foreign(directory, files).items():
+    if strange := foreign(directory, files):
+        name, fields = next(iter(strange.items()))
         raise CheckpointError(
             f"{directory / name} has {some([field for field in fields if field] or ['a list'])}, which leads to code "
             "outside of the result, or says of a machine or a person what is not published, and which no run of this "
