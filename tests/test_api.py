@@ -14,6 +14,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import LENGTH, SAMPLES, Prune, save, tiny_opt, weight_files
+from hub_server import USER, HubServer
+from huggingface_hub.utils import are_progress_bars_disabled
+from transformers.utils import logging
 
 import llm_snp
 from llm_snp.config import PruneConfig
@@ -128,6 +131,16 @@ def test_torch_is_left_as_it_was(prune: Prune, dense: Path, tmp_path: Path) -> N
     before = state()
     prune(dense, tmp_path / "out", calibration="self", evaluate=("self",))
     assert state() == before
+
+
+def test_quiet_is_quiet_and_leaves_the_libraries_as_they_were(
+    prune: Prune, dense: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], hub: HubServer
+) -> None:
+    """Weights are loaded as a whole, and sent."""
+    before = logging.is_progress_bar_enabled(), logging.get_verbosity(), are_progress_bars_disabled()
+    prune(dense, tmp_path / "out", measure_speed=True, push_to_hub=f"{USER}/quiet")
+    assert capfd.readouterr().err == ""
+    assert (logging.is_progress_bar_enabled(), logging.get_verbosity(), are_progress_bars_disabled()) == before
 
 
 def test_two_threads_at_once(prune: Prune, tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ from ..result.repository import check_card
 from ..result.writer import Writer
 from ..system.device import as_at_start, dtype_name, resolve_dtype
 from ..system.journal import Journal
+from ..system.libraries import silent
 from ..system.manifest import some
 from ..system.processes import Processes
 from ..system.progress import Progress
@@ -67,7 +68,7 @@ def run(options: PruneConfig) -> dict[str, Any]:
     Raises `SnpError` for everything that has its cause outside llm_snp, and `Interrupted` for Ctrl-C. What can be gone
     on with by `resume` is then kept beside the output; otherwise nothing is left behind.
     """
-    with as_at_start():
+    with as_at_start(), silent(options.quiet):
         job, report, asked, progress, main = _pruned(options)
         # Outside: it may take hours, which the other processes need not wait for.
         return afterwards(job, report, asked, progress) if main else report

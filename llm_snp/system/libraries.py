@@ -41,6 +41,30 @@ def explained(sentence: Callable[[str], SnpError]) -> Iterator[None]:
         raise sentence(reason(error)) from error
 
 
+@contextmanager
+def silent(quiet: bool) -> Iterator[None]:
+    """Without bars and warnings of transformers and the Hub's client, if `quiet`; afterwards they are as they were."""
+    if not quiet:
+        yield
+        return
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from transformers.utils import logging
+
+    level, shown, hidden = logging.get_verbosity(), logging.is_progress_bar_enabled(), are_progress_bars_disabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()  # from transformers 5 on, those of the Hub as well
+    if not hidden:
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if shown:
+            logging.enable_progress_bar()
+        if are_progress_bars_disabled() != hidden:
+            (disable_progress_bars if hidden else enable_progress_bars)()
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether that is why it was raised, by Python, the system or torch: on the CPU as a RuntimeError like others."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, see `explained`
