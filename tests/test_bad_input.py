@@ -831,7 +831,7 @@ def test_names_as_long_as_a_disk_has_them_travel(shell: Shell, dense: Path, tmp_
     """They were too long for the name that a file has until it is whole, after all the work."""
     model = Path(shutil.copytree(dense, tmp_path / "model"))
     licence, template = "a" * 247 + "-LICENSE", "b" * 249 + ".jinja"
-    terms = "Copyright: permission is granted"
+    terms = "Copyright: permission is granted. " * 20
     written(model, {licence: terms, f"additional_chat_templates/{template}": "{{ messages }}"})
     assert shell.prune(model)[0] == 0
     assert (shell.output / licence).read_text() == terms

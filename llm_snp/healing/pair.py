@@ -26,6 +26,7 @@ from ..documents.writing import read_report
 from ..errors import CheckpointError, OptionError, SnpError, UnsupportedModelError
 from ..families import known_family
 from ..result.origin import COPIED, ancestors, find_dense, is_dense_of
+from ..result.own_code import MODELING
 from ..system.manifest import changed, check_weights, faults, has_report, manifest
 from ..system.private import public_name
 from ..system.remembering import recall
@@ -105,9 +106,9 @@ def find_pair(options: HealConfig) -> Pair:
 
 
 def _needed(directory: Path, report: dict[str, Any]) -> dict[str, str]:
-    """What of a result's files is read here, with the hashes that the report has."""
-    documents = ("README.md", "report.html", "plots/")
-    return {name: found for name, found in manifest(directory, report).items() if not name.startswith(documents)}
+    """What of a result's files is read here, with the hashes that the report has: no documents, and no code."""
+    others = ("README.md", "report.html", "plots/", MODELING)
+    return {name: found for name, found in manifest(directory, report).items() if not name.startswith(others)}
 
 
 def _teacher(given: str | None, directory: Path, report: dict[str, Any]) -> tuple[Path, str, bool, bool]:

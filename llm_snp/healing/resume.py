@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from ..result.settings import content_of
 from ..system.files import digest, digest_of_bytes, disk
 from ..system.journal import DIGEST, Journal
 from ..system.manifest import JOURNAL, check_as_written, is_result
+from ..system.output import partial_of
 from ..system.remembering import recall
 from ..system.workspace import STATES, Workspace, tidy
 from ..version import __version__
@@ -165,12 +167,24 @@ def memory_of(options: HealConfig, pair: Pair, read: Mapping[str, str]) -> dict[
 
 
 def finished_before(options: HealConfig, pair: Pair) -> bool:
-    """Whether --resume finds the result finished. Raises `ResumeError` naming the first option that was another one."""
+    """Whether --resume finds the result finished. Raises `ResumeError` naming the first option that was another one.
+
+    With --overwrite such a result is to be replaced, as is any where an unfinished training is kept.
+    """
     output = options.destination.resolve()
     untidy = (output / JOURNAL).exists()
     tidy(output)
-    if not options.resume or not is_result(output) or (options.overwrite and not untidy):
+    if not options.resume or not is_result(output):
         return False
+    if not options.overwrite:
+        return _finished(options, pair, output)
+    if untidy or not partial_of(output).exists():
+        with suppress(ResumeError, CheckpointError):
+            return _finished(options, pair, output)
+    return False
+
+
+def _finished(options: HealConfig, pair: Pair, output: Path) -> bool:
     earlier = recall(output).get("healing")
     if not isinstance(earlier, dict):
         raise ResumeError(

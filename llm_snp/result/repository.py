@@ -32,14 +32,16 @@ BARE = re.compile(rb"\s*(---\n.*?\n---\s*)?", re.DOTALL)  # a card that has meta
 REASON = 300  # characters at most that an error quotes
 
 
-def check_push(repo: str, overwrite: bool = False, private: bool = False) -> None:
+def check_push(repo: str, overwrite: bool = False, private: bool = False, edited: bool = False) -> None:
     """Raise unless a result can be pushed to `repo` ("user/name"), as far as can be told before there is one.
+
+    edited: whether there is one, finished, whose card a person has edited.
 
     Raises `OptionError` for a name that is none, `HubError` if there is no token, the Hub refuses it or cannot be
     reached, the token may not write for this user or organisation, or, without `overwrite`, the repository has files,
     or, with it, files that are no result's, or is not `private` where that was asked for.
     """
-    look_at(HfApi(), repo, overwrite, private)
+    look_at(HfApi(), repo, overwrite, private, edited)
 
 
 def check_card(card: str) -> None:

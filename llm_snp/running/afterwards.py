@@ -13,20 +13,21 @@ import torch
 
 from ..config import RUNS, PruneConfig
 from ..dense.hub import config_dtype
-from ..documents.writing import check_there, store
+from ..documents.writing import check_there, read_report, store
 from ..errors import DeviceMemoryError, Interrupted, ReplacedError, SnpError, first_line
 from ..evaluation.harness import evaluate_harness
 from ..evaluation.harness_check import Asked, check_tasks
 from ..evaluation.harness_table import compare
 from ..evaluation.harness_tasks import tasks_of
 from ..evaluation.speed import measure_speed, measurements
-from ..pruning.job import Job
+from ..pruning.job import Job, output_of
 from ..result.origin import expect_as_pruned
-from ..result.publish import push
+from ..result.publish import card_is_edited, push
 from ..result.repository import check_push
 from ..system.device import resolve_dtype
 from ..system.files import digest_of_json
 from ..system.libraries import out_of_memory
+from ..system.manifest import is_result
 from ..system.progress import Progress
 from ..system.remembering import TASKS, recall, remember
 
@@ -38,9 +39,19 @@ def check_afterwards(options: PruneConfig) -> dict[str, Asked]:
     """
     tasks = tasks_of(options.evaluate or ())
     asked = check_tasks(tasks) if tasks else {}
-    if options.push_to_hub:
-        check_push(options.push_to_hub, options.overwrite, options.private)
+    check_hub(options, maybe_finished=options.resume)
     return asked
+
+
+def check_hub(options: PruneConfig, maybe_finished: bool) -> None:
+    """The same for --push-to-hub alone.
+
+    maybe_finished: whether what goes there may be a result that is there already, with a card that somebody has edited.
+    """
+    if options.push_to_hub:
+        output = output_of(options)
+        edited = maybe_finished and is_result(output) and card_is_edited(output, read_report(output))
+        check_push(options.push_to_hub, options.overwrite, options.private, edited)
 
 
 def afterwards(job: Job, report: dict[str, Any], asked: Mapping[str, Asked], progress: Progress) -> dict[str, Any]:

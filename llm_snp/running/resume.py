@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from ..result.origin import WEIGHTS_READ
 from ..system.files import digest
 from ..system.keeping import kept_for_later
 from ..system.manifest import JOURNAL, check_as_written, is_result
+from ..system.output import partial_of
 from ..system.remembering import recall
 from ..system.workspace import Workspace, tidy
 from ..version import __version__
@@ -73,14 +75,24 @@ def finished_before(job: Job) -> dict[str, Any] | None:
     """The report of a result that is already there and was asked for with the same options, for --resume.
 
     Raises `ResumeError` naming the first option that is another one, or what was read and has changed since, and
-    `CheckpointError` for a result that is not as it was written. With --overwrite an earlier result is to be replaced,
-    unless the run that is gone on with has made it and was killed before it had tidied up.
+    `CheckpointError` for a result that is not as it was written. With --overwrite such a result is to be replaced, and
+    so is any where an unfinished run is kept: that is what is gone on with.
     """
     options, output = job.options, job.output.resolve()
-    untidy = (output / JOURNAL).exists()
+    untidy = (output / JOURNAL).exists()  # its run was killed before it had tidied up
     tidy(output)
-    if not options.resume or not is_result(output) or (options.overwrite and not untidy):
+    if not options.resume or not is_result(output):
         return None
+    if not options.overwrite:
+        return _finished(job, output)
+    if untidy or not partial_of(output).exists():
+        with suppress(ResumeError, CheckpointError):
+            return _finished(job, output)
+    return None
+
+
+def _finished(job: Job, output: Path) -> dict[str, Any]:
+    options = job.options
     report = read_report(output)
     if report.get("healing"):
         raise ResumeError(
@@ -99,8 +111,6 @@ def finished_before(job: Job) -> dict[str, Any] | None:
             asked["evaluate"] = list(texts_of(asked.get("evaluate") or ()))
     for name in now:
         if name not in FREE and earlier.get(name) != now[name]:
-            if options.overwrite:
-                return None
             raise ResumeError(
                 f"--resume: {job.output} is finished, and {_flag(name)} is {now[name]!r} now and was "
                 f"{earlier.get(name)!r} there; give another --output, or --overwrite"
@@ -109,8 +119,6 @@ def finished_before(job: Job) -> dict[str, Any] | None:
         checkpoint = Checkpoint(job.directory, job.family.renames)
         found = model_identity(job, Carried(job.directory), checkpoint) | digests(texts_read(options))
         for name in [name for name in {**read, **found} if read.get(name) != found.get(name)]:
-            if options.overwrite:
-                return None
             raise ResumeError(
                 f"--resume: {job.output} is finished, and {name} is {found.get(name)!r} now and was {read.get(name)!r} "
                 "then: it is no result of what is there now; give another --output, or --overwrite"

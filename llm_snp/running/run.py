@@ -45,7 +45,7 @@ from ..system.manifest import some
 from ..system.processes import Processes
 from ..system.progress import Progress
 from ..system.workspace import Workspace, known
-from .afterwards import afterwards, check_afterwards
+from .afterwards import afterwards, check_afterwards, check_hub
 from .inputs import inputs_of, memory_of, remarks, report_of
 from .rehearsal import rehearse
 from .resume import (
@@ -92,6 +92,8 @@ def _pruned(options: PruneConfig) -> tuple[Job, dict[str, Any], Mapping[str, Ask
             if earlier is not None:
                 progress.say(f"{job.output} is finished already")
                 return job, earlier, asked, progress, processes.main
+            if options.resume:  # what comes is new, and has a card that nobody has edited
+                processes.on_main(lambda: check_hub(options, maybe_finished=False))
             processes.on_main(lambda: check_sources(texts_read(options)))
             if asked:
                 processes.on_main(lambda: rehearse_tasks(list(asked), job.directory, job.config))

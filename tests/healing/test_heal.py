@@ -37,6 +37,7 @@ from llm_snp.healing.run import _full
 from llm_snp.healing.text import material
 from llm_snp.healing.training import Watch, adapted
 from llm_snp.result import own_code
+from llm_snp.result.own_code import MODELING
 from llm_snp.result.rewriting import Rewriting
 from llm_snp.system.files import digest_of_bytes
 from llm_snp.system.manifest import changed, manifest, sealed
@@ -409,6 +410,7 @@ def test_an_interruption_changes_nothing(
     assert found == expected
     assert not Path("healed.partial").exists()
     assert heal(pruned, *flags, "--no-evaluate", "--resume")[1] == "healed is finished already\n"
+    assert heal(pruned, *flags, "--no-evaluate", "--resume", "--overwrite")[1] == "healed is finished already\n"
     assert "and --seed is 1 now and was 0 there" in heal.refused(pruned, *flags, "--resume", "--seed", "1")
     # What would be measured otherwise is not there.
     assert "and --evaluate is None now and was [] there" in heal.refused(pruned, *flags, "--resume")
@@ -427,6 +429,14 @@ def test_an_interruption_changes_nothing_where_files_have_other_names(
     code, _, err = heal(tmp_path / "pruned", *flags, "--resume")
     assert code == 0, err
     assert weight_files(Path("healed")) == weight_files(Path("whole"))
+
+
+def test_the_code_of_a_result_is_not_needed(heal: Healer, pruned: Path, tmp_path: Path) -> None:
+    """Nothing that llm_snp fetches from the Hub has it, and what is written has this version's."""
+    result = copied(pruned, tmp_path / "result")
+    (result / MODELING).unlink()
+    assert heal(result, "--no-evaluate")[0] == 0
+    assert Path("healed", MODELING).read_bytes() == (pruned / MODELING).read_bytes()
 
 
 def test_a_state_with_other_names_is_not_gone_on_with(

@@ -204,6 +204,48 @@ def test_a_result_survives_a_push_that_fails_and_the_same_command_goes_on(
     assert set(before) <= set(hub.repositories[name].files)
 
 
+def test_a_card_that_somebody_has_edited_goes_up_again_and_no_new_one_instead(
+    shell: Shell, dense: Path, hub: HubServer
+) -> None:
+    """`--resume` with `--overwrite`, which the repository asks for, is about the result that is there."""
+    name = f"{USER}/small"
+    there = ("--push-to-hub", name, "--resume", "--overwrite")
+    assert shell.prune(dense, "--push-to-hub", name)[0] == 0
+    before = (shell.output / "config.json").stat().st_mtime_ns
+    with (shell.output / "README.md").open("a") as card:
+        card.write("My words.")
+    code, _, err = shell.run("push", shell.output, name, "--overwrite")
+    assert code == 0, err
+    code, _, err = shell.prune(dense, *there, "--measure-speed")
+    assert code == 0, err
+    assert "speed" in report(shell)
+    assert (shell.output / "config.json").stat().st_mtime_ns == before
+    mine = hub.repositories[name].files["README.md"]
+    assert mine.endswith(b"My words.")
+    code, _, err = shell.prune(dense, *there, "--seed", "1")
+    assert code == 2
+    assert "has README.md on the Hub, which no run of llm_snp wrote" in err
+    assert hub.repositories[name].files["README.md"] == mine
+
+
+@pytest.mark.parametrize("how", ["interrupted", "damaged"])
+def test_with_overwrite_the_same_command_goes_on_or_prunes_again(
+    how: str, shell: Shell, dense: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is finished in a run with --overwrite is not pruned again to do the rest."""
+    assert shell.prune(dense, "--seed", "1")[0] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr("llm_snp.running.afterwards.measure_speed", raising(KeyboardInterrupt()))
+        assert shell.prune(dense, "--overwrite", "--measure-speed")[0] == 130
+    before = (shell.output / "config.json").stat().st_mtime_ns
+    if how == "damaged":
+        next(shell.output.glob("*.safetensors")).unlink()
+    code, _, err = shell.prune(dense, "--overwrite", "--measure-speed", "--resume")
+    assert code == 0, err
+    assert ((shell.output / "config.json").stat().st_mtime_ns == before) == (how == "interrupted")
+    assert "speed" in report(shell)
+
+
 def test_a_result_survives_ctrl_c_while_it_is_timed(shell: Shell, dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*models: object, **options: object) -> None:
         raise KeyboardInterrupt
