@@ -336,6 +336,13 @@ def test_weights_that_there_is_no_memory_to_map(
     assert shell.refused(dense).startswith(f"the device ran out of memory ({error}); use ")
 
 
+def test_no_memory_while_the_model_writes(shell: Shell, dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is no fault of the model's."""
+    error = RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")
+    monkeypatch.setattr("llm_snp.dense.text.self_written", raising(error))
+    assert "ran out of memory" in shell.refused(dense, "--calibration", "self")
+
+
 @pytest.mark.parametrize("error", [MemoryError(), OSError(errno.ENOMEM, NO_MEMORY), RuntimeError("a fault")])
 def test_no_memory_before_there_is_anything(
     shell: Shell, dense: Path, monkeypatch: pytest.MonkeyPatch, error: Exception

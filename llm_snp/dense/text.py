@@ -46,7 +46,7 @@ class Text:
         if self._model is None:
             model = whole_model(self.directory, self.config, None, self._no_model)
             self._model = model.to(self.device, self.dtype).eval()
-        with explained(self._no_text), ONE_AT_A_TIME:
+        with explained(self._no_text, computing=True), ONE_AT_A_TIME:
             return self_written(self._model, samples, self.length, seed, self.start)
 
     def _no_text(self, cause: str) -> CheckpointError:

@@ -6,7 +6,7 @@ Nothing of it can harm the result, which has its name by then. These load whole 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ import torch
 from ..config import RUNS, PruneConfig
 from ..dense.hub import config_dtype
 from ..documents.writing import check_there, read_report, store
-from ..errors import DeviceMemoryError, Interrupted, ReplacedError, SnpError, first_line
+from ..errors import CheckpointError, DeviceMemoryError, Interrupted, ReplacedError, SnpError, first_line
 from ..evaluation.harness import evaluate_harness
 from ..evaluation.harness_check import Asked, check_tasks
 from ..evaluation.harness_table import compare
@@ -49,8 +49,10 @@ def check_hub(options: PruneConfig, maybe_finished: bool) -> None:
     maybe_finished: whether what goes there may be a result that is there already, with a card that somebody has edited.
     """
     if options.push_to_hub:
-        output = output_of(options)
-        edited = maybe_finished and is_result(output) and card_is_edited(output, read_report(output))
+        output, edited = output_of(options), False
+        if maybe_finished and is_result(output):
+            with suppress(CheckpointError):  # it is damaged
+                edited = card_is_edited(output, read_report(output))
         check_push(options.push_to_hub, options.overwrite, options.private, edited)
 
 

@@ -20,13 +20,15 @@ ONE_AT_A_TIME = threading.RLock()
 
 
 @contextmanager
-def explained(sentence: Callable[[str], SnpError]) -> Iterator[None]:
+def explained(sentence: Callable[[str], SnpError], computing: bool = False) -> Iterator[None]:
     """Turn what a library raises inside into `sentence` of its reason, but for an `SnpError`, a GPU that is full, and
     a file that there is no memory left to map.
 
     For calls that read what strangers wrote or run their code, and for the documents of a finished result, which
     nothing may harm; for nothing else: a fault of ours in there would look like one of theirs. Which errors come out
     changes with a library's version, and tokenizers raises bare `Exception`.
+
+    computing: whether memory that is missing is this machine's, and not what a file claims to need.
     """
     try:
         yield
@@ -35,7 +37,7 @@ def explained(sentence: Callable[[str], SnpError]) -> Iterator[None]:
     except BaseException as error:
         # torch's, which takes a second to import; and a library of Rust that panics, which is no Exception.
         name = type(error).__name__
-        full = name == "OutOfMemoryError" or _unmapped(error)
+        full = name == "OutOfMemoryError" or _unmapped(error) or (computing and out_of_memory(error))
         if full or not (isinstance(error, Exception) or name == "PanicException"):
             raise
         raise sentence(reason(error)) from error
