@@ -85,7 +85,8 @@ def finished_before(job: Job) -> dict[str, Any] | None:
         return None
     if not options.overwrite:
         return _finished(job, output)
-    if untidy or not partial_of(output).exists():
+    compared = isinstance(recall(output).get("read"), dict)  # a copy's model and texts may be others by now
+    if compared and (untidy or not partial_of(output).exists()):
         with suppress(ResumeError, CheckpointError):
             return _finished(job, output)
     return None

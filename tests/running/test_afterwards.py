@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -228,7 +229,7 @@ def test_a_card_that_somebody_has_edited_goes_up_again_and_no_new_one_instead(
     assert hub.repositories[name].files["README.md"] == mine
 
 
-@pytest.mark.parametrize("how", ["interrupted", "damaged"])
+@pytest.mark.parametrize("how", ["interrupted", "damaged", "a copy"])
 def test_with_overwrite_the_same_command_goes_on_or_prunes_again(
     how: str, shell: Shell, dense: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -240,6 +241,10 @@ def test_with_overwrite_the_same_command_goes_on_or_prunes_again(
     before = (shell.output / "config.json").stat().st_mtime_ns
     if how == "damaged":
         next(shell.output.glob("*.safetensors")).unlink()
+    elif how == "a copy":  # nothing tells whether the model and the text are still what they were
+        shutil.copytree(shell.output, shell.directory / "copy")
+        shutil.rmtree(shell.output)
+        (shell.directory / "copy").rename(shell.output)
     code, _, err = shell.prune(dense, "--overwrite", "--measure-speed", "--resume")
     assert code == 0, err
     assert ((shell.output / "config.json").stat().st_mtime_ns == before) == (how == "interrupted")
