@@ -10,7 +10,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from .card_metadata import as_list, card_metadata
+from .card_metadata import as_list, metadata_of
 from .healing import after_pruning, healing_rows, healing_sentences
 from .markdown import as_text, change, code, listed, table_of
 from .shareable import before, hub_id, shareable, texts_of
@@ -35,7 +35,7 @@ def model_card(
     report = shareable(report)
     name = name or report["output"]
     title = name.rsplit("/", 1)[-1]
-    metadata = card_metadata(report, title)
+    metadata = metadata_of(report, title)
     command, healings = report["command"], [step["command"] for step in report.get("healing", [])]
     report = as_text(report)
     sections = [

@@ -14,7 +14,7 @@ CARRIED = ("license", "license_name", "license_link", "language")  # from the de
 TASK = "text-generation"
 
 
-def card_metadata(report: dict[str, Any], title: str) -> ModelCardData:
+def metadata_of(report: dict[str, Any], title: str) -> ModelCardData:
     """Whence the model is, under which terms, and what was measured of it. report: as it may be shared."""
     card = report["model"].get("card") or {}
     sources = [one["source"] for one in texts_of(report["calibration"])]

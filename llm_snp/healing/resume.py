@@ -20,9 +20,8 @@ from ..result.settings import content_of
 from ..system.files import digest, digest_of_bytes, disk
 from ..system.journal import DIGEST, Journal
 from ..system.manifest import JOURNAL, check_as_written, is_result
-from ..system.output import partial_of
 from ..system.remembering import recall
-from ..system.workspace import STATES, Workspace, tidy
+from ..system.workspace import STATES, Workspace, holds_unfinished, tidy
 from ..version import __version__
 from .options import HealConfig
 from .pair import Pair
@@ -178,7 +177,7 @@ def finished_before(options: HealConfig, pair: Pair) -> bool:
         return False
     if not options.overwrite:
         return _finished(options, pair, output)
-    if untidy or not partial_of(output).exists():
+    if untidy or not holds_unfinished(output):
         with suppress(ResumeError, CheckpointError):
             return _finished(options, pair, output)
     return False
@@ -191,7 +190,7 @@ def _finished(options: HealConfig, pair: Pair, output: Path) -> bool:
             f"--resume: {options.destination} is a result, but no healing of this machine; give another --output, or "
             "--overwrite"
         )
-    read = identity_of(pair, Rewriting(pair.student.directory)) | digests(shares(options.text))
+    read = identity_of(pair, Rewriting(pair.student.directory)) | digests(texts_read(options))
     for name, now in memory_of(options, pair, read)["healing"].items():
         before = earlier.get(name)
         if before != now:

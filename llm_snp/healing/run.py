@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import PruneConfig, shares
+from ..config import PruneConfig
 from ..dense.data import Windows, check_known, evaluation_windows
 from ..dense.readers import check_sources, digests
 from ..dense.whole import generate_plainly
@@ -106,7 +106,7 @@ class _Healing:
             self.journal.expect("models", identity | named)
             processes.on_main(self._check_space)
         with progress.phase("text"):
-            self.read = identity | processes.from_main(lambda: digests(shares(options.text)))
+            self.read = identity | processes.from_main(lambda: digests(texts_read(options)))
             windows = self.schedule.steps * self.schedule.windows
             self.material = processes.from_main(
                 lambda: material(options, windows, length, student.tokenizer, pair.vocabulary, student.directory)

@@ -101,7 +101,8 @@ def _names_code(name: Any, value: Any, file: str) -> bool:
 def _says_who(name: Any, value: Any, of_tokenizer: bool) -> bool:
     if isinstance(name, str) and not isinstance(value, (int, float)) and PEOPLE.search(WORD.sub("_", name)):
         return not (of_tokenizer and name in OF_A_DIALOGUE)
-    return not of_tokenizer and any(isinstance(one, str) and has_address(one) for one in (name, value))
+    words = of_tokenizer and name in WORDS
+    return not words and any(isinstance(one, str) and has_address(one) for one in (name, value))
 
 
 def _is_secret(name: str) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..config import PruneConfig, shares
+from ..dense.card import card_metadata
 from ..dense.checkpoint import Checkpoint
 from ..dense.data import Windows
 from ..dense.readers import digests
@@ -24,12 +25,11 @@ from ..pruning.job import Job
 from ..result.carried import Carried
 from ..result.finishing import finished_all_the_same
 from ..result.origin import WEIGHTS_READ
-from ..system.files import digest
+from ..system.files import digest, digest_of_json
 from ..system.keeping import kept_for_later
 from ..system.manifest import JOURNAL, check_as_written, is_result
-from ..system.output import partial_of
 from ..system.remembering import recall
-from ..system.workspace import Workspace, tidy
+from ..system.workspace import Workspace, holds_unfinished, tidy
 from ..version import __version__
 
 GONE_ON_WITH = "the run was interrupted and gone on with: seconds, versions and device are of its last part"
@@ -55,6 +55,7 @@ def model_identity(job: Job, carried: Carried, checkpoint: Checkpoint) -> dict[s
         return {
             "the hash of the model's config.json": digest(job.directory / "config.json"),
             "the hash of the model's tokenizer, templates and terms": carried.digest,
+            "the hash of the terms in the model's card": digest_of_json(card_metadata(job.directory)),
             WEIGHTS_READ: digest(*checkpoint.files),
         }
     except OSError as error:
@@ -86,7 +87,7 @@ def finished_before(job: Job) -> dict[str, Any] | None:
     if not options.overwrite:
         return _finished(job, output)
     compared = isinstance(recall(output).get("read"), dict)  # a copy's model and texts may be others by now
-    if compared and (untidy or not partial_of(output).exists()):
+    if compared and (untidy or not holds_unfinished(output)):
         with suppress(ResumeError, CheckpointError):
             return _finished(job, output)
     return None

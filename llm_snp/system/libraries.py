@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import json
 import os
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -49,22 +51,23 @@ def silent(quiet: bool) -> Iterator[None]:
     if not quiet:
         yield
         return
-    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     from transformers.utils import logging
 
-    level, shown, hidden = logging.get_verbosity(), logging.is_progress_bar_enabled(), are_progress_bars_disabled()
+    bars = importlib.import_module("huggingface_hub.utils.tqdm")  # `from ... import` gives the class of that name
+    level, shown, groups = logging.get_verbosity(), logging.is_progress_bar_enabled(), dict(bars.progress_bar_states)
     logging.set_verbosity_error()
-    logging.disable_progress_bar()  # from transformers 5 on, those of the Hub as well
-    if not hidden:
-        disable_progress_bars()
+    with warnings.catch_warnings():  # of a variable of the environment that says otherwise
+        warnings.simplefilter("ignore")
+        logging.disable_progress_bar()  # from transformers 5 on, those of the Hub as well
+        bars.disable_progress_bars()
     try:
         yield
     finally:
         logging.set_verbosity(level)
         if shown:
             logging.enable_progress_bar()
-        if are_progress_bars_disabled() != hidden:
-            (disable_progress_bars if hidden else enable_progress_bars)()
+        bars.progress_bar_states.clear()
+        bars.progress_bar_states.update(groups)
 
 
 def out_of_memory(error: BaseException) -> bool:

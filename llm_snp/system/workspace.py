@@ -28,6 +28,16 @@ STATES = "state-*.json"  # of a training
 COMPARED = frozenset(("settings", "model", "models", "calibration", "text"))
 
 
+def _records(journal: Path) -> set[str]:
+    """Of what a run has finished or measured, by name."""
+    return {path.stem for path in journal.glob("*.json")} - COMPARED
+
+
+def holds_unfinished(output: Path) -> bool:
+    """Whether an interrupted run into `output` has left anything that can be gone on with."""
+    return bool(_records(partial_of(output) / JOURNAL))
+
+
 class Workspace:
     """The partial directory of `output`, held by this run until `finish`, `discard` or `keep`.
 
@@ -94,7 +104,7 @@ class Workspace:
             self._put_back()
             check_output(self.output, self._overwrite)
         blocks, states = self.finished_blocks, len(list(self.journal.glob(STATES)))
-        records = {path.stem for path in self.journal.glob("*.json")} - COMPARED
+        records = _records(self.journal)
         if records and not (resume or self._overwrite):
             what = f"{blocks} finished blocks" if blocks else "the state" if states else "what was measured"
             raise OutputError(

@@ -572,7 +572,7 @@ def test_who_ran_what_and_where_does_not_travel() -> None:
     assert without_code(fields) == without_code(fields, "generation_config.json") == {"authors": []}
     assert without_code(kept) == kept
     words = {"user": "<|user|>", "chat_template": "{{ 'write to ann@corp.example' }}"}
-    assert without_code(words | {"created_by": "ann", "hostname": "x"}, "tokenizer_config.json") == words
+    assert without_code(words | {"created_by": "ann", "contact": "ann@corp.example"}, "tokenizer_config.json") == words
 
 
 def test_what_a_model_reads_is_no_secret() -> None:

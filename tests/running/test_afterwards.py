@@ -229,7 +229,7 @@ def test_a_card_that_somebody_has_edited_goes_up_again_and_no_new_one_instead(
     assert hub.repositories[name].files["README.md"] == mine
 
 
-@pytest.mark.parametrize("how", ["interrupted", "damaged", "a copy"])
+@pytest.mark.parametrize("how", ["interrupted", "beside nothing", "damaged", "a copy"])
 def test_with_overwrite_the_same_command_goes_on_or_prunes_again(
     how: str, shell: Shell, dense: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -241,13 +241,15 @@ def test_with_overwrite_the_same_command_goes_on_or_prunes_again(
     before = (shell.output / "config.json").stat().st_mtime_ns
     if how == "damaged":
         next(shell.output.glob("*.safetensors")).unlink()
+    elif how == "beside nothing":  # of a run that was killed before it had done anything
+        (shell.directory / "out.partial").mkdir()
     elif how == "a copy":  # nothing tells whether the model and the text are still what they were
         shutil.copytree(shell.output, shell.directory / "copy")
         shutil.rmtree(shell.output)
         (shell.directory / "copy").rename(shell.output)
     code, _, err = shell.prune(dense, "--overwrite", "--measure-speed", "--resume")
     assert code == 0, err
-    assert ((shell.output / "config.json").stat().st_mtime_ns == before) == (how == "interrupted")
+    assert ((shell.output / "config.json").stat().st_mtime_ns == before) == (how in ("interrupted", "beside nothing"))
     assert "speed" in report(shell)
 
 

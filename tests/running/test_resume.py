@@ -726,6 +726,10 @@ def test_resume_of_what_is_finished(runs: Runs, dense: Path, held_out: Path) -> 
         (lambda model, text: one_weight(model), "the hash of the model's weights"),
         (lambda model, text: edit_json(model / "config.json", lambda c: c.update(note=1)), "the model's config.json"),
         (lambda model, text: text.write_text(text.read_text().replace("a", "e")), "the hash of {text}"),
+        (
+            lambda model, text: (model / "README.md").write_text("---\nlicense: mit\n---\n"),
+            "the terms in the model's card",
+        ),
     ],
 )
 def test_resume_of_what_is_finished_and_was_made_of_others(
