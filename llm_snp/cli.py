@@ -22,6 +22,7 @@ from typing import NoReturn
 from . import __version__
 from .errors import OptionError, SnpError, first_line
 from .system.libraries import out_of_memory
+from .system.plain import check_filled
 from .system.progress import harmless, in_terminal, say
 from .system.rank import name_of_process
 from .system.signals import ended_by_signals, exit_code
@@ -76,9 +77,8 @@ def _check_filled(arguments: Sequence[str]) -> None:
     """Raise `OptionError` for an empty argument, as of a variable that is not set: as a path it would be this place."""
     for before, given in zip(("", *arguments), arguments, strict=False):
         flag, sign, value = given.partition("=") if given.startswith("--") else ("", "=", given)
-        if sign and not value.strip():
-            name = flag or (before if before.startswith("--") else "an argument")
-            raise OptionError(f"{name} is empty; give something, or leave it out")
+        if sign:
+            check_filled(value, flag or (before if before.startswith("--") else "an argument"))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

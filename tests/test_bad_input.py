@@ -668,13 +668,11 @@ def test_output_where_nothing_may_be_written(shell: Shell, dense: Path) -> None:
     assert f"cannot be made: {locked} is not writable" in shell.refused(dense, "--output", locked / "out")
 
 
-def test_a_disk_without_modes_and_locks(
-    shell: Shell, dense: Path, held_out: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_without_modes_and_locks(shell: Shell, dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A share of another system, or a cluster's file system: nothing that a result needs."""
     monkeypatch.setattr(Path, "chmod", raising(PermissionError(errno.EPERM, os.strerror(errno.EPERM))))
     monkeypatch.setattr("filelock.UnixFileLock._acquire", raising(NotImplementedError("no flock")))
-    code, _, err = shell.prune(dense, "--method", "best", "--evaluate", held_out)
+    code, _, err = shell.prune(dense, "--method", "best")
     assert code == 0, err
 
 

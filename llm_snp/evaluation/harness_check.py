@@ -110,7 +110,9 @@ def rehearse_tasks(tasks: Sequence[str], directory: Path, config: Any) -> None:
         for request in find_tasks(tasks):
             loaded = request.load()
             with request.at_home():
-                for text in _texts(_questions(loaded)) if more else ():
+                with silence(), of_task(request.name, "asked"):
+                    questions = _questions(loaded) if more else ()
+                for text in _texts(questions):
                     check_known(tokenizer(text, return_tensors="pt").input_ids, config.vocab_size, directory)
                 with suppress(NumericalError):  # this one has learnt nothing: what it loses may be too much
                     try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,9 @@ from ..result.rewriting import Rewriting
 from ..result.settings import content_of
 from ..system.files import digest, digest_of_bytes, disk
 from ..system.journal import DIGEST, Journal
-from ..system.manifest import JOURNAL, check_as_written, is_result
+from ..system.manifest import check_as_written
 from ..system.remembering import recall
-from ..system.workspace import STATES, Workspace, holds_unfinished, tidy
+from ..system.workspace import STATES, Workspace, finished_result
 from ..version import __version__
 from .options import HealConfig
 from .pair import Pair
@@ -171,16 +170,9 @@ def finished_before(options: HealConfig, pair: Pair) -> bool:
     With --overwrite such a result is to be replaced, as is any where an unfinished training is kept.
     """
     output = options.destination.resolve()
-    untidy = (output / JOURNAL).exists()
-    tidy(output)
-    if not options.resume or not is_result(output):
-        return False
-    if not options.overwrite:
-        return _finished(options, pair, output)
-    if untidy or not holds_unfinished(output):
-        with suppress(ResumeError, CheckpointError):
-            return _finished(options, pair, output)
-    return False
+    return (
+        finished_result(output, options.resume, options.overwrite, lambda: _finished(options, pair, output)) is not None
+    )
 
 
 def _finished(options: HealConfig, pair: Pair, output: Path) -> bool:

@@ -44,18 +44,20 @@ def own_code(fields: Mapping[str, Any]) -> tuple[dict[str, str], bytes] | None:
     return None
 
 
-def foreign(directory: Path, files: Iterable[str]) -> dict[str, list[str]]:
-    """Of the settings among `files` of a result, the fields that lead to other code than `own_code`, or say of a
+def foreign(directory: Path, files: Iterable[str], own: Mapping[str, str] | None) -> dict[str, list[str]]:
+    """Of the settings among `files` of a result, the fields that lead to other code than its own, or say of a
     machine or a person what does not travel: their names, by that of the file, where there are some.
+
+    own: the `auto_map` that it has, None for a stock one.
 
     Raises `CheckpointError` for settings that cannot be read.
     """
     found = {}
     for name in sorted({CONFIG, *SETTINGS}.intersection(files)):
         fields = read_object(directory / name, content_of(directory / name))
-        own = own_code(fields) if name == CONFIG else None
-        ours = fields.pop(AUTO_MAP, None) if own else None
-        strange = taken_out(fields, name) + ([AUTO_MAP] if own and ours != own[0] else [])
+        ours = name == CONFIG and own is not None
+        led = fields.pop(AUTO_MAP, None) if ours else None
+        strange = taken_out(fields, name) + ([AUTO_MAP] if ours and led != own else [])
         if strange:
             found[name] = strange
     return found
@@ -66,7 +68,7 @@ def has_own_code(directory: Path) -> bool:
     with suppress(CheckpointError):
         own, code = own_code(read_object(directory / CONFIG, content_of(directory / CONFIG))), directory / MODELING
         there = [name for name in (CONFIG, *SETTINGS) if (directory / name).exists()]
-        same = own is not None and code.is_file() and content_of(code) == own[1]
-        led = {name for names in foreign(directory, there).values() for name in names}
-        return same and CODE.isdisjoint(led) and not (directory / GENERATE).exists()
+        if own is None or not code.is_file() or content_of(code) != own[1] or (directory / GENERATE).exists():
+            return False
+        return CODE.isdisjoint(name for names in foreign(directory, there, own[0]).values() for name in names)
     return False

@@ -196,7 +196,7 @@ def _own_code(directory: Path, config: dict[str, Any], files: Iterable[str]) -> 
         raise CheckpointError(
             f"{directory} has {some(others)} in its report, which no run of llm_snp writes; prune again"
         )
-    if strange := foreign(directory, files):
+    if strange := foreign(directory, files, own and own[0]):
         name, fields = next(iter(strange.items()))
         raise CheckpointError(
             f"{directory / name} has {some([field for field in fields if field] or ['a list'])}, which leads to code "

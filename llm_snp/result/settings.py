@@ -63,25 +63,29 @@ TEMPLATE_FIELD = "chat_template"
 WORDS = ("content", TEMPLATE_FIELD, "template")  # what a tokenizer reads or writes, whatever it looks like
 
 
-def without_code(fields: Any, file: str = "config.json") -> Any:
+def without_code(fields: Any, file: str = "config.json", taken: list[str] | None = None) -> Any:
     """A copy of parsed JSON without the fields that name code, a place on a machine or a token, at any depth.
 
-    file: the name of the file that it is of.
+    file: the name of the file that it is of; taken: gets the names of these fields, "" for one of a list.
     """
+
+    def stays(name: Any, value: Any) -> bool:
+        goes = _names_code(name, value, file)
+        if goes and taken is not None:
+            taken.append(str(name or ""))
+        return not goes
+
     if isinstance(fields, Mapping):
-        return {name: without_code(one, file) for name, one in fields.items() if not _names_code(name, one, file)}
+        return {name: without_code(one, file, taken) for name, one in fields.items() if stays(name, one)}
     if isinstance(fields, (list, tuple)):
-        return [without_code(one, file) for one in fields if not _names_code(None, one, file)]
+        return [without_code(one, file, taken) for one in fields if stays(None, one)]
     return fields
 
 
-def taken_out(fields: Any, file: str = "config.json") -> list[str]:
-    """The names of the fields that `without_code` takes out, at any depth; "" for one of a list."""
-    pairs: Any = fields.items() if isinstance(fields, Mapping) else ()
-    pairs = ((None, one) for one in fields) if isinstance(fields, (list, tuple)) else pairs
-    found = []
-    for name, one in pairs:
-        found += [str(name or "")] if _names_code(name, one, file) else taken_out(one, file)
+def taken_out(fields: Any, file: str) -> list[str]:
+    """The names of the fields that `without_code` takes out."""
+    found: list[str] = []
+    without_code(fields, file, found)
     return found
 
 

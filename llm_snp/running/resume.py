@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,9 @@ from ..result.finishing import finished_all_the_same
 from ..result.origin import WEIGHTS_READ
 from ..system.files import digest, digest_of_json
 from ..system.keeping import kept_for_later
-from ..system.manifest import JOURNAL, check_as_written, is_result
+from ..system.manifest import check_as_written
 from ..system.remembering import recall
-from ..system.workspace import Workspace, holds_unfinished, tidy
+from ..system.workspace import Workspace, finished_result
 from ..version import __version__
 
 GONE_ON_WITH = "the run was interrupted and gone on with: seconds, versions and device are of its last part"
@@ -80,17 +80,7 @@ def finished_before(job: Job) -> dict[str, Any] | None:
     so is any where an unfinished run is kept: that is what is gone on with.
     """
     options, output = job.options, job.output.resolve()
-    untidy = (output / JOURNAL).exists()  # its run was killed before it had tidied up
-    tidy(output)
-    if not options.resume or not is_result(output):
-        return None
-    if not options.overwrite:
-        return _finished(job, output)
-    compared = isinstance(recall(output).get("read"), dict)  # a copy's model and texts may be others by now
-    if compared and (untidy or not holds_unfinished(output)):
-        with suppress(ResumeError, CheckpointError):
-            return _finished(job, output)
-    return None
+    return finished_result(output, options.resume, options.overwrite, lambda: _finished(job, output))
 
 
 def _finished(job: Job, output: Path) -> dict[str, Any]:
@@ -125,6 +115,8 @@ def _finished(job: Job, output: Path) -> dict[str, Any]:
                 f"--resume: {job.output} is finished, and {name} is {found.get(name)!r} now and was {read.get(name)!r} "
                 "then: it is no result of what is there now; give another --output, or --overwrite"
             )
+    elif options.overwrite:  # a copy: its model and texts may be others by now
+        raise ResumeError(f"--resume: nothing tells what {job.output} was made of")
     check_as_written(output, report)
     # As the run itself gave it: the report in the file has names where the caller has paths.
     evaluation: dict[str, Any] = {}

@@ -28,10 +28,6 @@ class Room:
         block = skeleton.blocks[0]
         self.widths = [linear(block, site.consumer).out_features for site in job.sites(0)]  # what each site writes
 
-    def _states(self, tokens: int, streams: float = 1) -> int:
-        """Bytes of the hidden states that this machine holds."""
-        return ceil(tokens * streams * max(self.widths) * self.itemsize / nodes())
-
     def check(self, checkpoint: Checkpoint, carried: Carried, written: int) -> None:
         """The result is no larger than the dense model; `written` bytes of it are there from an interrupted run.
 
@@ -42,14 +38,19 @@ class Room:
         needed += fisher_bytes(job.options, self.widths, self.blocks) - written
         self.needed = needed
         check_space(job.output, needed)
+        streams = streams_of(job.options, job.length, self.blocks, len(self.widths))
+        self._check_states(job.options.samples * job.length, streams, "")
+
+    def _check_states(self, tokens: int, streams: float, whose: str) -> None:
+        """The hidden states that this machine holds, on the disk of `offload`, which may be that of the result."""
         if self.offload is None:
             return
-        streams = streams_of(job.options, job.length, self.blocks, len(self.widths))
-        states = self._states(job.options.samples * job.length, streams)
-        if same_disk(self.offload, job.output):
-            check_space(self.offload, needed + states, "the result and the hidden states need", "--offload")
+        states = ceil(tokens * streams * max(self.widths) * self.itemsize / nodes())
+        if same_disk(self.offload, self.job.output):
+            what = f"the result and the hidden states{whose} need"
+            check_space(self.offload, self.needed + states, what, "--offload")
         else:
-            check_space(self.offload, states, "the hidden states need", "--offload")
+            check_space(self.offload, states, f"the hidden states{whose} need", "--offload")
 
     def check_texts(self, evaluation: Mapping[str, Windows]) -> None:
         """The longest text that perplexity is measured on: that pass needs one stream on the disk of `offload`.
@@ -57,11 +58,6 @@ class Room:
         The result is there by then, if the disk is the same. To be called after `check`. Raises `OutputError` if there
         is too little room.
         """
-        if self.offload is None or not evaluation:
-            return
-        states = self._states(max(windows.tokens.numel() for windows in evaluation.values()))
-        if same_disk(self.offload, self.job.output):
-            what = "the result and the hidden states of a text to evaluate on need"
-            check_space(self.offload, self.needed + states, what, "--offload")
-        else:
-            check_space(self.offload, states, "the hidden states of a text to evaluate on need", "--offload")
+        if evaluation:
+            tokens = max(windows.tokens.numel() for windows in evaluation.values())
+            self._check_states(tokens, 1, " of a text to evaluate on")

@@ -12,6 +12,12 @@ from ..errors import OptionError
 SHOWN = 60  # characters at most that an error quotes
 
 
+def check_filled(value: str, flag: str) -> None:
+    """Raise `OptionError` for what is empty, as of a shell's variable that is not set."""
+    if not value.strip():
+        raise OptionError(f"{flag} is empty; give something, or leave it out")
+
+
 def text(value: Any, flag: str) -> str:
     """A string from a string, a path, a `torch.device` or a `torch.dtype`.
 
@@ -25,8 +31,7 @@ def text(value: Any, flag: str) -> str:
         value = os.fspath(value)
     if not isinstance(value, str):
         raise _wrong(value, flag, "a text")
-    if not value.strip():
-        raise OptionError(f"{flag} is empty; give something, or leave it out")
+    check_filled(value, flag)
     plain = str(value)
     if not encodable(plain) or "\0" in plain:
         raise OptionError(f"{flag} is {plain!a}, which is no UTF-8 text: a result could not name it; rename it")

@@ -32,7 +32,7 @@ PATH = re.compile(
     r"(^|[^\w/.<])/(root/\S|[\w.@+-]+/[\w.@+-])|(^|\W)[A-Za-z]:[\\/]\w|(^|\s)~[\w.-]*/\w|"
     r"\b(?!https?:)[A-Za-z][\w+.-]*://\w|(^|[^\w/.<:])//[\w.@+-]+/[\w.@+-]"
 )
-ADDRESS = re.compile(r"https?://\S+")
+URL = re.compile(r"https?://\S+")
 EMAIL = re.compile(r"[\w.+-]{1,64}@[\w-]+(\.[\w-]+)+")
 LINE = 3000  # characters at most; what is longer is a text that may speak of such things
 # Whatever the Hub says of it, nothing else can be a model there: user/name, or one of the old ones without a user, by
@@ -68,7 +68,7 @@ def _has_name(path: str) -> bool:
 
     In an address on the web it is a name there, which is often the same.
     """
-    parts = ADDRESS.sub("", path).split("/")
+    parts = URL.sub("", path).split("/")
     return len(parts) > 2 and not _names().isdisjoint(parts)
 
 

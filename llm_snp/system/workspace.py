@@ -10,18 +10,20 @@ import os
 import shutil
 import socket
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 from filelock import FileLock, Timeout
 
-from ..errors import OutputError
+from ..errors import CheckpointError, OutputError, ResumeError
 from .files import disk, write_text
 from .manifest import JOURNAL, empty_partial, is_result, remove_own
 from .output import aside_of, check_aside, check_harmless, check_output, check_partial, in_the_way, partial_of
 from .owned import LOCK, OWNER, REPLACES, has_owner, is_ours, was_put_aside
 
+T = TypeVar("T")
 BLOCKS = "block-*.json"
 STATES = "state-*.json"  # of a training
 # Records that cost nothing: what a later run is compared with (`Journal.expect`).
@@ -33,9 +35,22 @@ def _records(journal: Path) -> set[str]:
     return {path.stem for path in journal.glob("*.json")} - COMPARED
 
 
-def holds_unfinished(output: Path) -> bool:
-    """Whether an interrupted run into `output` has left anything that can be gone on with."""
-    return bool(_records(partial_of(output) / JOURNAL))
+def finished_result(output: Path, resume: bool, overwrite: bool, compare: Callable[[], T]) -> T | None:
+    """What `compare` finds of the result at `output` that is to be gone on with; None if there is none.
+
+    compare: raises `ResumeError` or `CheckpointError` for a result that is none of this command's. With `overwrite`
+    such a one is to be replaced, and so is any where an unfinished run is kept: that is what is gone on with then.
+    """
+    untidy = (output / JOURNAL).exists()  # its run was killed before it had tidied up
+    tidy(output)
+    if not resume or not is_result(output):
+        return None
+    if not overwrite:
+        return compare()
+    if untidy or not _records(partial_of(output) / JOURNAL):
+        with suppress(ResumeError, CheckpointError):
+            return compare()
+    return None
 
 
 class Workspace:

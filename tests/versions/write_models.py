@@ -1,4 +1,4 @@
-"""Writes tiny models, results made of them, and the logits of both, for another version of transformers to read.
+"""Writes tiny models, results made of them, and the logits of those, for another version of transformers to read.
 
 python tests/versions/write_models.py DIR
 """
